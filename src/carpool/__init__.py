@@ -1,0 +1,30 @@
+"""Carpool: let the tokens of a batch share experts, so that batched inference of MoE models reads fewer of them.
+
+    import carpool
+
+    with carpool.share(model, "xshare(budget=16)") as run:
+        model.generate(...)
+    print(run.report())
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from carpool.batch import Batch, Grouping
+from carpool.errors import CarpoolError
+from carpool.grammar import Plan, parse
+from carpool.pipeline import Outcome, route
+from carpool.routing import Routing, RouteSpec
+
+__version__ = "0.1.0"
+
+__all__ = ["Batch", "CarpoolError", "Grouping", "Outcome", "Plan", "RouteSpec", "Routing", "parse", "route", "share"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "share":  # transformers is an extra
+        from carpool.hosts.transformers import share
+
+        return share
+    raise AttributeError(f"module 'carpool' has no attribute {name!r}")

@@ -1,0 +1,121 @@
+"""Who the rows are: groups that share a coreset, voters, rows that keep their native routing.
+
+Shapes: `N` rows, `G` groups, `S` engine steps (1 inside an engine; one a position in lockstep evaluation).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from carpool.errors import CarpoolError
+from carpool.fixed import MAX_ROWS
+
+GroupKind = Literal["batch", "request", "block", "position"]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The rows of one forward pass.
+
+    Attributes:
+        group_N: int64 in `[0, num_groups)`; rows of one group share a coreset.
+        num_groups: static.
+        real_N: rows that stand for a token; padding, dummy and profiling rows are not real: they keep their
+            native routing and what they hold changes nothing.
+        voter_N: real rows with a say in their group's coreset (finished sequences have none).
+        exempt_N: rows that keep native routing; the experts they read are free for the rest of their step.
+        prefill_N: rows of a prompt, for `decode_only`; None if the host exempts them itself or has none.
+        step_N: int64 in `[0, num_steps)`, the engine step a row runs in; rows of one step read experts together.
+        num_steps: static.
+        device_E: int64, the device that holds each expert; None without expert parallelism.
+    """
+
+    group_N: Tensor
+    num_groups: int
+    real_N: Tensor
+    voter_N: Tensor
+    exempt_N: Tensor
+    step_N: Tensor
+    num_steps: int = 1
+    prefill_N: Tensor | None = None
+    device_E: Tensor | None = None
+
+    @classmethod
+    def of(cls, num_rows: int, *, device: torch.device | str = "cpu", **given) -> Batch:
+        """A batch of `num_rows` real rows that all vote in one group, but for what is given."""
+        if num_rows > MAX_ROWS:
+            raise CarpoolError(f"{num_rows} rows in one forward pass; Carpool handles up to {MAX_ROWS}, split the pass")
+        yes = torch.ones(num_rows, dtype=torch.bool, device=device)
+        zero = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        real_N = given.pop("real_N", yes)
+        exempt_N = given.pop("exempt_N", ~yes) | ~real_N
+        voter_N = given.pop("voter_N", yes) & real_N & ~exempt_N
+        group_N, num_groups = given.pop("group_N", zero), given.pop("num_groups", 1)
+        step_N = given.pop("step_N", zero)
+        return cls(group_N, num_groups, real_N, voter_N, exempt_N, step_N, **given)
+
+    def exempting(self, rows_N: Tensor) -> Batch:
+        """The same batch with more rows on native routing (and without their vote)."""
+        return replace(self, exempt_N=self.exempt_N | rows_N, voter_N=self.voter_N & ~rows_N)
+
+    def dropping(self, rows_N: Tensor) -> Batch:
+        """The same batch with rows treated as padding (non-finite logits)."""
+        return replace(self.exempting(rows_N), real_N=self.real_N & ~rows_N)
+
+    def group_sum(self, values_NX: Tensor) -> Tensor:
+        """Integer column sums per group, `[G, X]`: exact, hence the same for every order of the rows."""
+        return _sum_by(values_NX, self.group_N, self.num_groups)
+
+    def group_any(self, mask_NX: Tensor) -> Tensor:
+        """Whether any row of a group has the mask set, `[G, X]`."""
+        return self.group_sum(mask_NX.to(torch.int64)) > 0
+
+    def step_any(self, mask_NX: Tensor) -> Tensor:
+        """Whether any row of a step has the mask set, `[S, X]`."""
+        return _sum_by(mask_NX.to(torch.int64), self.step_N, self.num_steps) > 0
+
+    @cached_property
+    def step_G(self) -> Tensor:
+        """The step each group runs in, `[G]`."""
+        steps = torch.zeros(self.num_groups, dtype=torch.int64, device=self.group_N.device)
+        return steps.scatter(0, self.group_N, self.step_N)
+
+
+def _sum_by(values_NX: Tensor, index_N: Tensor, count: int) -> Tensor:
+    if count == 1:
+        return values_NX.sum(0, keepdim=True)
+    zeros = torch.zeros(count, values_NX.shape[1], dtype=values_NX.dtype, device=values_NX.device)
+    return zeros.index_add(0, index_N, values_NX)
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Which rows share a coreset: an argument of a run, not of a policy.
+
+    `batch`: all rows of a step. `request`: the rows of one request. `block:n`: `n` consecutive positions of one
+    request. `position`: rows at the same position, which is what a batch is in lockstep evaluation.
+    """
+
+    kind: GroupKind
+    block: int = 0
+
+    @classmethod
+    def parse(cls, text: str | Grouping) -> Grouping:
+        """Raises CarpoolError unless the text is `batch`, `request`, `position` or `block:n` with n >= 1."""
+        if isinstance(text, Grouping):
+            return text
+        match = re.fullmatch(r"(batch|request|position)|block:([1-9]\d*)", str(text))
+        if not match:
+            raise CarpoolError(f"unknown grouping {text!r}; use 'batch', 'request', 'position' or 'block:n'")
+        if match[2]:
+            return cls("block", int(match[2]))
+        return cls(match[1])  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return f"block:{self.block}" if self.kind == "block" else self.kind

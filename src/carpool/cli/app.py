@@ -1,0 +1,54 @@
+"""The commands and how they report errors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from carpool.errors import CarpoolError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+errors = Console(stderr=True)
+
+
+@app.callback()
+def about() -> None:
+    """Share experts between the tokens of a batch: measure, calibrate, compare."""
+
+
+def command(name: str) -> Callable[[Callable], Callable]:
+    """Register a command whose CarpoolErrors are printed as one sentence, with exit code 2."""
+
+    def register(function: Callable) -> Callable:
+        @app.command(name)
+        @functools.wraps(function)
+        def guarded(*args: object, **kwargs: object) -> None:
+            try:
+                function(*args, **kwargs)
+            except CarpoolError as error:
+                errors.print(f"[bold red]carpool {name}:[/] {error}", highlight=False, soft_wrap=True)
+                raise typer.Exit(2) from None
+
+        return guarded
+
+    return register
+
+
+@command("policies")
+def list_policies() -> None:
+    """List policies: name, parameters, kind and paper."""
+    from dataclasses import MISSING, fields
+
+    from carpool.policies import policies
+
+    table = Table("name", "parameters", "kind", "paper", box=None, header_style="bold")
+    for name, policy in policies().items():
+        shown = [
+            f.name if f.default is MISSING else f"{f.name}={f.default!r}" for f in fields(policy) if f.init
+        ]
+        table.add_row(name, ", ".join(shown), policy.kind, policy.paper)
+    Console().print(table)

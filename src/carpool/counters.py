@@ -1,0 +1,80 @@
+"""Counters that live on the device: proof that a policy ran, and what it did, without a sync in the hot path."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from carpool.batch import Batch
+from carpool.pipeline import Outcome
+
+FIELDS = (
+    "calls", "steps", "rows", "rows_exempt", "rows_changed", "rows_nonfinite",
+    "natural_union", "union", "coreset", "pairs", "floor_overflow", "displaced_mass",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Totals of one layer since the run began, or since `reset`.
+
+    Attributes:
+        calls: times the layer's router ran. steps: engine steps (calls, unless a call holds several).
+        rows: real rows. rows_exempt, rows_changed, rows_nonfinite: of these.
+        natural_union, union, coreset: experts, summed over steps (coreset: over groups).
+        pairs: (row, expert) pairs computed.
+        floor_overflow: experts read only because of the floor, summed over steps.
+        displaced_mass: summed over real rows; divide by `rows` for the mean.
+    """
+
+    layer: str
+    calls: int
+    steps: int
+    rows: int
+    rows_exempt: int
+    rows_changed: int
+    rows_nonfinite: int
+    natural_union: int
+    union: int
+    coreset: int
+    pairs: int
+    floor_overflow: int
+    displaced_mass: float
+
+
+class Counters:
+    """Per-layer totals in one float64 tensor `[layers, fields]`; exact for counts below `2**53`."""
+
+    def __init__(self, layers: list[str], device: torch.device | str = "cpu") -> None:
+        self.layers = layers
+        self._totals_LF = torch.zeros(len(layers), len(FIELDS), dtype=torch.float64, device=device)
+
+    def add(self, layer: int, batch: Batch, outcome: Outcome) -> None:
+        """Add one call of a layer; in place and without a sync."""
+        real_N = batch.real_N & ~outcome.nonfinite_N
+        kept_NK = outcome.routing.weights_NK != 0
+        one = torch.ones((), dtype=torch.float64, device=self._totals_LF.device)
+        values = (
+            one, one * batch.num_steps, real_N.sum(), (real_N & batch.exempt_N).sum(), outcome.changed_N.sum(),
+            outcome.nonfinite_N.sum(), outcome.natural_SE.sum(), outcome.union_SE.sum(), outcome.coreset_GE.sum(),
+            (kept_NK & real_N.unsqueeze(-1)).sum(), outcome.overflow_SE.sum(), (outcome.displaced_N * real_N).sum(),
+        )  # fmt: skip
+        self._totals_LF[layer] += torch.stack([value.double() for value in values])
+
+    def reset(self) -> None:
+        self._totals_LF.zero_()
+
+    def report(self) -> list[LayerReport]:
+        """Read the totals (this is where the device is waited for)."""
+        rows = self._totals_LF.cpu().tolist()
+        return [
+            LayerReport(layer, *(int(value) for value in values[:-1]), values[-1])
+            for layer, values in zip(self.layers, rows, strict=True)
+        ]
+
+
+def totals(report: list[LayerReport]) -> dict[str, float]:
+    """Sums over the layers, by field."""
+    return {name: sum(asdict(row)[name] for row in report) for name in FIELDS}

@@ -1,0 +1,118 @@
+"""The text form of a policy and its guards: `xshare(budget=32) | protect([3, 7]) | floor(0.3)`.
+
+The text is parsed, never evaluated: names, literals and `|` are all there is.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, fields
+from typing import Any
+
+from carpool.errors import CarpoolError
+from carpool.guards import GUARDS, DecodeOnly, Floor, Guard, MinBatch, ShortCircuit
+from carpool.policies import Policy, policies
+from carpool.policies.registry import policy_class
+
+MAX_TEXT = 10_000  # characters; deeper nesting than any policy needs would exhaust the parser's stack
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A policy with its guards, in the order they were written; a floor always acts last."""
+
+    policy: Policy
+    guards: tuple[Guard, ...] = ()
+
+    def __post_init__(self) -> None:
+        ordered = sorted(self.guards, key=lambda guard: isinstance(guard, Floor))
+        object.__setattr__(self, "guards", tuple(ordered))
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        """Raises CarpoolError if the plan is impossible for a layer with `E` experts, `K` a token."""
+        self.policy.check(num_experts, top_k)
+        for guard in self.guards:
+            guard.check(num_experts, top_k)
+
+    def for_serving(self) -> Plan:
+        """With the defaults of serving (`decode_only`, `min_batch(2)`, `short_circuit`) where they are not given."""
+        defaults = (DecodeOnly(), MinBatch(2), ShortCircuit())
+        missing = [guard for guard in defaults if not any(isinstance(given, type(guard)) for given in self.guards)]
+        return Plan(self.policy, (*missing, *self.guards))
+
+    def __str__(self) -> str:
+        return " | ".join(str(part) for part in (self.policy, *self.guards))
+
+
+def parse(text: str | Policy | Plan) -> Plan:
+    """A plan from its text form (policies and plans pass through).
+
+    Raises:
+        CarpoolError: not a text, syntax that is not the grammar's, unknown names or parameters, bad values.
+    """
+    if isinstance(text, Plan):
+        return text
+    if isinstance(text, Policy):
+        return Plan(text)
+    if not isinstance(text, str) or not text.strip():
+        raise CarpoolError(f"a policy is a text such as 'xshare(budget=32) | floor(0.3)', not {text!r}")
+    if len(text) > MAX_TEXT:
+        raise CarpoolError(f"a policy text of {len(text)} characters; {MAX_TEXT} is the limit")
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        parts = [_call(node, text) for node in _split(tree)]
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        if isinstance(error, CarpoolError):
+            raise
+        raise CarpoolError(f"cannot read the policy text {text!r}: write name(parameter=value) | guard(...)") from None
+    first, *rest = (_build(name, args, kwargs) for name, args, kwargs in parts)
+    if not isinstance(first, Policy):
+        raise CarpoolError(f"{first} is a guard; a policy text starts with a policy ({', '.join(policies())})")
+    for part in rest:
+        if not isinstance(part, Guard):
+            raise CarpoolError(f"{part} is a second policy; only guards ({', '.join(GUARDS)}) may follow the first")
+    return Plan(first, tuple(rest))  # type: ignore[arg-type]
+
+
+def _split(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return [*_split(node.left), *_split(node.right)]
+    return [node]
+
+
+def _call(node: ast.expr, text: str) -> tuple[str, list[Any], dict[str, Any]]:
+    if isinstance(node, ast.Name):
+        return node.id, [], {}
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        raise CarpoolError(f"cannot read {ast.unparse(node)!r} in {text!r}: write name(parameter=value)")
+    kwargs: dict[str, Any] = {}
+    for keyword in node.keywords:
+        if keyword.arg is None or keyword.arg in kwargs:
+            raise CarpoolError(f"cannot read {ast.unparse(node)!r}: each parameter once, as name=value")
+        kwargs[keyword.arg] = _literal(keyword.value)
+    return node.func.id, [_literal(argument) for argument in node.args], kwargs
+
+
+def _literal(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise CarpoolError(f"{ast.unparse(node)!r} is not a literal; values are numbers, strings and lists") from None
+
+
+def _build(name: str, args: list[Any], kwargs: dict[str, Any]) -> Policy | Guard:
+    if name in GUARDS:
+        kind: type[Any] = GUARDS[name]
+    elif name in policies():
+        kind = policy_class(name)
+    else:
+        known = ", ".join((*policies(), *GUARDS))
+        raise CarpoolError(f"unknown policy or guard {name!r}; known names: {known}")
+    names = [field.name for field in fields(kind)]
+    unknown = [given for given in kwargs if given not in names]
+    if unknown:
+        raise CarpoolError(f"{name} has no parameter {unknown[0]!r}; it takes: {', '.join(names) or 'none'}")
+    try:
+        return kind(*args, **kwargs)
+    except TypeError:
+        raise CarpoolError(f"{name} takes {', '.join(names) or 'no parameters'}; given: {args or kwargs}") from None

@@ -1,0 +1,161 @@
+"""Guards: limits around a policy that compose. Each narrows what the policy may do to a group or a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from carpool.batch import Batch
+from carpool.policies.base import Inputs, Policy, require
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Base of all guards; the hooks default to doing nothing and run in this order."""
+
+    name: ClassVar[str]
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        """Raises CarpoolError if the parameters are impossible for a layer with `E` experts, `K` a token."""
+
+    def batch(self, batch: Batch) -> Batch:
+        """Change who the rows are, before the policy sees them."""
+        return batch
+
+    def coreset(self, policy: Policy, inputs: Inputs, coreset_GE: Tensor) -> Tensor:
+        """Change the coresets, bool `[G, E]`."""
+        return coreset_GE
+
+    def allowed(self, policy: Policy, inputs: Inputs, allowed_NE: Tensor) -> Tensor:
+        """Change what each row may use, bool `[N, E]`."""
+        return allowed_NE
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(repr(getattr(self, field.name)) for field in fields(self))})"
+
+
+@dataclass(frozen=True)
+class DecodeOnly(Guard):
+    """Prompt rows keep their native routing; what they read is free for the decoding rows beside them."""
+
+    name = "decode_only"
+
+    def batch(self, batch: Batch) -> Batch:
+        return batch if batch.prefill_N is None else batch.exempting(batch.prefill_N)
+
+
+@dataclass(frozen=True)
+class MinBatch(Guard):
+    """Groups with fewer than `voters` voters keep their native routing (there is little to share, and a policy
+    that looks at one token alone harms it most). Token-local policies do not look at the batch and are left alone."""
+
+    voters: int
+
+    name = "min_batch"
+
+    def __post_init__(self) -> None:
+        require(type(self.voters) is int and self.voters >= 1, f"min_batch({self.voters!r}): give a number of voters")
+
+    def coreset(self, policy: Policy, inputs: Inputs, coreset_GE: Tensor) -> Tensor:
+        return coreset_GE | self._few(policy, inputs)
+
+    def allowed(self, policy: Policy, inputs: Inputs, allowed_NE: Tensor) -> Tensor:
+        return allowed_NE | self._few(policy, inputs)[inputs.batch.group_N]
+
+    def _few(self, policy: Policy, inputs: Inputs) -> Tensor:
+        return (inputs.voters_G1 < self.voters) & (policy.kind == "group")
+
+
+@dataclass(frozen=True)
+class Protect(Guard):
+    """A row that natively picks one of these experts keeps it."""
+
+    experts: tuple[int, ...]
+
+    name = "protect"
+
+    def __post_init__(self) -> None:
+        good = isinstance(self.experts, list | tuple) and all(type(e) is int and e >= 0 for e in self.experts)
+        require(good and len(self.experts) > 0, f"protect({self.experts!r}): give a list of expert ids")
+        object.__setattr__(self, "experts", tuple(self.experts))
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        require(
+            max(self.experts) < num_experts, f"protect: expert {max(self.experts)} of a layer with {num_experts} experts"
+        )
+
+    def coreset(self, policy: Policy, inputs: Inputs, coreset_GE: Tensor) -> Tensor:
+        return coreset_GE | (inputs.votes(inputs.native_NE) & self._mask(inputs))
+
+    def allowed(self, policy: Policy, inputs: Inputs, allowed_NE: Tensor) -> Tensor:
+        return allowed_NE | (inputs.native_NE & self._mask(inputs))
+
+    def _mask(self, inputs: Inputs) -> Tensor:
+        ids_E = torch.arange(inputs.num_experts, device=inputs.scores_NE.device)
+        mask_E = torch.zeros_like(ids_E, dtype=torch.bool)
+        for expert in self.experts:
+            mask_E = mask_E | (ids_E == expert)
+        return mask_E
+
+    def __str__(self) -> str:
+        return f"protect({list(self.experts)})"
+
+
+@dataclass(frozen=True)
+class ShortCircuit(Guard):
+    """A group whose natural union already fits the policy's budget keeps its native routing: nothing would be
+    saved. Does nothing for policies without a budget. (Our addition to the papers.)"""
+
+    name = "short_circuit"
+
+    def coreset(self, policy: Policy, inputs: Inputs, coreset_GE: Tensor) -> Tensor:
+        fits_G1 = self._fits(policy, inputs)
+        return coreset_GE if fits_G1 is None else coreset_GE | (fits_G1 & inputs.votes(inputs.native_NE))
+
+    def allowed(self, policy: Policy, inputs: Inputs, allowed_NE: Tensor) -> Tensor:
+        fits_G1 = self._fits(policy, inputs)
+        return allowed_NE if fits_G1 is None else allowed_NE | (fits_G1[inputs.batch.group_N] & inputs.native_NE)
+
+    @staticmethod
+    def _fits(policy: Policy, inputs: Inputs) -> Tensor | None:
+        limit = policy.limit(inputs.num_experts, inputs.top_k)
+        if limit is None:
+            return None
+        bound_N1 = (inputs.batch.real_N & ~inputs.batch.exempt_N).unsqueeze(-1)
+        natural_GE = inputs.batch.group_any(inputs.native_NE & bound_N1) & ~inputs.free_GE
+        return natural_GE.sum(-1, keepdim=True) <= limit
+
+
+@dataclass(frozen=True)
+class Floor(Guard):
+    """No row loses more than a share `tau` of its native weight: a row that would gets its own best native experts
+    back until it does not. The floor beats every budget; what it adds is counted.
+
+    `tau=0` gives every row its native routing, `tau=1` never acts.
+    """
+
+    tau: float | Tensor
+
+    name = "floor"
+
+    def __post_init__(self) -> None:
+        good = isinstance(self.tau, Tensor) or (type(self.tau) in (int, float) and 0 <= self.tau <= 1)
+        require(good, f"floor({self.tau!r}): give the largest share of its weight a row may lose, 0 to 1")
+
+    def allowed(self, policy: Policy, inputs: Inputs, allowed_NE: Tensor) -> Tensor:
+        """Adds the heaviest displaced native experts while more than `tau` would still be displaced."""
+        ids_NK = inputs.native_ids_NK.long()
+        weights_NK = inputs.native_weight_NE.gather(-1, ids_NK).double()
+        missing_NK = weights_NK * ~allowed_NE.gather(-1, ids_NK)
+        heaviest = missing_NK.sort(dim=-1, descending=True, stable=True)
+        # what is displaced if this expert and all lighter ones stay out
+        left_NK = heaviest.values.flip(-1).cumsum(-1).flip(-1)
+        back_NK = left_NK > self.tau * weights_NK.sum(-1, keepdim=True)
+        added_NE = torch.zeros_like(allowed_NE).scatter(-1, ids_NK.gather(-1, heaviest.indices), back_NK)
+        return allowed_NE | added_NE
+
+
+GUARDS: dict[str, type[Guard]] = {guard.name: guard for guard in (DecodeOnly, MinBatch, Protect, ShortCircuit, Floor)}

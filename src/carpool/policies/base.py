@@ -1,0 +1,216 @@
+"""What a policy is: a pure function from the scores of a batch to the experts it may use.
+
+Shapes: `N` rows, `E` experts, `K` experts per token, `G` groups, `H` hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from carpool.batch import Batch
+from carpool.errors import CarpoolError
+from carpool.fixed import ordered_int, rank_descending, to_fixed, with_ties
+from carpool.routing import Routing, RouteSpec
+
+Number = int | float | Tensor  # a 0-d device tensor stands for a number that changes at run time
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """All that a policy may look at.
+
+    Attributes:
+        spec: the model's routing rule.
+        scores_NE: what the router ranks by; finite.
+        weights_NE: what it mixes by, over all experts, before renormalisation.
+        native_ids_NK: the host's own choice.
+        batch: groups, voters, exempt rows.
+        stats: this layer's statistics, by name.
+        hidden_NH: the router's input, for policies that ask for it.
+    """
+
+    spec: RouteSpec
+    scores_NE: Tensor
+    weights_NE: Tensor
+    native_ids_NK: Tensor
+    batch: Batch
+    stats: Mapping[str, Tensor]
+    hidden_NH: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return self.scores_NE.shape[-1]
+
+    @property
+    def top_k(self) -> int:
+        return self.native_ids_NK.shape[-1]
+
+    @cached_property
+    def experts_E(self) -> Tensor:
+        return torch.arange(self.num_experts, device=self.scores_NE.device)
+
+    @cached_property
+    def native_NE(self) -> Tensor:
+        """Mask of each row's native experts."""
+        return torch.zeros_like(self.scores_NE, dtype=torch.bool).scatter(-1, self.native_ids_NK.long(), True)
+
+    @cached_property
+    def rank_NE(self) -> Tensor:
+        """Each row's order of preference, 0 first: its native experts, then those in the model's allowed expert
+        groups, then the rest; by score within each, ties by the fixed rule."""
+        tier_NE = self.native_NE.to(torch.int64) << 33
+        kept_NE = self.spec.in_kept_groups(self.scores_NE)
+        if kept_NE is not None:
+            tier_NE = tier_NE | (kept_NE.to(torch.int64) << 32)
+        return rank_descending(with_ties(tier_NE | ordered_int(self.scores_NE)))
+
+    @cached_property
+    def voter_N1(self) -> Tensor:
+        return self.batch.voter_N.unsqueeze(-1)
+
+    @cached_property
+    def voters_G1(self) -> Tensor:
+        """Number of voters of each group, `[G, 1]`."""
+        return self.batch.group_sum(self.voter_N1.to(torch.int64))
+
+    @cached_property
+    def native_weight_NE(self) -> Tensor:
+        """Weight of each row's native experts up to the row's common factor, 0 elsewhere."""
+        weight_NE = self.weights_NE * self.native_NE
+        return weight_NE if self.spec.per_expert_scale_E is None else weight_NE * self.spec.per_expert_scale_E
+
+    @cached_property
+    def free_GE(self) -> Tensor:
+        """Experts that exempt rows of the group's step read anyway: they cost nothing."""
+        exempt_N1 = (self.batch.exempt_N & self.batch.real_N).unsqueeze(-1)
+        return self.batch.step_any(self.native_NE & exempt_N1)[self.batch.step_G]
+
+    def votes(self, mask_NE: Tensor) -> Tensor:
+        """Experts for which any voter of the group has the mask set, `[G, E]`."""
+        return self.batch.group_any(mask_NE & self.voter_N1)
+
+    def utility(self, values_NE: Tensor) -> Tensor:
+        """Exact column sums of non-negative values over the voters of each group, `[G, E]` int64 fixed point."""
+        return self.batch.group_sum(to_fixed(values_NE) * self.voter_N1)
+
+    def top_by_utility(self, utility_GE: Tensor, size: Number, start_GE: Tensor | None = None) -> Tensor:
+        """The coreset `[G, E]` that starts from `start_GE` and takes the experts of largest utility until it
+        holds `size` experts; free experts are not counted (they join every coreset later)."""
+        tier_GE = -self.free_GE.to(torch.int64)
+        if start_GE is not None:
+            tier_GE = tier_GE + start_GE.to(torch.int64) * ~self.free_GE
+        rank_GE = rank_descending(with_ties(utility_GE + ((tier_GE + 1) << 50)))
+        chosen_GE = rank_GE < size
+        return chosen_GE if start_GE is None else chosen_GE | start_GE
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One published method. Subclass it, implement `coreset` (most methods) or `allowed`/`assign`, and
+    register it under the name the text form uses. Instances hold numbers only, never tensors of a model."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    kind: ClassVar[Literal["token", "group"]] = "group"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        """Raises CarpoolError if the parameters are impossible for a layer with `E` experts, `K` a token."""
+
+    def limit(self, num_experts: int, top_k: int) -> Number | None:
+        """The largest coreset that the budget asks for (None: the method has no budget); for `short_circuit`."""
+        return None
+
+    def required_stats(self) -> tuple[str, ...]:
+        """Names of the per-layer statistics that `Inputs.stats` must hold."""
+        return self.needs
+
+    def prepare(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `Inputs.stats` shall hold for a layer, derived once from the statistics file's tensors."""
+        return {name: stats[name] for name in self.required_stats()}
+
+    def coreset(self, inputs: Inputs) -> Tensor:
+        """The experts a group may use, bool `[G, E]`; default: all of them."""
+        shape = (inputs.batch.num_groups, inputs.num_experts)
+        return torch.ones(shape, dtype=torch.bool, device=inputs.scores_NE.device)
+
+    def allowed(self, inputs: Inputs, coreset_GE: Tensor) -> Tensor:
+        """The experts a row may use, bool `[N, E]`; default: its group's coreset."""
+        return self.by_row(inputs, coreset_GE)
+
+    @staticmethod
+    def by_row(inputs: Inputs, values_GE: Tensor) -> Tensor:
+        """A group's values for each of its rows, `[N, E]`."""
+        return values_GE.expand(inputs.scores_NE.shape) if len(values_GE) == 1 else values_GE[inputs.batch.group_N]
+
+    def assign(self, inputs: Inputs, allowed_NE: Tensor, coreset_GE: Tensor) -> Routing:
+        """Experts and weights of every row; default: the model's own rule inside the allowed set (backfill)."""
+        return backfill(inputs, allowed_NE)
+
+    def __str__(self) -> str:
+        shown = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.default is MISSING or value != field.default:
+                shown.append(f"{field.name}={value!r}")
+        return f"{self.name}({', '.join(shown)})"
+
+
+def backfill(inputs: Inputs, allowed_NE: Tensor) -> Routing:
+    """The best `K` allowed experts of every row in its order of preference, mixed by the model's rule."""
+    return _take(inputs, allowed_NE, inputs.top_k)
+
+
+def drop(inputs: Inputs, allowed_NE: Tensor) -> Routing:
+    """The row's native experts that are allowed, nothing in place of the others (but never no expert at all)."""
+    kept_NE = allowed_NE & inputs.native_NE
+    none_N1 = ~kept_NE.any(-1, keepdim=True)
+    best_NE = inputs.rank_NE == torch.where(allowed_NE, inputs.rank_NE, inputs.num_experts).amin(-1, keepdim=True)
+    return _take(inputs, kept_NE | (best_NE & none_N1), inputs.top_k)
+
+
+def _take(inputs: Inputs, allowed_NE: Tensor, count: int) -> Routing:
+    blocked = inputs.num_experts
+    order_NE = torch.where(allowed_NE, inputs.rank_NE, inputs.rank_NE + blocked)
+    first = order_NE.topk(count, dim=-1, largest=False, sorted=True)
+    kept_NK = first.values < blocked
+    ids_NK = torch.where(kept_NK, first.indices, first.indices[:, :1])
+    return Routing(ids_NK.int(), inputs.spec.mix(inputs.weights_NE, ids_NK, kept_NK))
+
+
+def merge_duplicates(ids_NK: Tensor, weights_NK: Tensor) -> Routing:
+    """Each id once per row: its first slot gets the sum of the weights, later slots the row's first id and 0."""
+    same_NKK = ids_NK.unsqueeze(-1) == ids_NK.unsqueeze(-2)
+    first_NK = ~same_NKK.tril(-1).any(-1)
+    merged_NK = (same_NKK * weights_NK.unsqueeze(-2)).sum(-1).to(weights_NK.dtype) * first_NK
+    return Routing(torch.where(first_NK, ids_NK, ids_NK[:, :1]).int(), merged_NK)
+
+
+def resolve_budget(name: str, budget: Any, num_experts: int) -> Number:
+    """A budget as a number of experts: an int counts them, a float in (0, 1] is `floor(budget * E)`.
+
+    Raises:
+        CarpoolError: not a number in range, or a share that gives less than one expert.
+    """
+    if isinstance(budget, Tensor):
+        return budget
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        raise CarpoolError(f"{name}={budget!r}: give a number of experts (int) or a share of them (float in (0, 1])")
+    count = int(budget * num_experts) if isinstance(budget, float) and 0 < budget <= 1 else budget
+    if not isinstance(count, int):
+        raise CarpoolError(f"{name}={budget!r}: a float is a share of the experts and must be in (0, 1]")
+    if not 1 <= count <= num_experts:
+        raise CarpoolError(f"{name}={budget!r} asks for {count} of {num_experts} experts; use 1 to {num_experts}")
+    return count
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises CarpoolError with the message unless the condition holds."""
+    if not condition:
+        raise CarpoolError(message)

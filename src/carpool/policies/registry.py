@@ -1,0 +1,48 @@
+"""The names of policies: built-in ones, and those of other packages (entry points of the group `carpool.policies`)."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import entry_points
+
+from carpool.errors import CarpoolError
+from carpool.policies.base import Policy
+
+ENTRY_POINTS = "carpool.policies"
+_registry: dict[str, type[Policy]] = {}
+
+
+def register(policy: type[Policy]) -> type[Policy]:
+    """Class decorator: make a policy known under its `name`.
+
+    Raises:
+        CarpoolError: no snake_case name, no paper, no docstring, an unknown kind, or a name that is taken.
+    """
+    name = getattr(policy, "name", None)
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise CarpoolError(f"{policy.__name__}.name is {name!r}; a policy needs a snake_case name")
+    if not getattr(policy, "paper", "") or not policy.__doc__:
+        raise CarpoolError(f"{policy.__name__} needs a `paper` and a docstring that says what it does")
+    if policy.kind not in ("token", "group"):
+        raise CarpoolError(f"{policy.__name__}.kind is {policy.kind!r}; use 'token' or 'group'")
+    if _registry.setdefault(name, policy) is not policy:
+        raise CarpoolError(f"the policy name {name!r} is taken by {_registry[name].__name__}")
+    return policy
+
+
+def policies() -> dict[str, type[Policy]]:
+    """All policies by name, those of installed packages included."""
+    import carpool.policies  # noqa: F401  the built-in ones register on import
+
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name not in _registry:
+            register(point.load())
+    return dict(sorted(_registry.items()))
+
+
+def policy_class(name: str) -> type[Policy]:
+    """Raises CarpoolError with the known names if there is no such policy."""
+    known = policies()
+    if name not in known:
+        raise CarpoolError(f"unknown policy {name!r}; known policies: {', '.join(known)}")
+    return known[name]
