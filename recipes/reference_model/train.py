@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from corpus import END_OF_TEXT, PAD, load_config
 from experts import register
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 CHECKPOINT_SECONDS = 600
 LOSS_ROWS = 512

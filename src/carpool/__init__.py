@@ -1,10 +1,10 @@
 """Carpool: let the tokens of a batch share experts, so that batched inference of MoE models reads fewer of them.
 
-    import carpool
+import carpool
 
-    with carpool.share(model, "xshare(budget=16)") as run:
-        model.generate(...)
-    print(run.report())
+with carpool.share(model, "xshare(budget=16)") as run:
+    model.generate(...)
+print(run.report())
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from carpool.batch import Batch, Grouping
 from carpool.errors import CarpoolError
 from carpool.grammar import Plan, parse
 from carpool.pipeline import Outcome, route
-from carpool.routing import Routing, RouteSpec
+from carpool.routing import RouteSpec, Routing
 
 __version__ = "0.1.0"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class Batch:
     device_E: Tensor | None = None
 
     @classmethod
-    def of(cls, num_rows: int, *, device: torch.device | str = "cpu", **given) -> Batch:
+    def of(cls, num_rows: int, *, device: torch.device | str = "cpu", **given: Any) -> Batch:
         """A batch of `num_rows` real rows that all vote in one group, but for what is given."""
         if num_rows > MAX_ROWS:
             raise CarpoolError(f"{num_rows} rows in one forward pass; Carpool handles up to {MAX_ROWS}, split the pass")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from carpool.batch import Batch
 from carpool.pipeline import Outcome
@@ -69,10 +69,12 @@ class Counters:
     def report(self) -> list[LayerReport]:
         """Read the totals (this is where the device is waited for)."""
         rows = self._totals_LF.cpu().tolist()
-        return [
-            LayerReport(layer, *(int(value) for value in values[:-1]), values[-1])
-            for layer, values in zip(self.layers, rows, strict=True)
-        ]
+        reports = []
+        for layer, values in zip(self.layers, rows, strict=True):
+            *counts, displaced_mass = values
+            named: dict[str, Any] = dict(zip(FIELDS[:-1], map(int, counts), strict=True))
+            reports.append(LayerReport(layer, **named, displaced_mass=displaced_mass))
+        return reports
 
 
 def totals(report: list[LayerReport]) -> dict[str, float]:

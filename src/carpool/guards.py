@@ -84,7 +84,8 @@ class Protect(Guard):
 
     def check(self, num_experts: int, top_k: int) -> None:
         require(
-            max(self.experts) < num_experts, f"protect: expert {max(self.experts)} of a layer with {num_experts} experts"
+            max(self.experts) < num_experts,
+            f"protect: expert {max(self.experts)} of a layer with {num_experts} experts",
         )
 
     def coreset(self, policy: Policy, inputs: Inputs, coreset_GE: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The one way from router logits to a routing under a plan.
 
-    logits ──► RouteSpec.scores ──► Policy.coreset ──► Policy.allowed ──► Policy.assign ──► Routing
-                                        └── guards ──────┘
+logits ──► RouteSpec.scores ──► Policy.coreset ──► Policy.allowed ──► Policy.assign ──► Routing
+                                    └── guards ──────┘
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from carpool.batch import Batch
 from carpool.grammar import Plan
 from carpool.guards import Floor
 from carpool.policies.base import Inputs
-from carpool.routing import Routing, RouteSpec
+from carpool.routing import RouteSpec, Routing
 
 TINY = 1e-30  # below every weight that matters; keeps 0 / 0 out
 

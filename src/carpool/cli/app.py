@@ -47,8 +47,6 @@ def list_policies() -> None:
 
     table = Table("name", "parameters", "kind", "paper", box=None, header_style="bold")
     for name, policy in policies().items():
-        shown = [
-            f.name if f.default is MISSING else f"{f.name}={f.default!r}" for f in fields(policy) if f.init
-        ]
+        shown = [f.name if f.default is MISSING else f"{f.name}={f.default!r}" for f in fields(policy) if f.init]
         table.add_row(name, ", ".join(shown), policy.kind, policy.paper)
     Console().print(table)

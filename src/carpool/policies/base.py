@@ -16,7 +16,7 @@ from torch import Tensor
 from carpool.batch import Batch
 from carpool.errors import CarpoolError
 from carpool.fixed import ordered_int, rank_descending, to_fixed, with_ties
-from carpool.routing import Routing, RouteSpec
+from carpool.routing import RouteSpec, Routing
 
 Number = int | float | Tensor  # a 0-d device tensor stands for a number that changes at run time
 
