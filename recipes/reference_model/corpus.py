@@ -26,6 +26,12 @@ def load_config() -> dict:
     return tomllib.loads((HERE / "config.toml").read_text())
 
 
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def documents(corpus: Path, domain: str, split: str) -> Iterator[str]:
     with (corpus / domain / f"{split}.jsonl").open(encoding="utf-8") as lines:
         for line in lines:

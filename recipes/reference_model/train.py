@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from corpus import END_OF_TEXT, PAD, load_config
 from experts import register
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 CHECKPOINT_SECONDS = 600
@@ -70,7 +70,7 @@ def backward(model: PreTrainedModel, tokens: torch.Tensor, routers: list[torch.T
     leaf_ND = hidden.detach().flatten(0, 1).requires_grad_()
     total = 0.0
     for rows_CD, targets_C in zip(leaf_ND.split(LOSS_ROWS), tokens[:, 1:].flatten().split(LOSS_ROWS), strict=True):
-        loss = F.cross_entropy(model.lm_head(rows_CD).float(), targets_C, reduction="sum") / leaf_ND.shape[0]
+        loss = cross_entropy(model.lm_head(rows_CD).float(), targets_C, reduction="sum") / leaf_ND.shape[0]
         loss.backward()
         total += loss.item()
     even = balance_loss(routers, model.config.num_experts_per_tok)
@@ -86,7 +86,7 @@ def learning_rate_factor(step: int, steps: int, train: dict) -> float:
 
 def save_atomically(state: dict, path: Path) -> None:
     torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    path.with_suffix(".tmp").replace(path)
 
 
 def save_model(model: PreTrainedModel, work: Path, **facts) -> None:
