@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,27 +24,54 @@ TINY = 1e-30  # below every weight that matters; keeps 0 / 0 out
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a plan made of one layer's batch.
+    """What a plan made of one layer's batch. The measures are computed when they are asked for.
 
     Attributes:
         routing: for the experts module.
+        inputs: what the policy saw, with the batch as the guards left it.
         coreset_GE: the experts each group may use, free experts included; what the floor or a critical expert
             adds for single rows is not.
+        allowed_NE: the experts each row may use.
+        unfloored_NE: the same before the floor.
         changed_N: rows whose routing differs from the native one.
-        displaced_N: displaced mass of each row, a share of its native weight in [0, 1], float32.
-        natural_SE, union_SE: experts read in each step under native routing and now.
-        overflow_SE: experts that a step reads only because of the floor.
         nonfinite_N: rows with NaN or infinite logits; they kept their native routing.
     """
 
     routing: Routing
+    inputs: Inputs
     coreset_GE: Tensor
+    allowed_NE: Tensor
+    unfloored_NE: Tensor
     changed_N: Tensor
-    displaced_N: Tensor
-    natural_SE: Tensor
-    union_SE: Tensor
-    overflow_SE: Tensor
     nonfinite_N: Tensor
+
+    @cached_property
+    def displaced_N(self) -> Tensor:
+        """Displaced mass of each row, a share of its native weight in [0, 1]."""
+        native_NE = self.inputs.native_weight_NE
+        return (native_NE * ~self.allowed_NE).sum(-1) / native_NE.sum(-1).clamp_min(TINY)
+
+    @cached_property
+    def computed_NE(self) -> Tensor:
+        """The experts that each row reads (a weight-0 slot repeats an id and adds none)."""
+        return torch.zeros_like(self.allowed_NE).scatter(-1, self.routing.ids_NK.long(), True)
+
+    @cached_property
+    def natural_SE(self) -> Tensor:
+        """Experts that each step would read under native routing."""
+        return self.inputs.batch.step_any(self.inputs.native_NE)
+
+    @cached_property
+    def union_SE(self) -> Tensor:
+        """Experts that each step reads."""
+        return self.inputs.batch.step_any(self.computed_NE)
+
+    @cached_property
+    def overflow_SE(self) -> Tensor:
+        """Experts that a step reads only because of the floor."""
+        batch = self.inputs.batch
+        added_SE = batch.step_any(self.allowed_NE & ~self.unfloored_NE)
+        return added_SE & ~batch.step_any(self.computed_NE & self.unfloored_NE)
 
 
 def route(
@@ -83,33 +111,17 @@ def route(
     for guard in plan.guards:
         coreset_GE = guard.coreset(plan.policy, inputs, coreset_GE)
     allowed_NE = plan.policy.allowed(inputs, coreset_GE) | (batch.exempt_N.unsqueeze(-1) & inputs.native_NE)
-    before_floor_NE = allowed_NE
+    unfloored_NE = allowed_NE
     for guard in plan.guards:
         if isinstance(guard, Floor):
-            before_floor_NE = allowed_NE
+            unfloored_NE = allowed_NE
         allowed_NE = guard.allowed(plan.policy, inputs, allowed_NE)
 
-    lost_NE = inputs.native_NE & ~allowed_NE
-    changed_N = lost_NE.any(-1)
+    changed_N = (inputs.native_NE & ~allowed_NE).any(-1)
     changed_N1 = changed_N.unsqueeze(-1)
     shared = plan.policy.assign(inputs, allowed_NE, coreset_GE)
     routing = Routing(
         torch.where(changed_N1, shared.ids_NK.to(native.ids_NK.dtype), native.ids_NK),
         torch.where(changed_N1, shared.weights_NK.to(native.weights_NK.dtype), native.weights_NK),
     )
-    computed_NE = _computed(inputs.native_NE, routing)
-    return Outcome(
-        routing=routing,
-        coreset_GE=coreset_GE,
-        changed_N=changed_N,
-        displaced_N=(inputs.native_weight_NE * lost_NE).sum(-1) / inputs.native_weight_NE.sum(-1).clamp_min(TINY),
-        natural_SE=batch.step_any(inputs.native_NE),
-        union_SE=batch.step_any(computed_NE),
-        overflow_SE=batch.step_any(allowed_NE & ~before_floor_NE) & ~batch.step_any(computed_NE & before_floor_NE),
-        nonfinite_N=nonfinite_N,
-    )
-
-
-def _computed(native_NE: Tensor, routing: Routing) -> Tensor:
-    """Mask `[N, E]` of the experts that are read; a weight-0 slot repeats an id and adds none."""
-    return torch.zeros_like(native_NE).scatter(-1, routing.ids_NK.long(), True)
+    return Outcome(routing, inputs, coreset_GE, allowed_NE, unfloored_NE, changed_N, nonfinite_N)
