@@ -1,0 +1,69 @@
+"""Writing files so that nobody ever sees half of one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from carpool.errors import CarpoolError
+
+
+def require_writable(path: str | Path) -> Path:
+    """The path, if a file can be written there; call it before long work.
+
+    Raises:
+        CarpoolError: the folder is missing or read-only, or the path names something that is no regular file.
+    """
+    path = Path(path)
+    folder = path.resolve().parent
+    if path.exists() and not path.is_file():
+        raise CarpoolError(f"cannot write {path}: it exists and is not a regular file")
+    if not folder.is_dir():
+        raise CarpoolError(f"cannot write {path}: the folder {folder} does not exist")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CarpoolError(f"cannot write {path}: the folder {folder} is not writable")
+    return path
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends, and vanishes if the block raises.
+
+    An older file at `path` stays as it was until the new one is complete and on disk.
+
+    Raises:
+        CarpoolError: the file cannot be written (see `require_writable`), or the disk says no.
+    """
+    target = require_writable(path).resolve()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())
+        temporary.replace(target)
+    except OSError as error:
+        raise CarpoolError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, content: str) -> None:
+    """Write a UTF-8 text file in one piece (see `atomic_path`)."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex digest of a file's bytes.
+
+    Raises:
+        CarpoolError: the file cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CarpoolError(f"cannot read {path}: {error.strerror}") from None
