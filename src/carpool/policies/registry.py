@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 
 from carpool.errors import CarpoolError
 from carpool.policies.base import Policy
@@ -30,11 +31,17 @@ def register(policy: type[Policy]) -> type[Policy]:
     return policy
 
 
+@cache
+def _installed() -> tuple[EntryPoint, ...]:
+    """Scanning all installed distributions takes a tenth of a second: once per process."""
+    return tuple(entry_points(group=ENTRY_POINTS))
+
+
 def policies() -> dict[str, type[Policy]]:
     """All policies by name, those of installed packages included."""
     import carpool.policies  # noqa: F401  the built-in ones register on import
 
-    for point in entry_points(group=ENTRY_POINTS):
+    for point in _installed():
         if point.name not in _registry:
             register(point.load())
     return dict(sorted(_registry.items()))

@@ -1,0 +1,142 @@
+"""Policy files: a plan, its settings per layer, the model it was made for and the statistics it needs.
+
+A policy file is JSON. Both hosts load it; the statistics lie beside it and are named by their sha256.
+
+    {"schema": 1, "policy": "xshare(budget=32) | floor(0.3)",
+     "layers": {"0": {"budget": 48}, "5": {"budget": 24, "floor": 0.2}},
+     "model": {"fingerprint": "...", "num_layers": 16, "num_experts": 64, "top_k": 8},
+     "statistics": {"file": "stats.safetensors", "sha256": "..."},
+     "curve": [...]}
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from carpool.errors import CarpoolError
+from carpool.files import sha256_file, write_text
+from carpool.grammar import Plan, parse
+from carpool.guards import Floor, Guard
+
+SCHEMA = 1
+MAX_BYTES = 16 << 20
+KEYS = {"schema", "policy", "layers", "model", "statistics", "curve"}
+
+
+@dataclass(frozen=True)
+class PolicyFile:
+    """What a policy file says.
+
+    Attributes:
+        plan: for every layer that has no settings of its own.
+        layers: by layer index, parameters of the policy that differ (and `floor`, the floor's tau).
+        model: fingerprint, num_layers, num_experts and top_k of the model it was made for; may be empty.
+        statistics: path of the statistics file, or None.
+        curve: measured points, as whatever made the file wrote them.
+    """
+
+    plan: Plan
+    layers: dict[int, dict[str, Any]] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    statistics: Path | None = None
+    curve: tuple[Any, ...] = ()
+
+    def plan_for(self, layer: int) -> Plan:
+        """The plan of one layer."""
+        settings = dict(self.layers.get(layer, {}))
+        guards: tuple[Guard, ...] = self.plan.guards
+        if "floor" in settings:
+            guards = (*(guard for guard in guards if not isinstance(guard, Floor)), Floor(settings.pop("floor")))
+        return Plan(replace(self.plan.policy, **settings), guards)
+
+    @classmethod
+    def load(cls, path: Path | str) -> PolicyFile:
+        """Raises CarpoolError: no such file, not a policy file, a bad setting, or other statistics than it names."""
+        path = Path(path)
+        content = _read(path)
+        unknown = set(content) - KEYS
+        if unknown:
+            raise CarpoolError(
+                f"{path}: unknown key {sorted(unknown)[0]!r}; a policy file has {', '.join(sorted(KEYS))}"
+            )
+        if content.get("schema") != SCHEMA:
+            raise CarpoolError(
+                f"{path}: schema {content.get('schema')!r}, this version of Carpool reads schema {SCHEMA}"
+            )
+        layers, model = content.get("layers", {}), content.get("model", {})
+        if not isinstance(layers, dict) or not isinstance(model, dict):
+            raise CarpoolError(f"{path}: 'layers' and 'model' must be objects")
+        loaded = cls(
+            plan=parse(content.get("policy")),  # type: ignore[arg-type]
+            layers={_layer_index(path, key): _settings(path, key, value) for key, value in layers.items()},
+            model=model,
+            statistics=_statistics(path, content.get("statistics")),
+            curve=tuple(content.get("curve", ())),
+        )
+        names = {parameter.name for parameter in fields(loaded.plan.policy)} | {"floor"}
+        for index, settings in loaded.layers.items():
+            for name in settings:
+                if name not in names:
+                    takes = ", ".join(sorted(names))
+                    raise CarpoolError(f"{path}: layer {index} sets {name!r}; {loaded.plan.policy.name} takes {takes}")
+            loaded.plan_for(index)  # raises on values that the policy refuses
+        return loaded
+
+    def save(self, path: Path | str) -> None:
+        """Write the file whole or not at all; the statistics must lie in the same folder."""
+        path = Path(path)
+        content: dict[str, Any] = {"schema": SCHEMA, "policy": str(self.plan)}
+        if self.layers:
+            content["layers"] = {str(index): settings for index, settings in sorted(self.layers.items())}
+        if self.model:
+            content["model"] = self.model
+        if self.statistics is not None:
+            if self.statistics.resolve().parent != path.resolve().parent:
+                raise CarpoolError(f"{self.statistics} is not beside {path}; put both into one folder")
+            content["statistics"] = {"file": self.statistics.name, "sha256": sha256_file(self.statistics)}
+        if self.curve:
+            content["curve"] = list(self.curve)
+        write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise CarpoolError(f"{path} has {path.stat().st_size} bytes; a policy file has at most {MAX_BYTES}")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CarpoolError(f"cannot read the policy file {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise CarpoolError(f"{path} is not a policy file (JSON)") from None
+    if not isinstance(content, dict):
+        raise CarpoolError(f"{path} is not a policy file: it holds no JSON object")
+    return content
+
+
+def _layer_index(path: Path, key: str) -> int:
+    if not key.isdecimal() or len(key) > 6:
+        raise CarpoolError(f"{path}: {key!r} is no layer index")
+    return int(key)
+
+
+def _settings(path: Path, key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise CarpoolError(f"{path}: the settings of layer {key} must be an object of parameters")
+    return value
+
+
+def _statistics(path: Path, entry: Any) -> Path | None:
+    if entry is None:
+        return None
+    name = entry.get("file") if isinstance(entry, dict) else None
+    if not isinstance(name, str) or not name or Path(name).name != name:
+        raise CarpoolError(f"{path}: 'statistics' must name a file in the same folder and its sha256")
+    found = path.parent / name
+    if not found.is_file():
+        raise CarpoolError(f"{path} needs the statistics {found}, which is not there")
+    if sha256_file(found) != entry.get("sha256"):
+        raise CarpoolError(f"{found} is not the file that {path} was made with (sha256 differs); calibrate again")
+    return found
