@@ -34,6 +34,9 @@ class Batch:
         step_N: int64 in `[0, num_steps)`, the engine step a row runs in; rows of one step read experts together.
         num_steps: static.
         device_E: int64, the device that holds each expert; None without expert parallelism.
+        request_N: int64 in `[0, num_requests)`, the request of each row, for policies that look at requests inside
+            a group; None if the host does not say.
+        num_requests: static; 0 without `request_N`.
     """
 
     group_N: Tensor
@@ -45,6 +48,8 @@ class Batch:
     num_steps: int = 1
     prefill_N: Tensor | None = None
     device_E: Tensor | None = None
+    request_N: Tensor | None = None
+    num_requests: int = 0
 
     @classmethod
     def of(cls, num_rows: int, *, device: torch.device | str = "cpu", **given: Any) -> Batch:
@@ -58,6 +63,8 @@ class Batch:
         voter_N = given.pop("voter_N", yes) & real_N & ~exempt_N
         group_N, num_groups = given.pop("group_N", zero), given.pop("num_groups", 1)
         step_N = given.pop("step_N", zero)
+        if (given.get("request_N") is None) != (given.get("num_requests", 0) == 0):
+            raise CarpoolError("a batch takes request_N and num_requests together")
         return cls(group_N, num_groups, real_N, voter_N, exempt_N, step_N, **given)
 
     def exempting(self, rows_N: Tensor) -> Batch:

@@ -1,23 +1,37 @@
 """Published methods, one file each (see `carpool policies`)."""
 
+from carpool.policies.allow_list import AllowList
 from carpool.policies.base import Inputs, Policy
+from carpool.policies.base_energy import BASE
 from carpool.policies.controls import RandomCoreset, TopK
 from carpool.policies.des import DESSeq, DESVote
+from carpool.policies.lynx import Lynx
 from carpool.policies.oea import OEA
 from carpool.policies.registry import policies, policy_class, register
 from carpool.policies.sere import SERE
+from carpool.policies.skipping import LayerThreshold, TailMass, TopP
 from carpool.policies.xshare import XShare
+from carpool.policies.xshare_parallel import XShareExpertParallel
+from carpool.policies.xshare_speculative import XShareSpeculative
 
 __all__ = [
+    "BASE",
     "OEA",
     "SERE",
+    "AllowList",
     "DESSeq",
     "DESVote",
     "Inputs",
+    "LayerThreshold",
+    "Lynx",
     "Policy",
     "RandomCoreset",
+    "TailMass",
     "TopK",
+    "TopP",
     "XShare",
+    "XShareExpertParallel",
+    "XShareSpeculative",
     "policies",
     "policy_class",
     "register",

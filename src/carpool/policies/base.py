@@ -102,12 +102,15 @@ class Inputs:
     def top_by_utility(self, utility_GE: Tensor, size: Number, start_GE: Tensor | None = None) -> Tensor:
         """The coreset `[G, E]` that starts from `start_GE` and takes the experts of largest utility until it
         holds `size` experts; free experts are not counted (they join every coreset later)."""
+        chosen_GE = self.utility_rank(utility_GE, start_GE) < size
+        return chosen_GE if start_GE is None else chosen_GE | start_GE
+
+    def utility_rank(self, utility_GE: Tensor, start_GE: Tensor | None = None) -> Tensor:
+        """Rank of each expert in its group, 0 first: `start_GE`, then the rest, then what is free; each by utility."""
         tier_GE = -self.free_GE.to(torch.int64)
         if start_GE is not None:
             tier_GE = tier_GE + start_GE.to(torch.int64) * ~self.free_GE
-        rank_GE = rank_descending(with_ties(utility_GE + ((tier_GE + 1) << 50)))
-        chosen_GE = rank_GE < size
-        return chosen_GE if start_GE is None else chosen_GE | start_GE
+        return rank_descending(with_ties(utility_GE + ((tier_GE + 1) << 50)))
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ class Policy:
     paper: ClassVar[str]
     kind: ClassVar[Literal["token", "group"]] = "group"
     needs: ClassVar[tuple[str, ...]] = ()
+    needs_hidden: ClassVar[bool] = False  # whether `Inputs.hidden_NH` must be given
 
     def check(self, num_experts: int, top_k: int) -> None:
         """Raises CarpoolError if the parameters are impossible for a layer with `E` experts, `K` a token."""

@@ -1,0 +1,107 @@
+"""Allow lists: a fixed set of experts per layer, for instance those that one domain needs (EASY-EP)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from carpool.fixed import ordered_int, rank_descending, with_ties
+from carpool.policies.base import Inputs, Policy, drop, require, resolve_budget
+from carpool.policies.registry import register
+from carpool.routing import Routing
+
+
+@register
+@dataclass(frozen=True)
+class AllowList(Policy):
+    """Every token uses the experts of a fixed list only.
+
+    The deployment of EASY-EP (arXiv 2504.06792): a domain needs few of a model's experts, and a handful of samples
+    from it (prompts with the model's own answers) finds them. The list bounds the union at every batch size.
+
+    Parameters:
+        experts: the allowed experts. Lists that differ by layer come from a policy file.
+        size: instead of `experts`: the layer's `size` experts with the highest score in the statistics; an int
+            counts experts, a float in (0, 1] is a share of `E`. The paper keeps a half or a quarter.
+        fill: `backfill` gives a token its next best allowed experts, `drop` only the native ones that are allowed
+            (and its best allowed one if there are none).
+
+    Statistics: with `size`, `easy_ep [E]`; with neither parameter, `allow [E]` (a mask).
+
+    Reading of the paper: an expert outside the list is never chosen, also where its score is the only one that is
+    left of the groups a row may use (the released mask lets it through there).
+
+    Identity: all experts, or `size=E`.
+    """
+
+    experts: tuple[int, ...] | None = None
+    size: int | float | None = None
+    fill: Literal["backfill", "drop"] = "backfill"
+
+    name = "allow_list"
+    paper = "EASY-EP, arXiv 2504.06792"
+    kind = "token"
+
+    def __post_init__(self) -> None:
+        require(
+            self.experts is None or self.size is None, "allow_list takes either experts=[...] or size=..., not both"
+        )
+        require(self.fill in ("backfill", "drop"), f"fill={self.fill!r}: use 'backfill' or 'drop'")
+        if self.experts is not None:
+            good = isinstance(self.experts, list | tuple) and all(type(e) is int and e >= 0 for e in self.experts)
+            require(good and len(self.experts) > 0, f"experts={self.experts!r}: give a list of expert ids")
+            object.__setattr__(self, "experts", tuple(sorted(set(self.experts))))
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        if self.experts is not None:
+            require(
+                self.experts[-1] < num_experts,
+                f"allow_list: expert {self.experts[-1]} of a layer with {num_experts} experts",
+            )
+        if self.size is not None:
+            resolve_budget("size", self.size, num_experts)
+
+    def required_stats(self) -> tuple[str, ...]:
+        if self.size is not None:
+            return ("easy_ep",)
+        return () if self.experts is not None else ("allow",)
+
+    def prepare(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`allow [E]` bool."""
+        if self.experts is not None:
+            return {}
+        if self.size is None:
+            allow_E = stats["allow"].bool()
+            require(bool(allow_E.any()), "allow_list: the statistics allow no expert in a layer")
+            return {"allow": allow_E}
+        scores_E = stats["easy_ep"]
+        size = resolve_budget("size", self.size, scores_E.shape[-1])
+        return {"allow": rank_descending(with_ties(ordered_int(scores_E))) < size}
+
+    def coreset(self, inputs: Inputs) -> Tensor:
+        """The list, bool `[G, E]`."""
+        return self._allow_E(inputs).expand(inputs.batch.num_groups, -1)
+
+    def allowed(self, inputs: Inputs, coreset_GE: Tensor) -> Tensor:
+        """The list alone, bool `[N, E]`: what other rows read for free does not count, or rows would see the batch."""
+        return self._allow_E(inputs).expand(inputs.scores_NE.shape)
+
+    def assign(self, inputs: Inputs, allowed_NE: Tensor, coreset_GE: Tensor) -> Routing:
+        return drop(inputs, allowed_NE) if self.fill == "drop" else super().assign(inputs, allowed_NE, coreset_GE)
+
+    def _allow_E(self, inputs: Inputs) -> Tensor:
+        if self.experts is None:
+            return inputs.stats["allow"]
+        return _mask(self.experts, inputs.num_experts, inputs.scores_NE.device)
+
+
+@lru_cache(maxsize=4096)
+def _mask(experts: tuple[int, ...], num_experts: int, device: torch.device) -> Tensor:
+    """Copied to the device once: a copy from the host cannot be part of a captured graph."""
+    chosen = set(experts)
+    return torch.tensor([expert in chosen for expert in range(num_experts)], device=device)

@@ -1,0 +1,85 @@
+"""XShare for speculative decoding: first a set for each request, then one for the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from carpool.errors import CarpoolError
+from carpool.policies.base import Inputs, Number, Policy, require, resolve_budget
+from carpool.policies.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class XShareSpeculative(Policy):
+    """A small set of experts for each request's draft tokens; the union of these sets, brought to the batch's budget.
+
+    Based on XShare (arXiv 2602.07265), section on speculative decoding: the tokens that one request verifies in a
+    step prefer similar experts, so a few per request serve all of them.
+
+    Parameters:
+        budget: size of the batch's coreset; an int counts experts, a float in (0, 1] is a share of `E`.
+        request_budget: size of a request's set, in the same units.
+        warmup: each voter's best `warmup` experts are always kept, in the request's set and in the coreset.
+        merge: `topup` keeps the whole union of the requests' sets and adds experts by the batch's gating mass, so
+            the coreset holds `max(budget, union)`; with `budget=1` the requests alone decide. `prune` takes the
+            experts of largest mass out of that union, so the coreset holds at most `max(budget, warm-up union)`.
+
+    Needs `Batch.request_N`. The verification step then samples from a changed model: acceptance is exact with respect
+    to that one, not to the original.
+
+    Reading of the paper: sources leave open which of the two merges is meant, hence both.
+
+    Identity: `budget=E`, with `prune` also `request_budget=E`.
+    """
+
+    budget: int | float | Tensor
+    request_budget: int | float | Tensor
+    warmup: int | Tensor = 1
+    merge: Literal["topup", "prune"] = "topup"
+
+    name = "xshare_speculative"
+    paper = "XShare, arXiv 2602.07265"
+
+    def __post_init__(self) -> None:
+        require(self.merge in ("topup", "prune"), f"merge={self.merge!r}: use 'topup' or 'prune'")
+        require(
+            isinstance(self.warmup, Tensor) or (type(self.warmup) is int and self.warmup >= 0),
+            f"warmup={self.warmup!r}: give a number of experts, 0 or more",
+        )
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        resolve_budget("budget", self.budget, num_experts)
+        resolve_budget("request_budget", self.request_budget, num_experts)
+        require(
+            isinstance(self.warmup, Tensor) or self.warmup <= top_k,
+            f"warmup={self.warmup!r} exceeds the model's {top_k} experts per token",
+        )
+
+    def limit(self, num_experts: int, top_k: int) -> Number:
+        return resolve_budget("budget", self.budget, num_experts)
+
+    def coreset(self, inputs: Inputs) -> Tensor:
+        """Bool `[G, E]`."""
+        batch = inputs.batch
+        if batch.request_N is None:
+            raise CarpoolError(
+                "xshare_speculative needs the request of each row, which this run does not say; use xshare(budget=...)"
+            )
+        warm_NE = inputs.rank_NE < self.warmup
+        request_size = resolve_budget("request_budget", self.request_budget, inputs.num_experts)
+        size = resolve_budget("budget", self.budget, inputs.num_experts)
+
+        requests = replace(inputs, batch=replace(batch, group_N=batch.request_N, num_groups=batch.num_requests))
+        mass_RE = requests.utility(inputs.weights_NE)
+        set_RE = requests.top_by_utility(mass_RE, request_size, requests.votes(warm_NE))
+
+        mass_GE = inputs.utility(inputs.weights_NE)
+        union_GE = inputs.votes(set_RE[batch.request_N])
+        if self.merge == "topup":
+            return inputs.top_by_utility(mass_GE, size, union_GE)
+        # an expert outside the union has no mass to offer; it may still fill the set, hence the mask
+        return inputs.top_by_utility(mass_GE * union_GE, size, inputs.votes(warm_NE)) & union_GE
