@@ -1,0 +1,10 @@
+"""Carpool in Hugging Face transformers: the host for quality, calibration and research (no speed is claimed here)."""
+
+from __future__ import annotations
+
+from carpool.hosts.transformers.attach import Attachment, attach
+from carpool.hosts.transformers.layers import MoELayer, find_layers, fingerprint
+from carpool.hosts.transformers.loading import load_model
+from carpool.hosts.transformers.run import Run, share
+
+__all__ = ["Attachment", "MoELayer", "Run", "attach", "find_layers", "fingerprint", "load_model", "share"]

@@ -1,0 +1,117 @@
+"""Permanent hooks and the switch they read.
+
+Compiled code ignores hooks that are added after it was compiled, but notices a changed attribute: so the hooks are
+installed once, before compiling, and do nothing until `share` sets the attachment's `run`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from carpool.errors import CarpoolError
+from carpool.hosts.transformers.conformance import check_on_random
+from carpool.hosts.transformers.layers import MoELayer, find_layers
+
+if TYPE_CHECKING:
+    from carpool.hosts.transformers.run import Run
+
+ATTRIBUTE = "_carpool_attachment"
+
+
+class Attachment:
+    """The hooks of one model: one on every router, and one before and after the model's forward.
+
+    Attributes:
+        layers: the model's MoE layers.
+        run: what the hooks serve at the moment; None is stock.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[MoELayer]) -> None:
+        self.layers = layers
+        self.run: Run | None = None
+        self.checked_on_real: set[int] = set()
+        # the inner model is called by every way in: the whole model, `generate`, or the inner model itself
+        inner = getattr(model, "base_model", model)
+        self._handles: list[RemovableHandle] = [
+            inner.register_forward_pre_hook(_Before(self), with_kwargs=True),
+            inner.register_forward_hook(_After(self)),
+        ]
+        for position, layer in enumerate(layers):
+            self._handles.append(layer.router.register_forward_hook(_Reroute(self, position)))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class _Before:
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        run = self.attachment.run
+        if run is not None:
+            run.begin(args, kwargs)
+
+
+class _After:
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        run = self.attachment.run
+        if run is not None:
+            run.end()
+
+
+class _Reroute:
+    def __init__(self, attachment: Attachment, position: int) -> None:
+        self.attachment = attachment
+        self.position = position
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        run = self.attachment.run
+        return output if run is None else run.reroute(self.position, args, output)
+
+
+def attach(model: nn.Module) -> Attachment:
+    """Install the hooks of a model once; a second call returns the same attachment.
+
+    Call it before compiling the model. Every layer's RouteSpec is checked against its router first.
+
+    Raises:
+        CarpoolError: not a model, no MoE layer, a router that is unknown or routes otherwise than its RouteSpec
+            says, or expert parallelism that shows the hook local expert ids.
+    """
+    if not isinstance(model, nn.Module):
+        raise CarpoolError(f"expected a transformers model, not {type(model).__name__}")
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        model = model._orig_mod
+    found: Attachment | None = model.__dict__.get(ATTRIBUTE)
+    layers = find_layers(model)
+    if found is not None:
+        if [layer.router for layer in found.layers] == [layer.router for layer in layers]:
+            if found.run is None:
+                found.layers = layers  # buffers may have moved
+            return found
+        found.remove()
+    _refuse_local_ids(model)
+    for layer in layers:
+        check_on_random(layer)
+    attachment = Attachment(model, layers)
+    model.__dict__[ATTRIBUTE] = attachment
+    return attachment
+
+
+def _refuse_local_ids(model: nn.Module) -> None:
+    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
+    plan = getattr(model, "ep_plan", None) or {}
+    if getattr(distributed, "ep_size", 1) > 1 and "ep_router" in plan.values():
+        raise CarpoolError(
+            "this model's expert-parallel plan uses 'ep_router', which hides the global expert ids from Carpool; "
+            "load it with the plan 'ep_dispatch_experts' or without expert parallelism"
+        )

@@ -1,0 +1,123 @@
+"""Find the MoE layers of a model, and name the model by its routers."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from carpool.errors import CarpoolError
+from carpool.hosts.transformers.families import RULES, Rule, rule_of
+from carpool.routing import RouteSpec, Routing
+
+ROUTER_NAMES = ("gate", "router")
+
+
+@dataclass(frozen=True, eq=False)
+class MoELayer:
+    """One MoE layer of a model.
+
+    Attributes:
+        name: path of the block in the model, such as `model.layers.3.mlp`.
+        index: the layer's number in that path.
+        block, router, experts: the modules.
+        rule, spec: how it routes. num_experts, top_k: `E` and `K`.
+    """
+
+    name: str
+    index: int
+    block: nn.Module = field(repr=False)
+    router: nn.Module = field(repr=False)
+    experts: nn.Module = field(repr=False)
+    rule: Rule = field(repr=False)
+    spec: RouteSpec = field(repr=False)
+    num_experts: int
+    top_k: int
+
+    @property
+    def weight_EH(self) -> Tensor:
+        """The router's weight matrix."""
+        for parameter in self.router.parameters():
+            if parameter.ndim == 2 and parameter.shape[0] == self.num_experts:
+                return parameter
+        raise CarpoolError(f"{self.name}: {type(self.router).__name__} has no weight of {self.num_experts} experts")
+
+    def unpack(self, output: object) -> tuple[int, int, int]:
+        """Places of logits, weights and ids in the router's output; families differ in their order.
+
+        Raises:
+            CarpoolError: the output has no such three tensors.
+        """
+        slots = dict(enumerate(output)) if isinstance(output, tuple) else {}
+        tensors = {slot: value for slot, value in slots.items() if isinstance(value, Tensor)}
+        ids = [s for s, v in tensors.items() if not v.is_floating_point() and v.shape[-1:] == (self.top_k,)]
+        floats = {s: v for s, v in tensors.items() if v.is_floating_point()}
+        if len(ids) == 1:
+            shape = tensors[ids[0]].shape
+            weights = [s for s, v in floats.items() if v.shape == shape]
+            # with K = E the logits have the weights' shape: in every known order the weights are in the middle
+            weights = weights if len(weights) == 1 else [s for s in weights if s == 1]
+            logits = [s for s, v in floats.items() if v.shape[-1] == self.num_experts and s not in weights]
+            if len(weights) == 1 and len(logits) == 1:
+                return logits[0], weights[0], ids[0]
+        raise CarpoolError(
+            f"{self.name}: {type(self.router).__name__} does not return logits, weights and ids as tensors; "
+            "a replaced router cannot be shared"
+        )
+
+    def routed(self, output: tuple) -> tuple[Tensor, Routing]:
+        """Logits `[N, E]` and native routing in the router's output."""
+        logits, weights, ids = self.unpack(output)
+        native = Routing(output[ids].reshape(-1, self.top_k), output[weights].reshape(-1, self.top_k))
+        return output[logits].reshape(-1, self.num_experts), native
+
+
+def find_layers(model: nn.Module) -> list[MoELayer]:
+    """The MoE layers of a transformers model in the order of its modules.
+
+    Raises:
+        CarpoolError: no MoE layer, a router of an unknown class, or a block without a router to hook.
+    """
+    layers = [_layer(name, block, router) for name, block in model.named_modules() if (router := _router(block))]
+    if not layers:
+        known = ", ".join(sorted({rule.family for rule in RULES.values()}))
+        raise CarpoolError(
+            f"{type(model).__name__} has no mixture-of-experts layer that Carpool can hook "
+            f"(a dense model, or experts without a router module); it knows: {known}"
+        )
+    return layers
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A model's name for artefacts made from it: sha256 over its routers (layer numbers, shapes, bf16 weights), hex.
+
+    The same checkpoint gives the same name in every dtype it is loaded in (up to double rounding) and on every device.
+    """
+    digest = hashlib.sha256()
+    for layer in find_layers(model):
+        weight_EH = layer.weight_EH.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{layer.index} {layer.top_k} {tuple(weight_EH.shape)};".encode())
+        digest.update(weight_EH.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _router(block: nn.Module) -> nn.Module | None:
+    children = dict(block.named_children())
+    if "experts" not in children:
+        return None
+    return next((children[name] for name in ROUTER_NAMES if name in children), None)
+
+
+def _layer(name: str, block: nn.Module, router: nn.Module) -> MoELayer:
+    rule = rule_of(router, name)
+    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    if number is None:
+        raise CarpoolError(f"{name} has no layer number in its name; Carpool keeps statistics by layer number")
+    spec = rule.spec(router, block)
+    num_experts = int(getattr(router, rule.num_experts))
+    spec.check(num_experts)
+    experts = block.get_submodule("experts")
+    return MoELayer(name, int(number[1]), block, router, experts, rule, spec, num_experts, spec.top_k)
