@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever sees half of one."""
+"""Writing files so that nobody ever sees half of one, and reading tensors from files that may be anything."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from carpool.errors import CarpoolError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_HEADER = 16 << 20  # bytes of a safetensors header; thousands of tensors take less than 1 MB
 
 
 def require_writable(path: str | Path) -> Path:
@@ -67,3 +73,29 @@ def sha256_file(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CarpoolError(f"cannot read {path}: {error.strerror}") from None
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and its metadata.
+
+    Raises:
+        CarpoolError: the file cannot be read, is none, is truncated, or its header is damaged or beyond reason.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    try:
+        with path.open("rb") as opened:
+            header = int.from_bytes(opened.read(8), "little")
+        size = path.stat().st_size
+    except OSError as error:
+        raise CarpoolError(f"cannot read {path}: {error.strerror}") from None
+    if size < 8 or header > MAX_HEADER:
+        raise CarpoolError(f"{path} is not a safetensors file ({size} bytes that claim a header of {header})")
+    if 8 + header > size:
+        raise CarpoolError(f"{path} is truncated: it has {size} bytes, its header alone takes {header}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, ValueError, TypeError, AttributeError) as error:
+        raise CarpoolError(f"{path} is no safetensors file, or is damaged or truncated ({error})") from None

@@ -1,0 +1,70 @@
+"""From documents to the token sequences of a calibration."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carpool.errors import CarpoolError
+from carpool.stats import MIN_TOKENS
+from carpool.texts import Document
+
+PIECE = 8  # characters of a piece of text per token of a sequence
+
+
+def token_sequences(documents: Sequence[Document], tokenizer: Any, tokens: int, sequence: int, seed: int) -> Tensor:
+    """Ids `[B, T]` of `ceil(tokens / T)` full sequences, the same number from every domain as far as its text goes.
+
+    Documents are cut into pieces, shuffled by `seed`, and packed with an end-of-text token between them, so that
+    every token is real (no padding) and long documents are sampled all over. Each sequence starts as the model's
+    inputs do (with a begin token where the tokenizer puts one).
+
+    Args:
+        tokens: tokens wanted; text that ends earlier gives fewer.
+        sequence: `T`, tokens per sequence.
+
+    Raises:
+        CarpoolError: numbers out of range, or less text than `MIN_TOKENS` tokens in full sequences.
+    """
+    if sequence < 8:
+        raise CarpoolError(f"a sequence of {sequence} tokens is too short to calibrate on; use 8 or more")
+    if tokens < MIN_TOKENS:
+        raise CarpoolError(f"{tokens} tokens are too few to calibrate on; use {MIN_TOKENS} or more")
+    wanted = -(-tokens // sequence)
+    texts: dict[str, list[str]] = {}
+    for document in documents:
+        texts.setdefault(document.domain, []).append(document.text)
+    streams = [_windows(texts[domain], tokenizer, sequence, random.Random(f"{seed} {domain}")) for domain in texts]
+    windows: list[list[int]] = []
+    while streams and len(windows) < wanted:
+        for stream in list(streams):
+            window = next(stream, None)
+            if window is None:
+                streams.remove(stream)
+            elif len(windows) < wanted:
+                windows.append(window)
+    if len(windows) * sequence < MIN_TOKENS:
+        raise CarpoolError(
+            f"the text gives {len(windows)} full sequences of {sequence} tokens, at least {MIN_TOKENS} tokens are "
+            "needed: give more text or a shorter sequence"
+        )
+    return torch.tensor(windows)
+
+
+def _windows(texts: Sequence[str], tokenizer: Any, sequence: int, order: random.Random) -> Iterator[list[int]]:
+    size = PIECE * sequence
+    pieces = [(number, start) for number, text in enumerate(texts) for start in range(0, len(text), size)]
+    order.shuffle(pieces)
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    prefix = [] if begin is None else [token for token in tokenizer("")["input_ids"] if token == begin]
+    suffix = [] if end is None else [end]
+    buffer = prefix[:]
+    for number, start in pieces:
+        buffer += tokenizer(texts[number][start : start + size], add_special_tokens=False)["input_ids"] + suffix
+        while len(buffer) >= sequence:
+            yield buffer[:sequence]
+            buffer = prefix + buffer[sequence:]
