@@ -1,0 +1,130 @@
+"""What sharing experts could do for a model, from its configuration alone: no weights are read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from carpool.errors import CarpoolError
+from carpool.routing import RouteSpec
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+# vLLM's fused kernels that route by themselves: what each kind of weights would use, and loses under a policy
+FUSED_ROUTING = {
+    "none": "on Blackwell GPUs the fused TensorRT-LLM bf16 routing kernel; elsewhere none",
+    "fp8": "the fused TensorRT-LLM FP8 routing kernel, where the GPU has one",
+    "modelopt": "the fused TensorRT-LLM FP8 or NVFP4 routing kernel, where the GPU has one",
+    "compressed-tensors": "the fused TensorRT-LLM routing kernel of its number format, where the GPU has one",
+    "mxfp4": "the monolithic Triton or TensorRT-LLM MXFP4 kernel; vLLM falls back to a modular one",
+}
+BITS = {"fp8": 8, "mxfp4": 4.25, "awq": 4.5, "gptq": 4.5}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a configuration says.
+
+    Attributes:
+        family: model type. architecture: class name.
+        moe_layers, layers: how many of the model's layers are MoE.
+        num_experts, top_k: `E` and `K` of the first MoE layer. spec: its routing rule.
+        expert_bytes: bytes of one expert of one layer. weights: how they are stored.
+        fused_routing: the vLLM kernel that sharing gives up.
+    """
+
+    family: str
+    architecture: str
+    moe_layers: int
+    layers: int
+    num_experts: int
+    top_k: int
+    spec: RouteSpec
+    expert_bytes: float
+    weights: str
+    fused_routing: str
+
+    def expected_union(self, batch: int) -> float:
+        """Distinct experts per layer and step if every token drew `K` of `E` independently and evenly:
+        `E (1 - (1 - K/E)^B)`. Real tokens agree more, so this is an upper estimate."""
+        return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** batch)
+
+    def step_bytes(self, union: float) -> float:
+        """Bytes of expert weights read per decoding step at a mean union."""
+        return union * self.expert_bytes * self.moe_layers
+
+    def suggestions(self) -> list[tuple[str, str]]:
+        """Policies with settings to begin with, and what each needs."""
+        half = math.ceil(self.num_experts / 2)
+        k0 = max(1, self.top_k // 4)
+        found = [(f"xshare(budget={half}) | floor(0.3)", "nothing")]
+        if self.top_k > 1:
+            found.append((f"oea(k0={max(1, self.top_k // 2)})", "nothing"))
+            found.append((f"sere(top={k0}, threshold=0.3)", "statistics from `carpool calibrate`"))
+        else:
+            found.append(("oea(k0=...), sere(top=...), topk(k=...)", "more than one expert per token: none fits"))
+        found.append((f"des_vote(size={max(half, self.top_k)})", 'group="request" or "block:n" for diffusion models'))
+        return found
+
+
+def diagnose(model: str | Path) -> Diagnosis:
+    """Read a model's configuration.
+
+    Args:
+        model: a folder with a `config.json`, that file itself, or a model name that is in the local cache.
+
+    Raises:
+        CarpoolError: nothing there, no JSON, a dense model, or a family whose routers Carpool does not know.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from carpool.hosts.transformers import find_layers
+
+    config = _config(AutoConfig, Path(model) if Path(model).exists() else str(model))
+    try:
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise CarpoolError(f"transformers cannot build a causal language model from {model}: {reason}") from None
+    layers = find_layers(built)
+    first = layers[0]
+    method, bits = _storage(config)
+    numel = sum(parameter.numel() for parameter in first.experts.parameters()) / first.num_experts
+    text = config.get_text_config()
+    return Diagnosis(
+        family=config.model_type,
+        architecture=type(built).__name__,
+        moe_layers=len(layers),
+        layers=text.num_hidden_layers,
+        num_experts=first.num_experts,
+        top_k=first.top_k,
+        spec=first.spec,
+        expert_bytes=numel * bits / 8,
+        weights=f"{bits:g} bits ({method})" if method != "none" else f"{bits:g} bits",
+        fused_routing=FUSED_ROUTING.get(method, f"unknown for {method!r}: untested"),
+    )
+
+
+def _config(auto: Any, model: Path | str) -> Any:
+    where = model.parent if isinstance(model, Path) and model.is_file() else model
+    if isinstance(where, Path) and not (where / "config.json").is_file():
+        raise CarpoolError(f"{where} holds no config.json; give a model's folder or its configuration")
+    try:
+        return auto.from_pretrained(where, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise CarpoolError(f"cannot read a model configuration from {str(model)!r}: {reason}") from None
+
+
+def _storage(config: Any) -> tuple[str, float]:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        given = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        method = str(given.get("quant_method", "unknown"))
+        return method, float(given.get("bits") or BITS.get(method, 8))
+    dtype = getattr(config, "dtype", None)
+    return "none", dtype.itemsize * 8 if dtype is not None else 16

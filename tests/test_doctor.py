@@ -1,0 +1,90 @@
+"""`carpool doctor` on configurations of every kind; no weights anywhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+from typer.testing import CliRunner
+
+from carpool.cli.app import app
+from carpool.cli.doctor import doctor  # registers the command
+from carpool.doctor import diagnose
+from carpool.errors import CarpoolError
+
+QWEN3_30B = {
+    "model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048, "moe_intermediate_size": 768,
+    "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 1000, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def folder(tmp_path: Path, **config) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_geometry_of_qwen3_30b(tmp_path):
+    found = diagnose(folder(tmp_path, **QWEN3_30B))
+    assert (found.moe_layers, found.num_experts, found.top_k) == (48, 128, 8)
+    assert found.expert_bytes == 3 * 2048 * 768 * 2
+    assert found.expected_union(1) == pytest.approx(8)
+    assert found.expected_union(16) == pytest.approx(82.4, abs=0.05)
+    assert found.step_bytes(128) == pytest.approx(48 * 128 * found.expert_bytes)
+
+
+def test_sparse_layers_are_counted(tmp_path):
+    config = AutoConfig.for_model(
+        "deepseek_v3", num_hidden_layers=4, first_k_dense_replace=1, n_routed_experts=16, num_experts_per_tok=4,
+        n_group=4, topk_group=2, hidden_size=64, moe_intermediate_size=32, intermediate_size=64, vocab_size=100,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    found = diagnose(tmp_path)
+    assert (found.moe_layers, found.layers) == (3, 4)
+    assert (found.spec.num_groups, found.spec.kept_groups) == (4, 2)
+    assert found.spec.bias_E is not None
+
+
+def test_quantised_weights(tmp_path):
+    found = diagnose(folder(tmp_path, **QWEN3_30B, quantization_config={"quant_method": "fp8"}))
+    assert found.expert_bytes == 3 * 2048 * 768
+    assert "FP8" in found.fused_routing
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4}, "dense"),
+        ({"model_type": "no_such_family"}, "cannot read a model configuration"),
+        ({}, "cannot read a model configuration"),
+    ],
+)
+def test_unsuitable_models_are_refused_in_one_sentence(tmp_path, config, says):
+    with pytest.raises(CarpoolError) as refusal:
+        diagnose(folder(tmp_path, **config))
+    assert says in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(CarpoolError, match=r"holds no config\.json"):
+        diagnose(tmp_path)
+    (tmp_path / "config.json").write_text("{ not json")
+    with pytest.raises(CarpoolError, match="cannot read a model configuration"):
+        diagnose(tmp_path)
+
+
+def test_command_prints_the_estimate_and_labels_it(tmp_path):
+    shown = CliRunner().invoke(app, ["doctor", str(folder(tmp_path, **QWEN3_30B)), "--bandwidth", "3350"])
+    assert shown.exit_code == 0, shown.output
+    assert "128 experts, 8 per token" in shown.output
+    assert "82.4" in shown.output
+    assert "upper estimate" in shown.output
+    assert doctor is not None
+
+
+def test_command_exits_with_an_error(tmp_path):
+    shown = CliRunner().invoke(app, ["doctor", str(tmp_path / "nothing")])
+    assert shown.exit_code == 2
