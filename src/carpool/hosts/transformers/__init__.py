@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from carpool.hosts.transformers.attach import Attachment, attach
+from carpool.hosts.transformers.hooks import Attachment, attach
 from carpool.hosts.transformers.layers import MoELayer, find_layers, fingerprint
 from carpool.hosts.transformers.loading import load_model
 from carpool.hosts.transformers.run import Run, share

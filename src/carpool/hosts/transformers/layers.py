@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from carpool.errors import CarpoolError
@@ -92,16 +90,10 @@ def find_layers(model: nn.Module) -> list[MoELayer]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A model's name for artefacts made from it: sha256 over its routers (layer numbers, shapes, bf16 weights), hex.
+    """The model's name in artefacts made from it (see `carpool.stats.fingerprint`)."""
+    from carpool.stats import fingerprint as of_routers
 
-    The same checkpoint gives the same name in every dtype it is loaded in (up to double rounding) and on every device.
-    """
-    digest = hashlib.sha256()
-    for layer in find_layers(model):
-        weight_EH = layer.weight_EH.detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update(f"{layer.index} {layer.top_k} {tuple(weight_EH.shape)};".encode())
-        digest.update(weight_EH.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+    return of_routers((layer.index, layer.weight_EH) for layer in find_layers(model))
 
 
 def _router(block: nn.Module) -> nn.Module | None:

@@ -14,7 +14,7 @@ from carpool.batch import Batch, Grouping
 from carpool.counters import Counters, LayerReport
 from carpool.errors import CarpoolError
 from carpool.grammar import Plan, parse
-from carpool.hosts.transformers.attach import Attachment, attach
+from carpool.hosts.transformers.hooks import Attachment, attach
 from carpool.hosts.transformers.conformance import check
 from carpool.hosts.transformers.layers import MoELayer, fingerprint
 from carpool.hosts.transformers.rows import RowRules, build_batch, on_device
@@ -51,7 +51,7 @@ class Run:
         self._rules = rules
         self._stats = stats
         self._observe = observe
-        self._checked_on_real = attachment.checked_on_real
+        self._checked: set[int] = set()
         self._current: Batch | None = None
         self._seen: set[int] = set()
         self._counters, self._place = _counters(self.layers)
@@ -81,9 +81,9 @@ class Run:
         """A router's output with the plan's weights and ids in place of its own."""
         layer = self.layers[position]
         logits_NE, native = layer.routed(output)
-        if position not in self._checked_on_real and not torch.compiler.is_compiling():
+        if position not in self._checked and not torch.compiler.is_compiling():
             check(layer, logits_NE, native)
-            self._checked_on_real.add(position)
+            self._checked.add(position)
         batch = self._rows(layer, logits_NE)
         hidden_NH = args[0].reshape(-1, args[0].shape[-1]) if args else None
         outcome = route(
@@ -200,8 +200,8 @@ def _prepare(
     from carpool.stats import Statistics
 
     loaded = stats if isinstance(stats, Statistics) else Statistics.load(stats)
-    loaded.check(fingerprint(model), len(layers), layers[0].num_experts)
-    prepared = []
+    loaded.check(fingerprint(model), [layer.index for layer in layers], layers[0].num_experts)
+    prepared: list[Mapping[str, Tensor]] = []
     for layer in layers:
         tensors = loaded.for_layer(layer.index)
         missing = [name for name in required if name not in tensors]

@@ -33,7 +33,6 @@ class Attachment:
     def __init__(self, model: nn.Module, layers: list[MoELayer]) -> None:
         self.layers = layers
         self.run: Run | None = None
-        self.checked_on_real: set[int] = set()
         # the inner model is called by every way in: the whole model, `generate`, or the inner model itself
         inner = getattr(model, "base_model", model)
         self._handles: list[RemovableHandle] = [
