@@ -6,9 +6,10 @@ A new policy gets a row here and a twin in `twins`; every property, twin and com
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import more_twins
 import torch
 import twins
 from torch import Tensor
@@ -38,6 +39,37 @@ def similarities(num_experts: int, generator: torch.Generator) -> dict[str, Tens
     return {f"similarity_{name}": value.masked_fill(ones, 1.0) for name, value in symmetric.items()}
 
 
+def norm_predictor(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """For the harness's hidden states."""
+    return {
+        "norm_weight": torch.randn(num_experts, 4, generator=generator) / 4,
+        "norm_bias": torch.randn(num_experts, generator=generator) / 2,
+        "norm_scale": torch.tensor(1.0),
+    }
+
+
+def sensitivity(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {"sensitivity": torch.tensor(0.25)}
+
+
+def allow_lists(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Scores with ties, and a mask of about a third of the experts."""
+    scores_E = (torch.rand(num_experts, generator=generator) * 8).round() / 8
+    allow_E = torch.rand(num_experts, generator=generator) < 0.3
+    allow_E[0] = True
+    return {"easy_ep": scores_E, "allow": allow_E}
+
+
+def three_devices(num_rows: int, num_experts: int) -> dict[str, Any]:
+    """Experts scattered over three devices that hold unequal numbers."""
+    return {"device_E": (torch.arange(num_experts) ** 2 + torch.arange(num_experts) // 3) % 3}
+
+
+def pairs_of_rows(num_rows: int, num_experts: int) -> dict[str, Any]:
+    """Two rows a request."""
+    return {"request_N": torch.arange(num_rows) // 2, "num_requests": num_rows // 2 + 1}
+
+
 @dataclass(frozen=True)
 class Row:
     """A policy under test.
@@ -51,6 +83,7 @@ class Row:
         stats: per-layer statistics as `carpool calibrate` writes them (what `Policy.prepare` receives).
         extras: further arguments of `Batch.of` for N rows and E experts (e.g. `device_E`).
         hidden: whether the policy needs the router's input.
+        critical: whether a row may keep native experts outside the coreset (SERE's critical experts).
         twin: the slow version; None for policies tested by properties alone.
     """
 
@@ -62,7 +95,8 @@ class Row:
     knobs: tuple[str, ...] = ()
     stats: Callable[[int, torch.Generator], dict[str, Tensor]] = no_stats
     extras: Callable[[int, int], dict[str, Any]] = no_extras
-    hidden: bool = field(default=False)
+    hidden: bool = False
+    critical: bool = False
 
     def __repr__(self) -> str:
         return self.name
@@ -78,6 +112,25 @@ def xshare_bound(policy: Any, num_experts: int, top_k: int, voters: int) -> int:
 
 def des_vote_bound(policy: Any, num_experts: int, top_k: int, voters: int) -> int:
     return twins.count(policy.size if policy.beta is None else policy.beta, num_experts)
+
+
+def budget_bound(policy: Any, num_experts: int, top_k: int, voters: int) -> int:
+    return twins.count(policy.budget, num_experts)
+
+
+def lynx_bound(policy: Any, num_experts: int, top_k: int, voters: int) -> int:
+    return max(twins.count(policy.budget, num_experts), voters)
+
+
+def expert_parallel_bound(policy: Any, num_experts: int, top_k: int, voters: int) -> int:
+    return policy.warmup * voters + 3 * policy.budget_per_device
+
+
+def speculative_bound(policy: Any, num_experts: int, top_k: int, voters: int) -> int:
+    own = policy.warmup * voters
+    if policy.merge == "topup":
+        own += voters * twins.count(policy.request_budget, num_experts)
+    return max(twins.count(policy.budget, num_experts), own)
 
 
 ROWS = (
@@ -140,6 +193,7 @@ ROWS = (
         coreset_bound=lambda policy, E, K, voters: policy.top * voters,
         knobs=("top", "threshold"),
         stats=similarities,
+        critical=True,
     ),
     Row(
         name="random",
@@ -148,5 +202,89 @@ ROWS = (
         twin=None,
         coreset_bound=lambda policy, E, K, voters: twins.count(policy.budget, E),
         knobs=("budget",),
+    ),
+    Row(
+        name="lynx",
+        texts=lambda E, K: [f"lynx({half(E)})", f"lynx(budget={half(K)})", "lynx(0.25)"],
+        identity=lambda E, K: [f"lynx({E})", "lynx(1.0)"],
+        twin=more_twins.LYNX,
+        coreset_bound=lynx_bound,
+        knobs=("budget",),
+    ),
+    Row(
+        name="base",
+        texts=lambda E, K: [f"base({half(E)})", f"base(budget={half(K)})"],
+        identity=lambda E, K: [f"base({E})", "base(1.0)"],
+        twin=None,  # energies are floats, which two ways to compute them round differently; see test_base_energy
+        coreset_bound=budget_bound,
+        knobs=("budget",),
+        stats=norm_predictor,
+        hidden=True,
+    ),
+    Row(
+        name="top_p",
+        texts=lambda E, K: ["top_p(0.3)", "top_p(p=0.05)", "top_p(0.5, renormalize=True)", "top_p(0.0)"],
+        identity=lambda E, K: ["top_p(1.0)"],
+        twin=more_twins.TOP_P,
+        knobs=("p",),
+    ),
+    Row(
+        name="tail_mass",
+        texts=lambda E, K: ["tail_mass(0.3)", "tail_mass(0.6, renormalize=False)", "tail_mass(beta=1.0)"],
+        identity=lambda E, K: ["tail_mass(0.0)"],
+        twin=more_twins.TAIL_MASS,
+        knobs=("beta",),
+    ),
+    Row(
+        name="layer_threshold",
+        texts=lambda E, K: ["layer_threshold(0.03)", "layer_threshold(0.06, renormalize=True)", "layer_threshold(1.0)"],
+        identity=lambda E, K: ["layer_threshold(0.0)"],
+        twin=more_twins.LAYER_THRESHOLD,
+        knobs=("tau",),
+        stats=sensitivity,
+    ),
+    Row(
+        name="allow_list",
+        texts=lambda E, K: [
+            f"allow_list({list(range(0, E, 2))})",
+            "allow_list(experts=[1])",
+            "allow_list([0, 2], fill='drop')",
+            f"allow_list(size={half(E)})",
+            "allow_list(size=0.25, fill='drop')",
+            "allow_list()",
+        ],
+        identity=lambda E, K: [f"allow_list({list(range(E))})", "allow_list(size=1.0)", f"allow_list(size={E})"],
+        twin=more_twins.ALLOW_LIST,
+        stats=allow_lists,
+    ),
+    Row(
+        name="xshare_expert_parallel",
+        texts=lambda E, K: [
+            f"xshare_expert_parallel({max(1, E // 8)})",
+            f"xshare_expert_parallel(budget_per_device={half(K)}, warmup=0)",
+            f"xshare_expert_parallel(1, warmup={half(K)})",
+        ],
+        identity=lambda E, K: [f"xshare_expert_parallel({E})", "xshare_expert_parallel(1.0, warmup=0)"],
+        twin=more_twins.EXPERT_PARALLEL,
+        coreset_bound=expert_parallel_bound,
+        knobs=("budget_per_device", "warmup"),
+        extras=three_devices,
+    ),
+    Row(
+        name="xshare_speculative",
+        texts=lambda E, K: [
+            f"xshare_speculative({half(E)}, {half(K)})",
+            f"xshare_speculative(budget=1, request_budget={K}, warmup=0)",
+            f"xshare_speculative(0.25, {K}, merge='prune')",
+            f"xshare_speculative({half(K)}, 0.5, 0, merge='prune')",
+        ],
+        identity=lambda E, K: [
+            f"xshare_speculative({E}, 1)",
+            f"xshare_speculative({E}, {E}, warmup=0, merge='prune')",
+        ],
+        twin=more_twins.SPECULATIVE,
+        coreset_bound=speculative_bound,
+        knobs=("budget", "request_budget", "warmup"),
+        extras=pairs_of_rows,
     ),
 )

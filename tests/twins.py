@@ -152,7 +152,7 @@ def xshare_coreset(world: World, group: int, policy: Any) -> set[int]:
     chosen: set[int] = set()
     for row in world.voters(group):
         chosen |= set(world.order(row)[: int(policy.warmup)])
-    mass = {expert: 0 for expert in range(world.num_experts)}
+    mass = dict.fromkeys(range(world.num_experts), 0)
     for row in world.voters(group):
         for expert in mass:
             g = world.weights[row][expert]
@@ -165,7 +165,7 @@ def xshare_coreset(world: World, group: int, policy: Any) -> set[int]:
         left = {expert: u for expert, u in mass.items() if expert not in chosen | free}
         if not left:
             break
-        chosen |= top_by(left, 1)
+        chosen.add(max(left, key=lambda expert: (left[expert], tie(expert))))
     return chosen
 
 
@@ -264,9 +264,9 @@ def run(world: World, twin: Twin, policy: Any, guards: tuple[Any, ...] = (), kin
             if guard.name == "min_batch" and kind == "group" and len(voters) < guard.voters:
                 coreset, few = set(everything), True
             limit = twin.limit(world, policy)
-            if guard.name == "short_circuit" and voters and limit is not None:
-                if len(natural - world.free(group)) <= limit:
-                    coreset = natural | world.free(group)
+            fits = limit is not None and len(natural - world.free(group)) <= limit
+            if guard.name == "short_circuit" and voters and fits:
+                coreset = natural | world.free(group)
         coresets.append(coreset)
         native_groups.append(few)
     choices, displaced, changed = [], [], []

@@ -23,7 +23,7 @@ class LayerReport:
     Attributes:
         calls: times the layer's router ran. steps: engine steps (calls, unless a call holds several).
         rows: real rows. rows_exempt, rows_changed, rows_nonfinite: of these.
-        natural_union, union, coreset: experts, summed over steps (coreset: over groups).
+        natural_union, union, coreset: experts, summed over steps (coreset: over groups with a voter).
         pairs: (row, expert) pairs computed.
         floor_overflow: experts read only because of the floor, summed over steps.
         displaced_mass: summed over real rows; divide by `rows` for the mean.
@@ -53,12 +53,15 @@ class Counters:
 
     def add(self, layer: int, batch: Batch, outcome: Outcome) -> None:
         """Add one call of a layer; in place and without a sync."""
-        real_N = batch.real_N & ~outcome.nonfinite_N
+        real_N = batch.real_N
+        guarded = outcome.inputs.batch  # non-finite rows are no longer real, `decode_only` has exempted prompt rows
         kept_NK = outcome.routing.weights_NK != 0
+        coreset_GE = outcome.coreset_GE & (outcome.inputs.voters_G1 > 0)
         one = torch.ones((), dtype=torch.float64, device=self._totals_LF.device)
         values = (
-            one, one * batch.num_steps, real_N.sum(), (real_N & batch.exempt_N).sum(), outcome.changed_N.sum(),
-            outcome.nonfinite_N.sum(), outcome.natural_SE.sum(), outcome.union_SE.sum(), outcome.coreset_GE.sum(),
+            one, one * batch.num_steps, real_N.sum(), (guarded.real_N & guarded.exempt_N).sum(),
+            outcome.changed_N.sum(), (outcome.nonfinite_N & real_N).sum(), outcome.natural_SE.sum(),
+            outcome.union_SE.sum(), coreset_GE.sum(),
             (kept_NK & real_N.unsqueeze(-1)).sum(), outcome.overflow_SE.sum(), (outcome.displaced_N * real_N).sum(),
         )  # fmt: skip
         self._totals_LF[layer] += torch.stack([value.double() for value in values])

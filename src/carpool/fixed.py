@@ -32,8 +32,8 @@ def to_fixed(weights: Tensor) -> Tensor:
 
 
 def ordered_int(scores: Tensor) -> Tensor:
-    """Non-negative int64 numbers below `2**32` in the order of the float scores (finite, any sign)."""
-    bits = scores.float().contiguous().view(torch.int32).to(torch.int64)
+    """Non-negative int64 numbers below `2**32` in the order of the float scores (finite, any sign; -0 equals 0)."""
+    bits = (scores.float() + 0.0).contiguous().view(torch.int32).to(torch.int64)
     return torch.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits) + (1 << 31)
 
 

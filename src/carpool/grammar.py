@@ -89,15 +89,19 @@ def _call(node: ast.expr, text: str) -> tuple[str, list[Any], dict[str, Any]]:
     for keyword in node.keywords:
         if keyword.arg is None or keyword.arg in kwargs:
             raise CarpoolError(f"cannot read {ast.unparse(node)!r}: each parameter once, as name=value")
-        kwargs[keyword.arg] = _literal(keyword.value)
-    return node.func.id, [_literal(argument) for argument in node.args], kwargs
+        kwargs[keyword.arg] = _literal(keyword.value, node.func.id)
+    return node.func.id, [_literal(argument, node.func.id) for argument in node.args], kwargs
 
 
-def _literal(node: ast.expr) -> Any:
+def _literal(node: ast.expr, name: str) -> Any:
     try:
-        return ast.literal_eval(node)
-    except ValueError:
+        value = ast.literal_eval(node)
+    except (ValueError, TypeError):  # TypeError: an unhashable key
         raise CarpoolError(f"{ast.unparse(node)!r} is not a literal; values are numbers, strings and lists") from None
+    for number in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(number, int | float) and not -(2**53) <= number <= 2**53:
+            raise CarpoolError(f"a number beyond 2**53 in {name!r}; no parameter takes one")
+    return value
 
 
 def _build(name: str, args: list[Any], kwargs: dict[str, Any]) -> Policy | Guard:

@@ -107,27 +107,20 @@ class Protect(Guard):
 
 @dataclass(frozen=True)
 class ShortCircuit(Guard):
-    """A group whose natural union already fits the policy's budget keeps its native routing: nothing would be
-    saved. Does nothing for policies without a budget. (Our addition to the papers.)"""
+    """A group whose voters' natural union already fits the policy's budget keeps it as its coreset, so its voters
+    keep their native routing: nothing would be saved. Does nothing for policies without a budget. (Our addition to
+    the papers.)"""
 
     name = "short_circuit"
 
     def coreset(self, policy: Policy, inputs: Inputs, coreset_GE: Tensor) -> Tensor:
-        fits_G1 = self._fits(policy, inputs)
-        return coreset_GE if fits_G1 is None else coreset_GE | (fits_G1 & inputs.votes(inputs.native_NE))
-
-    def allowed(self, policy: Policy, inputs: Inputs, allowed_NE: Tensor) -> Tensor:
-        fits_G1 = self._fits(policy, inputs)
-        return allowed_NE if fits_G1 is None else allowed_NE | (fits_G1[inputs.batch.group_N] & inputs.native_NE)
-
-    @staticmethod
-    def _fits(policy: Policy, inputs: Inputs) -> Tensor | None:
         limit = policy.limit(inputs.num_experts, inputs.top_k)
         if limit is None:
-            return None
-        bound_N1 = (inputs.batch.real_N & ~inputs.batch.exempt_N).unsqueeze(-1)
-        natural_GE = inputs.batch.group_any(inputs.native_NE & bound_N1) & ~inputs.free_GE
-        return natural_GE.sum(-1, keepdim=True) <= limit
+            return coreset_GE
+        natural_GE = inputs.votes(inputs.native_NE)
+        fits_G1 = (natural_GE & ~inputs.free_GE).sum(-1, keepdim=True) <= limit
+        # in place of the policy's choice, not beside it: rows without a vote may not read more than the budget
+        return torch.where(fits_G1 & (inputs.voters_G1 > 0), natural_GE | inputs.free_GE, coreset_GE)
 
 
 @dataclass(frozen=True)
@@ -154,7 +147,9 @@ class Floor(Guard):
         heaviest = missing_NK.sort(dim=-1, descending=True, stable=True)
         # what is displaced if this expert and all lighter ones stay out
         left_NK = heaviest.values.flip(-1).cumsum(-1).flip(-1)
-        back_NK = left_NK > self.tau * weights_NK.sum(-1, keepdim=True)
+        total_N1 = weights_NK.sum(-1, keepdim=True)
+        # `minimum`: the two sums may round differently, and tau=1 never acts; `<= 0`: a weight may be 0
+        back_NK = (torch.minimum(left_NK, total_N1) > self.tau * total_N1) | (self.tau <= 0)
         added_NE = torch.zeros_like(allowed_NE).scatter(-1, ids_NK.gather(-1, heaviest.indices), back_NK)
         return allowed_NE | added_NE
 

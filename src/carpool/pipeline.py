@@ -97,7 +97,7 @@ def route(
         hidden_NH: the router's input, for policies that ask for it.
     """
     nonfinite_N = ~logits_NE.isfinite().all(-1)
-    logits_NE = logits_NE.masked_fill(nonfinite_N.unsqueeze(-1), 0.0)
+    logits_NE = logits_NE.nan_to_num()  # keeps the order of a row with masked (-inf) experts
     batch = batch.dropping(nonfinite_N)
     for guard in plan.guards:
         batch = guard.batch(batch)
@@ -110,12 +110,14 @@ def route(
     coreset_GE = plan.policy.coreset(inputs) | inputs.free_GE | mute_G1
     for guard in plan.guards:
         coreset_GE = guard.coreset(plan.policy, inputs, coreset_GE)
-    allowed_NE = plan.policy.allowed(inputs, coreset_GE) | (batch.exempt_N.unsqueeze(-1) & inputs.native_NE)
-    unfloored_NE = allowed_NE
+    unfloored_NE = plan.policy.allowed(inputs, coreset_GE) | (batch.exempt_N.unsqueeze(-1) & inputs.native_NE)
+    for guard in plan.guards:
+        if not isinstance(guard, Floor):
+            unfloored_NE = guard.allowed(plan.policy, inputs, unfloored_NE)
+    allowed_NE = unfloored_NE
     for guard in plan.guards:
         if isinstance(guard, Floor):
-            unfloored_NE = allowed_NE
-        allowed_NE = guard.allowed(plan.policy, inputs, allowed_NE)
+            allowed_NE = guard.allowed(plan.policy, inputs, allowed_NE)
 
     changed_N = (inputs.native_NE & ~allowed_NE).any(-1)
     changed_N1 = changed_N.unsqueeze(-1)

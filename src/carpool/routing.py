@@ -72,6 +72,13 @@ class RouteSpec:
             raise CarpoolError(
                 f"{self.kept_groups} of {self.num_groups} expert groups do not divide {num_experts} experts"
             )
+        size = num_experts // self.num_groups
+        if self.kept_groups * size < self.top_k:
+            raise CarpoolError(
+                f"{self.kept_groups} expert groups of {size} experts hold fewer than top_k={self.top_k} experts"
+            )
+        if self.kept_groups < self.num_groups and self.group_score == "top2" and size < 2:
+            raise CarpoolError("expert groups of one expert have no best two to score them by; use group_score='max'")
 
     def scores(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
         """The model's scores for all experts.
@@ -81,10 +88,12 @@ class RouteSpec:
             weights_NE: what it mixes by, before renormalisation and scaling.
         """
         logits_NE = logits_NE if self.score_in_logits_dtype else logits_NE.float()
+        # element-wise kernels on a CPU use another exp for the last elements of a tensor: rounding from double hides
+        # it, or a row's score would depend on its place in the batch
         if self.scoring == "sigmoid":
-            weights_NE = logits_NE.sigmoid()
+            weights_NE = logits_NE.double().sigmoid().to(logits_NE.dtype)
         elif self.scoring == "sqrtsoftplus":
-            weights_NE = torch.nn.functional.softplus(logits_NE).sqrt()
+            weights_NE = torch.nn.functional.softplus(logits_NE.double()).sqrt().to(logits_NE.dtype)
         else:
             weights_NE = logits_NE.softmax(-1)
         choice_NE = logits_NE if self.scoring == "softmax_after_topk" else weights_NE

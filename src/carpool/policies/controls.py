@@ -73,7 +73,7 @@ class RandomCoreset(Policy):
     paper = "control: random coreset of equal size"
 
     def __post_init__(self) -> None:
-        require(type(self.seed) is int, f"seed={self.seed!r}: give an int")
+        require(type(self.seed) is int and abs(self.seed) < 2**53, f"seed={self.seed!r}: give an int below 2**53")
 
     def check(self, num_experts: int, top_k: int) -> None:
         resolve_budget("budget", self.budget, num_experts)

@@ -60,6 +60,10 @@ class DESVote(Policy):
             self.beta is None or (type(self.beta) is float and 0 < self.beta <= 1),
             f"beta={self.beta!r}: give a share of the experts, a float in (0, 1]",
         )
+        require(
+            self.size is None or isinstance(self.size, Tensor) or type(self.size) is int,
+            f"size={self.size!r}: give a number of experts (beta=... takes a share)",
+        )
 
     def check(self, num_experts: int, top_k: int) -> None:
         count = self.limit(num_experts, top_k)

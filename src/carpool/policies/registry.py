@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
@@ -17,8 +18,11 @@ def register(policy: type[Policy]) -> type[Policy]:
     """Class decorator: make a policy known under its `name`.
 
     Raises:
-        CarpoolError: no snake_case name, no paper, no docstring, an unknown kind, or a name that is taken.
+        CarpoolError: not a policy's dataclass, no snake_case name, no paper, no docstring, an unknown kind, or a name
+            that is taken.
     """
+    if not (isinstance(policy, type) and issubclass(policy, Policy) and is_dataclass(policy)):
+        raise CarpoolError(f"{policy!r} is no policy; subclass carpool.policies.Policy as a frozen dataclass")
     name = getattr(policy, "name", None)
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise CarpoolError(f"{policy.__name__}.name is {name!r}; a policy needs a snake_case name")
@@ -43,7 +47,12 @@ def policies() -> dict[str, type[Policy]]:
 
     for point in _installed():
         if point.name not in _registry:
-            register(point.load())
+            try:
+                policy = register(point.load())
+            except Exception as error:  # whatever another package's import raises
+                raise CarpoolError(f"the policy {point.name!r} of {point.value!r} does not load: {error}") from error
+            if policy.name != point.name:
+                raise CarpoolError(f"the entry point {point.name!r} gives a policy named {policy.name!r}; rename one")
     return dict(sorted(_registry.items()))
 
 
