@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 HERE = Path(__file__).parent
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
+TELLING = 30  # characters
 
 
 def load_config() -> dict:
@@ -36,6 +37,21 @@ def documents(corpus: Path, domain: str, split: str) -> Iterator[str]:
     with (corpus / domain / f"{split}.jsonl").open(encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)["text"]
+
+
+def telling_lines(text: str) -> list[str]:
+    """Lines long enough that two files hardly share them by chance."""
+    return [line for line in map(str.strip, text.splitlines()) if len(line) >= TELLING]
+
+
+def overlap(texts: Iterable[str], known: set[str]) -> float:
+    """Share of the telling lines' characters that stand in `known` lines word for word."""
+    lengths = [(len(line), line in known) for text in texts for line in telling_lines(text)]
+    return sum(length for length, seen in lengths if seen) / max(1, sum(length for length, _ in lengths))
+
+
+def train_lines(corpus: Path, domain: str) -> set[str]:
+    return {line for text in documents(corpus, domain, "train") for line in telling_lines(text)}
 
 
 def train_tokenizer(corpus: Path, domains: list[str], vocab_size: int, sample_characters: int) -> Tokenizer:
