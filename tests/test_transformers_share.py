@@ -1,0 +1,286 @@
+"""`share`: entering and leaving, the traps of hooks, padding, finished sequences, compiling, continuous batching."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model, tokens
+
+import carpool
+from carpool import Batch, CarpoolError
+from carpool.hosts.transformers import attach, fingerprint
+
+TIGHT = "xshare(budget=2, warmup=0)"
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny_model("qwen3_moe")
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return model(input_ids=ids, **kwargs).logits
+
+
+def run_once(model: Any, plan: str = TIGHT, ids: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+    with carpool.share(model, plan, **{"exempt_prefill": False, **options}):
+        return logits(model, tokens() if ids is None else ids)
+
+
+def test_attach_is_idempotent_and_follows_a_copy(model: Any) -> None:
+    attachment = attach(model)
+    assert attach(model) is attachment
+    assert len(model.model.layers[0].mlp.gate._forward_hooks) == 1
+    twin = copy.deepcopy(model)
+    assert attach(twin) is not attachment
+    stock = logits(model, tokens())
+    with carpool.share(model, TIGHT, exempt_prefill=False):
+        assert torch.equal(logits(twin, tokens()), stock)
+        assert not torch.equal(logits(model, tokens()), stock)
+    assert not torch.equal(run_once(twin), stock)
+
+
+def test_attach_again_after_a_router_was_replaced(model: Any) -> None:
+    attachment = attach(model)
+    model.model.layers[0].mlp.gate = copy.deepcopy(model.model.layers[1].mlp.gate)
+    assert attach(model) is not attachment
+    assert run_once(model).isfinite().all()
+
+
+def test_an_exception_restores_stock(model: Any) -> None:
+    stock = logits(model, tokens())
+    with pytest.raises(KeyError), carpool.share(model, TIGHT):
+        raise KeyError("mine")
+    assert torch.equal(logits(model, tokens()), stock)
+    run_once(model)
+
+
+def test_nesting_is_refused_and_the_outer_block_survives(model: Any) -> None:
+    with carpool.share(model, TIGHT, exempt_prefill=False) as run:
+        with pytest.raises(CarpoolError, match="already shares"), carpool.share(model, "topk(k=1)"):
+            pass
+        logits(model, tokens())
+    assert run.changed_rows() > 0
+
+
+def test_the_inner_model_may_be_called_itself(model: Any) -> None:
+    with torch.no_grad(), carpool.share(model, TIGHT, exempt_prefill=False) as run:
+        model.model(tokens())
+    assert run.changed_rows() > 0
+
+
+def test_a_layer_called_alone_needs_a_batch(model: Any) -> None:
+    hidden = torch.randn(2, 3, 32)
+    block = model.model.layers[0].mlp
+    with pytest.raises(CarpoolError, match=r"run\.batch"), carpool.share(model, TIGHT):
+        block(hidden)
+    with torch.no_grad(), pytest.raises(CarpoolError, match="never fired"), carpool.share(model, TIGHT) as run:
+        run.batch = Batch.of(6)
+        block(hidden)  # the other layer did not run
+    assert [row.calls for row in run.report()] == [1, 0]
+
+
+def test_a_given_batch_is_used_and_its_size_checked(model: Any) -> None:
+    seen: list[tuple[int, Batch]] = []
+    batch = Batch.of(28, group_N=torch.arange(28) % 7, num_groups=7)
+
+    def observe(place: int, batch: Batch, outcome: carpool.Outcome) -> None:
+        seen.append((place, batch))
+        assert outcome.coreset_GE.shape == (7, 8)
+
+    run_once(model, batch=batch, observe=observe)
+    assert seen == [(0, batch), (1, batch)]
+    with pytest.raises(CarpoolError, match="routes 28 rows, but the batch has 5"):
+        run_once(model, batch=Batch.of(5))
+
+
+def test_positions_are_grouped_as_decoding_steps(model: Any) -> None:
+    with carpool.share(model, TIGHT, group="position") as run:
+        logits(model, tokens())
+    row = run.report()[0]
+    assert (row.calls, row.steps, row.rows_exempt) == (1, 7, 0)
+    assert row.coreset == 7 * 2
+
+
+def test_padding_on_the_left_changes_nothing(model: Any) -> None:
+    ids = tokens(3, 6)
+    alone = run_once(model, ids=ids)
+    for fill in (5, 9):
+        padded = torch.cat([torch.full((3, 4), fill), ids], 1)
+        mask = torch.cat([torch.zeros(3, 4), torch.ones(3, 6)], 1).long()
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with carpool.share(model, TIGHT, exempt_prefill=False) as run:
+            out = logits(model, padded, attention_mask=mask, position_ids=positions)
+        assert all(row.rows == 18 for row in run.report())
+        torch.testing.assert_close(out[:, 4:], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_finished_sequences_have_no_vote(model: Any) -> None:
+    """The coresets while one sequence feeds pad tokens are those of the other sequences alone."""
+    ids = tokens(3, 5)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        pair = model(ids[:2], use_cache=True).past_key_values
+    coresets: list[torch.Tensor] = []
+
+    def observe(place: int, batch: Batch, outcome: carpool.Outcome) -> None:
+        coresets.append(outcome.coreset_GE)
+
+    step = torch.tensor([[7], [9], [0]])
+    with carpool.share(model, TIGHT, observe=observe):
+        logits(model, step, past_key_values=cache)
+        logits(model, step[:2], past_key_values=pair)
+    assert torch.equal(coresets[0], coresets[2])
+    assert torch.equal(coresets[1], coresets[3])
+
+
+def test_a_replaced_block_is_caught(model: Any) -> None:
+    """Negative control: a kernel that routes by itself never calls the router."""
+    block = model.model.layers[1].mlp
+    block.forward = lambda hidden: torch.zeros_like(hidden)
+    with pytest.raises(CarpoolError, match=r"never fired.*model\.layers\.1\.mlp"):
+        run_once(model)
+
+
+def test_an_inert_hook_is_caught(model: Any) -> None:
+    """Negative control: without the routers' hooks no policy acts, and the block says so."""
+    attach(model)
+    for layer in attach(model).layers:
+        layer.router._forward_hooks.clear()
+    with pytest.raises(CarpoolError, match="never fired"):
+        run_once(model)
+
+
+def test_a_block_without_a_forward_is_an_error(model: Any) -> None:
+    with pytest.raises(CarpoolError, match="never fired"), carpool.share(model, TIGHT):
+        pass
+
+
+def test_gradients_do_not_pile_up_in_the_counters(model: Any) -> None:
+    with carpool.share(model, TIGHT, exempt_prefill=False) as run:
+        loss = model(tokens(), labels=tokens()).loss
+        loss.backward()
+    assert run.changed_rows() > 0
+    assert model.model.layers[0].mlp.gate.weight.grad is not None
+
+
+def test_compiled_after_attach_shares_and_switches(model: Any) -> None:
+    ids = tokens()
+    stock = logits(model, ids)
+    shared = run_once(model, ids=ids)
+    attach(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(logits(compiled, ids), stock)
+        with carpool.share(compiled, TIGHT, exempt_prefill=False) as run:
+            torch.testing.assert_close(logits(compiled, ids), shared)
+            logits(compiled, ids)
+        assert [row.calls for row in run.report()] == [2, 2]
+        assert run.changed_rows() > 0
+
+
+def test_compiled_before_attach_is_caught(model: Any) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    logits(compiled, tokens())
+    with pytest.raises(CarpoolError, match=r"never fired.*compiled before attach"):
+        with carpool.share(compiled, TIGHT, exempt_prefill=False):
+            logits(compiled, tokens())
+
+
+def test_assisted_decoding_counts_verification_as_prompt(model: Any) -> None:
+    helper = tiny_model("qwen3_moe", seed=3)
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": 63, "assistant_model": helper}
+    with carpool.share(model, TIGHT) as run:
+        model.generate(tokens(1, 5), **settings)
+    assert all(row.rows_exempt > 5 for row in run.report())
+    with carpool.share(model, TIGHT, exempt_prefill=False) as run:
+        model.generate(tokens(1, 5), **settings)
+    assert all(row.rows_exempt == 0 for row in run.report())
+    assert run.changed_rows() > 0
+
+
+def test_router_logits_stay_raw(model: Any) -> None:
+    with torch.no_grad():
+        stock = model(tokens(), output_router_logits=True).router_logits
+        with carpool.share(model, TIGHT, exempt_prefill=False):
+            shared = model(tokens(), output_router_logits=True).router_logits
+    assert torch.equal(stock[0], shared[0])
+
+
+def test_local_expert_ids_are_refused(model: Any) -> None:
+    class Distributed:
+        ep_size = 2
+
+    model.config.distributed_config = Distributed()
+    model.ep_plan = {"model.layers.*.mlp.gate": "ep_router"}
+    with pytest.raises(CarpoolError, match="ep_router"):
+        attach(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plan": "xshare(budget=9)"}, "9 of 8 experts"),
+        ({"plan": "nothing(1)"}, "unknown policy"),
+        ({"plan": TIGHT, "group": "galaxy"}, "galaxy"),
+        ({"plan": "sere(top=1)"}, "carpool calibrate"),
+        ({"plan": "sere(top=1)", "stats": "/nowhere/stats.safetensors"}, "/nowhere/stats.safetensors"),
+    ],
+)
+def test_bad_arguments(model: Any, options: dict[str, Any], message: str) -> None:
+    plan = options.pop("plan")
+    with pytest.raises(CarpoolError, match=message), carpool.share(model, plan, **options):
+        pass
+    assert attach(model).run is None
+
+
+def test_unknown_and_dense_models_are_refused_by_name() -> None:
+    with pytest.raises(CarpoolError, match="Linear has no"):
+        attach(torch.nn.Linear(2, 2))
+    with pytest.raises(CarpoolError, match="not a transformers model|not str"):
+        attach("model")  # type: ignore[arg-type]
+    switch = tiny_model("phimoe", num_local_experts=4)
+    with pytest.raises(CarpoolError, match="PhimoeTopKRouter"):
+        attach(switch)
+
+
+def test_fingerprints_name_weights_not_dtypes(model: Any) -> None:
+    name = fingerprint(model)
+    assert fingerprint(copy.deepcopy(model).bfloat16()) == name
+    assert fingerprint(tiny_model("qwen3_moe", seed=1)) != name
+
+
+def test_continuous_batching_shares_over_requests(model: Any, tmp_path: Path) -> None:
+    """Requests of a packed batch share; the generation thread sees the switch; one request alone gets the same
+    tokens as `generate` under a policy that does not depend on the batch."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=63, pad_token_id=0)
+    blocks = ContinuousBatchingConfig(num_blocks=16, block_size=16, max_batch_tokens=32)
+    requests = tokens(3, 5).tolist()
+    model.set_attn_implementation("sdpa")
+
+    def generate() -> list[list[int]]:
+        results = model.generate_batch(
+            requests, generation_config=settings, continuous_batching_config=blocks, progress_bar=False
+        )
+        return [results[key].generated_tokens for key in sorted(results, key=lambda key: int(key.split("_")[-1]))]
+
+    with carpool.share(model, "topk(k=1)", exempt_prefill=False) as run:
+        together = generate()
+    assert run.changed_rows() > 0
+    for prompt, made in zip(requests, together, strict=True):
+        with carpool.share(model, "topk(k=1)", exempt_prefill=False):
+            alone = model.generate(torch.tensor([prompt]), generation_config=settings)
+        assert alone[0, len(prompt) :].tolist() == made
+    with carpool.share(model, TIGHT) as run:
+        generate()
+    assert all(row.rows_exempt == 15 for row in run.report())
+    assert run.changed_rows() > 0
