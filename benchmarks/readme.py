@@ -1,0 +1,100 @@
+"""The README's table and first figure, from committed results.
+
+    carpool evaluate --policy "xshare(budget=16)" --policy "xshare(budget=24)" --policy "oea(k0=2)" \\
+        --batch 1,2,4,8,16,32,64 --json docs/results/batches.json
+    carpool demo --json docs/results/demo.json --png docs/images/demo.png
+    python benchmarks/readme.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "docs/results/demo.json"
+BATCHES = ROOT / "docs/results/batches.json"
+PROBLEM = ROOT / "docs/images/problem.png"
+BLOCK = re.compile(r"(<!-- demo table: [^>]* -->\n).*?(<!-- end -->)", re.S)
+
+
+def demo_table(content: dict[str, Any]) -> str:
+    """Markdown rows of a demo's results, as they are in its JSON."""
+    lines = [
+        "| policy | union | of stock | pairs | displaced mass | KL, nats/token | top-1 agreement | perplexity ratio |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in content["results"]:
+        stock = row["policy"] == "stock"
+        kl, share = row["kl"], row["union_share"]["value"]
+        cells = [
+            f"`{row['policy']}`" if not stock else "stock",
+            f"{row['union']['value']:.1f}",
+            f"{share:.0%}",
+            f"{row['pairs']:.2f}",
+            f"{row['displaced_mass']['value']:.1%}",
+            "0" if stock else f"{kl['value']:.4f} [{kl['low']:.4f}, {kl['high']:.4f}]",
+            f"{row['top1_agreement']['value']:.1%}",
+            f"{row['perplexity_ratio']['value']:.3f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def readme_with(text: str, content: dict[str, Any]) -> str:
+    """The README's text with its table made anew."""
+    return BLOCK.sub(lambda found: found[1] + "\n" + demo_table(content) + "\n" + found[2], text)
+
+
+def draw_problem(content: dict[str, Any], path: Path) -> None:
+    """Experts read per layer against the batch size: what batching does, and what sharing makes of it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    experts, top_k = content["model"]["num_experts"], content["model"]["top_k"]
+    series: dict[str, list[tuple[int, float]]] = {}
+    for row in content["results"]:
+        series.setdefault(row["policy"], []).append((row["batch"], row["union"]["value"]))
+    batches = sorted({batch for points in series.values() for batch, _ in points})
+    figure, axes = plt.subplots(figsize=(8.6, 4.4), dpi=150)
+    law = [experts * (1 - (1 - top_k / experts) ** batch) for batch in batches]
+    axes.plot(batches, law, color="#b8bcc4", linestyle=":", linewidth=1.6)
+    axes.annotate("independent draws", (batches[2], law[2]), (-6, 8), textcoords="offset points", ha="right",
+                  color="#8a8f99", fontsize=9)  # fmt: skip
+    colours = iter(("#0f7b6c", "#2f9e8f", "#d9822b", "#7b5ea7"))
+    for name, points in series.items():
+        x, y = zip(*sorted(points), strict=True)
+        stock = name == "stock"
+        colour = "#23262d" if stock else next(colours)
+        axes.plot(x, y, color=colour, marker="o", markersize=4, linewidth=2.6 if stock else 2)
+        axes.annotate(name, (x[-1], y[-1]), (8, -3), textcoords="offset points", color=colour, fontsize=10,
+                      fontweight="bold" if stock else "normal", annotation_clip=False)  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.set_ylim(0, experts * 1.04)
+    axes.set_xlabel("sequences decoded together")
+    axes.set_ylabel(f"distinct experts read per layer and step (of {experts})")
+    one, many = (dict(series["stock"])[batch] for batch in (batches[0], batches[-1]))
+    title = f"Batching wakes the experts: {one:.0f} read for one token, {many:.0f} for {batches[-1]}"
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=24)
+    axes.text(0, 1.03, "measured on the reference model, held-out text; shared: tokens of a batch use a common set",
+              transform=axes.transAxes, fontsize=9.5, color="#5b616b")  # fmt: skip
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e8ec")
+    axes.set_axisbelow(True)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    readme.write_text(readme_with(readme.read_text(), json.loads(DEMO.read_text())))
+    draw_problem(json.loads(BATCHES.read_text()), PROBLEM)
+
+
+if __name__ == "__main__":
+    main()
