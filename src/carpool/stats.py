@@ -28,7 +28,6 @@ SIMILARITIES = {  # name: lowest possible value
     "similarity_routed": float("-inf"),
 }
 ASYMMETRIC = ("similarity_routed",)
-NAMES = (*SIMILARITIES, "coverage")
 TOLERANCE = 1e-5
 AGAIN = "run `carpool calibrate` for this model"
 
@@ -59,7 +58,9 @@ class Statistics:
     """What `carpool calibrate` measured; an instance is always valid.
 
     Attributes:
-        layers: layer index to `similarity_* [E, E]` float32 and `coverage [E]` int64 (tokens that routed there).
+        layers: layer index to tensors by name, the same names in every layer: `coverage [E]` int64 (tokens that
+            routed there), `similarity_* [E, E]` float32, and whatever else a policy may need (only checked to be
+            finite).
         fingerprint: of the model (see `fingerprint`).
         architecture: name of the model's class, for people.
         num_experts: `E`, the same in every layer.
@@ -96,6 +97,9 @@ class Statistics:
             raise CarpoolError(f"the statistics claim {self.top_k} of {self.num_experts} experts per token")
         if self.tokens < MIN_TOKENS:
             raise CarpoolError(f"the statistics come from {self.tokens} tokens; at least {MIN_TOKENS} are needed")
+        names = {frozenset(tensors) for tensors in self.layers.values()}
+        if len(names) > 1:
+            raise CarpoolError(f"the layers do not hold the same statistics; {AGAIN}")
         for index, tensors in self.layers.items():
             _check_layer(index, tensors, self.num_experts, self.tokens)
 
@@ -121,8 +125,8 @@ class Statistics:
             CarpoolError: counts, layers or fingerprint differ.
         """
         if num_experts != self.num_experts:
-            mine = self.num_experts
-            raise CarpoolError(f"the statistics are of {mine} experts, the model has {num_experts}; {AGAIN}")
+            counted = self.num_experts
+            raise CarpoolError(f"the statistics are of {counted} experts, the model has {num_experts}; {AGAIN}")
         if set(layers) != set(self.layers):
             mine, theirs = _few(sorted(self.layers)), _few(sorted(layers))
             raise CarpoolError(f"the statistics are of layers {mine}, the model's MoE layers are {theirs}; {AGAIN}")
@@ -179,18 +183,24 @@ class Statistics:
 
 
 def _check_layer(index: int, tensors: Mapping[str, Tensor], num_experts: int, tokens: int) -> None:
-    if set(tensors) != set(NAMES):
-        raise CarpoolError(f"layer {index} holds {sorted(tensors)} in place of {sorted(NAMES)}; {AGAIN}")
-    for name in NAMES:
-        tensor, shape = tensors[name], [num_experts] * (2 if name in SIMILARITIES else 1)
-        dtype = torch.float32 if name in SIMILARITIES else torch.int64
+    if "coverage" not in tensors or len(tensors) < 2:
+        raise CarpoolError(f"layer {index} holds only {sorted(tensors)}, no coverage or nothing beside it; {AGAIN}")
+    for name, tensor in tensors.items():
         where = f"layer {index}: {name}"
-        if list(tensor.shape) != shape or tensor.dtype != dtype:
-            raise CarpoolError(f"{where} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {shape}; {AGAIN}")
         if name in SIMILARITIES:
+            _check_kind(where, tensor, torch.float32, [num_experts, num_experts])
             _check_similarity(where, name, tensor)
-        elif not ((tensor >= 0) & (tensor <= tokens)).all():
-            raise CarpoolError(f"{where} must lie between 0 and the {tokens} tokens seen; {AGAIN}")
+        elif name == "coverage":
+            _check_kind(where, tensor, torch.int64, [num_experts])
+            if not ((tensor >= 0) & (tensor <= tokens)).all():
+                raise CarpoolError(f"{where} must lie between 0 and the {tokens} tokens seen; {AGAIN}")
+        elif not tensor.isfinite().all():
+            raise CarpoolError(f"{where} holds NaN or inf; {AGAIN}")
+
+
+def _check_kind(where: str, tensor: Tensor, dtype: torch.dtype, shape: list[int]) -> None:
+    if tensor.dtype != dtype or list(tensor.shape) != shape:
+        raise CarpoolError(f"{where} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {shape}; {AGAIN}")
 
 
 def _check_similarity(where: str, name: str, similarity_EE: Tensor) -> None:

@@ -187,7 +187,10 @@ def _measure(experts: Experts, routed: Routed, similarity: Similarity) -> None:
     with experts.ready() as run:
         for start in range(0, len(routed.hidden_NH), rows):
             hidden_NH, ids_NK, weights_NK = (tensor[start : start + rows] for tensor in routed)
-            outputs_NEH = torch.stack(list(experts.each(run, hidden_NH.float())), dim=1)
+            shape = (len(hidden_NH), experts.layer.num_experts, hidden_NH.shape[1])
+            outputs_NEH = torch.empty(shape, dtype=torch.float64, device=hidden_NH.device)
+            for expert, output_NH in enumerate(experts.each(run, hidden_NH.float())):
+                outputs_NEH[:, expert] = output_NH
             if not similarity.tokens:
                 together_NH = run(hidden_NH.float(), ids_NK, weights_NK.float())
                 _check_mixture(experts.layer, outputs_NEH, together_NH, ids_NK, weights_NK)
@@ -197,7 +200,7 @@ def _measure(experts: Experts, routed: Routed, similarity: Similarity) -> None:
 def _check_mixture(layer: Layer, outputs_NEH: Tensor, together_NH: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> None:
     """Refuse experts whose mixture is not the weighted sum of their outputs: they would be measured wrongly."""
     index_NKH = ids_NK.long().unsqueeze(-1).expand(-1, -1, outputs_NEH.shape[-1])
-    sum_NH = (outputs_NEH.gather(1, index_NKH) * weights_NK.float().unsqueeze(-1)).sum(1)
+    sum_NH = (outputs_NEH.gather(1, index_NKH) * weights_NK.unsqueeze(-1)).sum(1)
     if (sum_NH - together_NH).norm() > MIXTURE_TOLERANCE * together_NH.norm():
         raise CarpoolError(
             f"layer {layer.index}: {type(layer.experts).__name__} does not mix experts by a weighted sum of their "

@@ -23,30 +23,33 @@ class Similarity:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self.distance_EE = zeros(num_experts, num_experts)
-        self.cosine_EE = zeros(num_experts, num_experts)
-        self.error_EE = zeros(num_experts, num_experts)
-        self.energy_E = zeros(num_experts)
+        self.gram_EE = zeros(num_experts, num_experts)  # sum of E_u . E_v
+        self.cosine_EE = zeros(num_experts, num_experts)  # sum of their cosines
+        self.error_EE = zeros(num_experts, num_experts)  # sum of w_u^2 |E_v - E_u|^2 over tokens of u
+        self.energy_E = zeros(num_experts)  # sum of w_u^2 |E_u|^2 over tokens of u
         self.coverage_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
         self.tokens = 0
 
     def update(self, outputs_NEH: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> None:
         """Add a chunk: every expert's output for every token, and the native routing of these tokens."""
-        outputs_NEH = outputs_NEH.double()
+        outputs_NEH, ids_NK = outputs_NEH.double(), ids_NK.long()
         gram_NEE = outputs_NEH @ outputs_NEH.mT
-        energy_NE = gram_NEE.diagonal(dim1=1, dim2=2)
-        distance_NEE = (energy_NE.unsqueeze(2) + energy_NE.unsqueeze(1) - 2 * gram_NEE).clamp_min_(0)
-        # an output of zero has no direction and is similar to none
-        norm_NE = energy_NE.sqrt()
-        unit_NE = torch.where(norm_NE > 0, 1 / norm_NE, 0)
-        routed_NE = torch.zeros_like(energy_NE, dtype=torch.bool).scatter(1, ids_NK.long(), True)
-        squared_NE = torch.zeros_like(energy_NE).scatter_add(1, ids_NK.long(), weights_NK.double()).square()
+        energy_NE = gram_NEE.diagonal(dim1=1, dim2=2).clone()
+        self.gram_EE += gram_NEE.sum(0)
 
-        self.distance_EE += distance_NEE.sum(0)
-        self.cosine_EE += (gram_NEE * unit_NE.unsqueeze(2) * unit_NE.unsqueeze(1)).sum(0)
-        self.error_EE += (distance_NEE * squared_NE.unsqueeze(2)).sum(0)
-        self.energy_E += (squared_NE * energy_NE).sum(0)
-        self.coverage_E += routed_NE.sum(0)
+        # only the rows of experts that a token routes to: K of its E
+        rows_NKE = gram_NEE.gather(1, ids_NK.unsqueeze(2).expand(-1, -1, gram_NEE.shape[2]))
+        own_NK = energy_NE.gather(1, ids_NK)
+        squared_NK = weights_NK.double().square()
+        distance_NKE = (own_NK.unsqueeze(2) + energy_NE.unsqueeze(1) - 2 * rows_NKE).clamp_min(0)
+        experts_S = ids_NK.flatten()
+        self.error_EE.index_add_(0, experts_S, (distance_NKE * squared_NK.unsqueeze(2)).flatten(0, 1))
+        self.energy_E.index_add_(0, experts_S, (own_NK * squared_NK).flatten())
+        self.coverage_E += experts_S.bincount(minlength=len(self.coverage_E))
+
+        # an output of zero has no direction and is similar to none
+        unit_NE = torch.where(energy_NE > 0, energy_NE.rsqrt(), 0)
+        self.cosine_EE += gram_NEE.mul_(unit_NE.unsqueeze(2)).mul_(unit_NE.unsqueeze(1)).sum(0)
         self.tokens += len(outputs_NEH)
 
     def result(self) -> dict[str, Tensor]:
@@ -54,7 +57,8 @@ class Similarity:
 
         Rows of `similarity_routed` without evidence (no token, or an expert whose output is zero) are 0.
         """
-        distance_EE = self.distance_EE.sqrt()
+        total_E = self.gram_EE.diagonal()
+        distance_EE = (total_E.unsqueeze(1) + total_E.unsqueeze(0) - 2 * self.gram_EE).clamp_min(0).sqrt()
         energy_E1 = self.energy_E.unsqueeze(1)
         routed_EE = torch.where(energy_E1 > 0, 1 - self.error_EE / energy_E1, 0)
         largest = distance_EE.max()

@@ -68,7 +68,8 @@ class SERE(Policy):
     def prepare(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`similarity [E, E]` (how well the column's expert stands in for the row's) and its tie-free sort keys."""
         similarity_EE = stats[f"similarity_{self.metric}"].float()
-        return {"similarity": similarity_EE, "keys": with_ties(ordered_int(similarity_EE))}
+        # cosine and routed go below 0: the order of such replacements counts, and a threshold of 0 takes them all
+        return {"similarity": similarity_EE.clamp_min(0), "keys": with_ties(ordered_int(similarity_EE))}
 
     def coreset(self, inputs: Inputs) -> Tensor:
         """The primaries, bool `[G, E]`."""
