@@ -1,0 +1,75 @@
+"""What the plugin does in a process that vLLM starts: arm three constructors, which then see the configuration.
+
+Without the key `carpool` in `additional_config` the armed constructors do what they did before, and nothing else is
+patched. `CARPOOL_DISABLE=1` keeps even them untouched, whatever the configuration says.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+from carpool.hosts.vllm.settings import Settings
+
+KILL_SWITCH = "CARPOOL_DISABLE"
+
+
+def arm() -> None:
+    """Arm the constructors of configuration (front end), scheduler (engine core) and worker; once per process."""
+    if os.environ.get(KILL_SWITCH, "0").strip().lower() not in ("", "0", "false"):
+        return
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    _arm(EngineArgs, "create_engine_config", _configured)
+    _arm(Scheduler, "__init__", _scheduler_built)
+    _arm(WorkerBase, "__init__", _worker_built)
+
+
+def _arm(owner: type, name: str, then: Callable[..., None]) -> None:
+    original = getattr(owner, name)
+    if hasattr(original, "carpool_original"):
+        return
+
+    @functools.wraps(original)
+    def armed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        then(self, result)
+        return result
+
+    armed.carpool_original = original  # type: ignore[attr-defined]
+    setattr(owner, name, armed)
+
+
+def _configured(_: Any, config: Any) -> None:
+    """In the front end: refuse early, where the user sees it, and let the workers' metrics reach /metrics."""
+    settings = Settings.of(config.additional_config)
+    if settings is None:
+        return
+    from carpool.hosts.vllm.engine import check_engine
+    from carpool.hosts.vllm.metrics import collect_from_workers
+
+    check_engine(config, settings)
+    collect_from_workers()
+
+
+def _scheduler_built(scheduler: Any, _: None) -> None:
+    if Settings.of(scheduler.vllm_config.additional_config) is None:
+        return
+    from carpool.hosts.vllm.prefix_cache import share_prompts_only
+
+    share_prompts_only(scheduler)
+
+
+def _worker_built(worker: Any, _: None) -> None:
+    settings = Settings.of(worker.vllm_config.additional_config)
+    if settings is None:
+        return
+    from carpool.hosts.vllm.engine import check_engine
+    from carpool.hosts.vllm.host import Host
+
+    check_engine(worker.vllm_config, settings)
+    Host.attach(worker, settings)

@@ -1,0 +1,77 @@
+"""What can be asked of a running engine, by `LLM.collective_rpc` or vLLM's `/collective_rpc` endpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from carpool.errors import CarpoolError
+from carpool.grammar import parse
+from carpool.hosts.vllm.layers import prepare
+
+if TYPE_CHECKING:
+    from carpool.hosts.vllm.host import Host
+
+
+class Control:
+    """The methods `carpool_set` and `carpool_report` of a worker."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def set(self, policy: str | None = None, enabled: bool | None = None) -> dict[str, Any]:
+        """Change the policy of all layers, or switch sharing off and on, between two steps.
+
+        Args:
+            policy: a policy text; the defaults of serving are added. Replaces settings per layer of a policy file.
+            enabled: False routes natively (what is cached stays prompts only), True shares again.
+
+        Returns:
+            The settings now in force.
+
+        Raises:
+            CarpoolError: a text that cannot be read, a policy that does not fit the model or lacks statistics, or,
+                where CUDA graphs were recorded, another kind of policy. Nothing has changed then.
+        """
+        host = self._host
+        try:
+            if enabled is not None and type(enabled) is not bool:
+                raise CarpoolError(f"carpool_set: enabled={enabled!r}; give true or false")
+            if host.step is None:
+                raise CarpoolError("carpool_set: the model is not loaded yet")
+            if policy is not None:
+                plan = parse(policy).for_serving()
+                stats = [prepare(layer, plan) for layer in host.layers]
+                host.use_plans([plan] * len(host.layers))
+                for layer, tensors in zip(host.layers, stats, strict=True):
+                    layer.stats = tensors
+        except CarpoolError:
+            if host.metrics is not None:
+                host.metrics.refused()
+            raise
+        if enabled is not None:
+            host.step.enabled = enabled
+            host.metrics.enabled(enabled)  # type: ignore[union-attr]
+        return self._settings()
+
+    def report(self, reset: bool = False) -> dict[str, Any]:
+        """The settings in force and the counters of every layer since the start or the last reset."""
+        host = self._host
+        if host.step is None:
+            raise CarpoolError("carpool_report: the model is not loaded yet")
+        layers = [asdict(row) for row in host.step.counters.report()]
+        if reset:
+            host.metrics.publish(now=True)  # type: ignore[union-attr]
+            host.step.counters.reset()
+            host.metrics.forget()  # type: ignore[union-attr]
+        return {**self._settings(), "layers": layers}
+
+    def _settings(self) -> dict[str, Any]:
+        host = self._host
+        plans = {str(layer.plan) for layer in host.layers}
+        assert host.step is not None
+        return {
+            "policy": plans.pop() if len(plans) == 1 else "set per layer",
+            "group": str(host.settings.group),
+            "enabled": host.step.enabled,
+        }

@@ -1,0 +1,181 @@
+"""One worker's share of the plugin: finds the routers while the model is loaded, checks them, follows the batch.
+
+All state hangs on the worker, so two engines in one process do not meet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from carpool.counters import Counters
+from carpool.errors import CarpoolError
+from carpool.grammar import Plan
+from carpool.hosts.vllm.control import Control
+from carpool.hosts.vllm.knobs import Knobs
+from carpool.hosts.vllm.layers import build_layers
+from carpool.hosts.vllm.metrics import Metrics
+from carpool.hosts.vllm.router import Layer, Step, define_op, shared_class
+from carpool.hosts.vllm.rows import Rows
+from carpool.hosts.vllm.settings import Settings
+
+
+class Host:
+    """See the module.
+
+    Attributes:
+        worker: vLLM's worker. settings: the user's. step: what all layers share, once the model is loaded.
+        layers: the MoE layers of this worker.
+    """
+
+    def __init__(self, worker: Any, settings: Settings) -> None:
+        self.worker, self.settings = worker, settings
+        self.layers: list[Layer] = []
+        self.step: Step | None = None
+        self.metrics: Metrics | None = None
+        self._proved = False
+
+    @classmethod
+    def attach(cls, worker: Any, settings: Settings) -> Host:
+        """Follow a worker from its construction: wraps its `load_model` and gives it the control methods."""
+        host = cls(worker, settings)
+        worker.carpool = host
+        load_model = worker.load_model
+
+        def loaded(*args: Any, **kwargs: Any) -> Any:
+            if torch.cpu._is_amx_tile_supported():
+                torch.cpu._init_amx()  # a tiny model may reach an AMX kernel before oneDNN asks for the permission
+            with host._collecting():
+                result = load_model(*args, **kwargs)
+            host._finish()
+            return result
+
+        worker.load_model = loaded
+        control = Control(host)
+        worker.carpool_set, worker.carpool_report = control.set, control.report
+        return host
+
+    @contextlib.contextmanager
+    def _collecting(self) -> Iterator[None]:
+        """While the target model is built, its routers become shared ones; nothing stays patched afterwards."""
+        from vllm.model_executor.layers.fused_moe import layer as factory
+
+        define_op()
+        runner = self.worker.model_runner
+        create = factory.create_fused_moe_router
+        drafting = False
+
+        def create_shared(*args: Any, **kwargs: Any) -> Any:
+            router = create(*args, **kwargs)
+            if not drafting:
+                router.__class__ = shared_class(type(router))
+            return router
+
+        drafter = getattr(runner, "drafter", None)
+        load_drafter = getattr(drafter, "load_model", None)
+
+        def load_untouched(*args: Any, **kwargs: Any) -> Any:
+            nonlocal drafting
+            drafting = True
+            try:
+                return load_drafter(*args, **kwargs)  # type: ignore[misc]
+            finally:
+                drafting = False
+
+        factory.create_fused_moe_router = create_shared
+        if load_drafter is not None:
+            drafter.load_model = load_untouched  # type: ignore[union-attr]
+        try:
+            yield
+        finally:
+            factory.create_fused_moe_router = create
+            if load_drafter is not None:
+                del drafter.load_model  # type: ignore[union-attr]
+
+    def _finish(self) -> None:
+        """Check every router of the loaded model, then let the policy in.
+
+        Raises:
+            CarpoolError: no MoE layer, a layer that bypasses its router, a router that is not understood, a policy
+                or statistics that do not fit the model.
+        """
+        worker, runner = self.worker, self.worker.model_runner
+        config, device = worker.vllm_config, worker.device
+        graphs = device.type != "cpu" and bool(config.compilation_config.cudagraph_mode)
+        rows = Rows(
+            runner.max_num_tokens,
+            config.scheduler_config.max_num_seqs,
+            self.settings.group.kind == "request",
+            device,
+        )
+        self.layers = build_layers(runner.get_model(), self.settings, config, device)
+        self.step = Step(rows, Counters([layer.name for layer in self.layers], device), graphs)
+        for layer in self.layers:
+            layer.step = self.step
+            layer.router.carpool_layer = layer
+        if graphs:
+            self.use_plans([layer.plan for layer in self.layers])
+        self.metrics = Metrics(self.step.counters, publishes=_first_of_tensor_parallel())
+        self.metrics.enabled(True)
+        self._follow(runner)
+
+    def use_plans(self, plans: list[Plan]) -> None:
+        """Put a plan into each layer, all or none.
+
+        Raises:
+            CarpoolError: recorded graphs can take other numbers only.
+        """
+        assert self.step is not None
+        if not self.step.graphs:
+            for layer, plan in zip(self.layers, plans, strict=True):
+                layer.plan = plan
+            return
+        for layer, plan in zip(self.layers, plans, strict=True):
+            layer.knobs = layer.knobs or Knobs(plan, layer.num_experts, layer.device)
+            layer.knobs.check(plan)
+        for layer, plan in zip(self.layers, plans, strict=True):
+            assert layer.knobs is not None
+            layer.knobs.set(plan)
+            layer.plan = layer.knobs.plan
+
+    def _follow(self, runner: Any) -> None:
+        forward, execute = runner._model_forward, runner.execute_model
+
+        def followed_forward(*args: Any, **kwargs: Any) -> Any:
+            assert self.step is not None
+            if self.step.enabled:
+                given = [*args, *kwargs.values()]
+                num_rows = next(len(tensor) for tensor in given if isinstance(tensor, torch.Tensor))
+                self.step.rows.fill(runner, num_rows)
+            try:
+                result = forward(*args, **kwargs)
+            finally:
+                self.step.rows.clear()
+            if not self._proved:
+                self._prove()
+            return result
+
+        def followed_execute(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+            result = execute(scheduled, *args, **kwargs)
+            if self.metrics is not None:  # an empty step tells that all requests have ended
+                self.metrics.publish(now=not scheduled.total_num_scheduled_tokens)
+            return result
+
+        runner._model_forward, runner.execute_model = followed_forward, followed_execute
+
+    def _prove(self) -> None:
+        """After the first step: every router must have run in Python, or a kernel routes behind our back."""
+        for layer in self.layers:
+            if not layer.calls:
+                raise CarpoolError(f"{layer.name}: the engine bypassed the router, so no policy can run; refused")
+        self._proved = True
+
+
+def _first_of_tensor_parallel() -> bool:
+    """All ranks decide alike; one of them reports."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    return bool(get_tensor_model_parallel_rank() == 0)

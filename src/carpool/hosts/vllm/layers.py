@@ -1,0 +1,144 @@
+"""The MoE layers of a loaded model, checked: each with its routing rule, its plan and its statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carpool.errors import CarpoolError
+from carpool.grammar import Plan
+from carpool.hosts.vllm.conformance import check
+from carpool.hosts.vllm.router import Layer, is_shared
+from carpool.hosts.vllm.settings import Settings
+from carpool.hosts.vllm.specs import route_spec
+from carpool.policy_file import PolicyFile
+from carpool.routing import Routing
+from carpool.stats import Statistics, fingerprint
+
+GATES = ("gate", "router")
+
+
+def build_layers(model: torch.nn.Module, settings: Settings, config: Any, device: torch.device) -> list[Layer]:
+    """Every MoE layer of the model.
+
+    Args:
+        model: the loaded target model.
+        settings: the user's.
+        config: vLLM's configuration.
+        device: of the model.
+
+    Raises:
+        CarpoolError: a dense model, a router that Carpool cannot share (the message names layer and cause), or a
+            policy or statistics that do not fit the model.
+    """
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    modules = dict(model.named_modules())
+    found = [(path, module) for path, module in modules.items() if isinstance(module, MoERunner)]
+    if not found and config.parallel_config.pipeline_parallel_size == 1:
+        raise CarpoolError(
+            f"{type(model).__name__} has no mixture-of-experts layer that Carpool can share (a dense model, or experts "
+            "that vLLM runs without a router object); start it without the key 'carpool'"
+        )
+    gates = {runner.layer_name: _gate(modules, path, runner) for path, runner in found}
+    layers = [_layer(runner, gates[runner.layer_name], settings, device) for _, runner in found]
+    for position, layer in enumerate(layers):
+        layer.position = position
+    statistics = load_statistics(settings.policies, layers, gates)
+    for layer in layers:
+        layer.statistics = {} if statistics is None else statistics.for_layer(layer.index)
+        layer.stats = prepare(layer, layer.plan)
+    return layers
+
+
+def prepare(layer: Layer, plan: Plan) -> dict[str, Tensor]:
+    """What a plan needs of the layer's statistics, on the layer's device; checks the plan too.
+
+    Raises:
+        CarpoolError: the plan does not fit the layer, or needs statistics that were not loaded.
+    """
+    plan.check(layer.num_experts, layer.spec.top_k)
+    missing = [name for name in plan.policy.required_stats() if name not in layer.statistics]
+    if missing:
+        raise CarpoolError(
+            f"{plan.policy} needs the statistics {missing[0]!r}; make them with `carpool calibrate` and name the file "
+            'with "stats"'
+        )
+    return {name: tensor.to(layer.device) for name, tensor in plan.policy.prepare(layer.statistics).items()}
+
+
+def load_statistics(policies: PolicyFile, layers: list[Layer], gates: dict[str, Tensor | None]) -> Statistics | None:
+    """The statistics file, if the settings name one and it is of this model.
+
+    Raises:
+        CarpoolError: unreadable, damaged or of another model; or a policy file of another model.
+    """
+    made_for = policies.model.get("fingerprint")
+    if policies.statistics is None and made_for is None:
+        return None
+    weights = [(layer.index, gate) for layer in layers if (gate := gates[layer.name]) is not None]
+    if len(weights) < len(layers):
+        raise CarpoolError("the gates of this model cannot be read, so statistics and policy files cannot be checked")
+    mine = fingerprint(weights)
+    if made_for not in (None, mine):
+        raise CarpoolError(f"the policy file is of another model (routers {str(made_for)[:12]}, not {mine[:12]})")
+    if policies.statistics is None:
+        return None
+    statistics = Statistics.load(policies.statistics)
+    statistics.check(mine, [layer.index for layer in layers], layers[0].num_experts)
+    return statistics
+
+
+def _layer(runner: Any, gate_EH: Tensor | None, settings: Settings, device: torch.device) -> Layer:
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    name, router, moe = runner.layer_name, runner.router, runner.moe_config
+    if not is_shared(router):
+        raise CarpoolError(f"{name} brings a {type(router).__name__} of its own, which Carpool cannot share")
+    if runner.is_monolithic:
+        method = type(runner.routed_experts.quant_method).__name__
+        raise CarpoolError(f"{name}: {method} routes inside its kernel and has no other form here; no policy can run")
+    spec = route_spec(router, router.carpool_kind, name)
+    num_experts = moe.num_logical_experts
+    dtype = moe.router_logits_dtype or moe.in_dtype
+
+    def native(logits_NE: Tensor) -> Routing:
+        hidden_NH = torch.zeros(len(logits_NE), moe.hidden_dim, dtype=moe.in_dtype, device=logits_NE.device)
+        weights_NK, ids_NK = router._compute_routing(hidden_NH, logits_NE, None)
+        return Routing(ids_NK, weights_NK)
+
+    check(spec, native, num_experts, gate_EH, dtype, device, name)
+    index = extract_layer_index(name)
+    return Layer(
+        name=name,
+        index=index,
+        router=router,
+        spec=spec,
+        plan=settings.plan_for(index),
+        num_experts=num_experts,
+        device=device,
+    )
+
+
+def _gate(modules: dict[str, torch.nn.Module], path: str, runner: Any) -> Tensor | None:
+    """The gate's weight `[E, H]`, or None where it cannot be read.
+
+    The CPU build packs weights for its kernels and drops the original; what the gate makes of unit vectors is the
+    weight again, bit for bit, as long as it adds no bias.
+    """
+    block = modules.get(path.rpartition(".")[0])
+    gates = [runner.gate, *(getattr(block, name, None) for name in GATES)]
+    for gate in gates:
+        weight = getattr(gate, "weight", None)
+        if weight is None:
+            continue
+        if weight.dim() == 2 and weight.shape[0] == runner.moe_config.num_logical_experts:
+            return weight.detach()
+        if getattr(gate, "bias", None) is None and weight.is_floating_point():
+            hidden = runner.moe_config.hidden_dim
+            output = gate(torch.eye(hidden, dtype=runner.moe_config.in_dtype, device=weight.device))
+            columns_HE = output[0] if isinstance(output, tuple) else output
+            return columns_HE.detach().T
+    return None

@@ -1,0 +1,100 @@
+"""Prometheus metrics beside vLLM's own, as totals over layers: a handful of series, whatever is served."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+from carpool.counters import Counters, totals
+
+PERIOD = 1.0  # seconds between two readings of the device's counters
+COUNTERS = {  # field of the counters: metric (Prometheus appends _total), help
+    "rows": ("carpool_rows", "rows (tokens times layers) of steps in which a policy ran"),
+    "rows_exempt": ("carpool_rows_exempt", "of these, rows with native routing: prompts and requests that opted out"),
+    "rows_changed": ("carpool_rows_changed", "of these, rows whose experts a policy changed"),
+    "rows_nonfinite": ("carpool_rows_nonfinite", "of these, rows with NaN or infinite logits"),
+    "steps": ("carpool_layer_steps", "steps times layers in which a policy ran"),
+    "natural_union": ("carpool_experts_natural", "distinct experts that native routing would have read"),
+    "union": ("carpool_experts_read", "distinct experts read"),
+    "displaced_mass": ("carpool_displaced_mass", "share of its native weight a row lost, summed over rows"),
+    "floor_overflow": ("carpool_floor_overflow", "distinct experts read only because of the floor"),
+}
+
+
+class Metrics:
+    """Copies the counters of one worker to Prometheus.
+
+    Args:
+        counters: of the worker.
+        publishes: False on all but one of the ranks that decide alike.
+    """
+
+    def __init__(self, counters: Counters, publishes: bool) -> None:
+        self._counters, self._publishes = counters, publishes
+        self._last: dict[str, float] = {}
+        self._next = 0.0
+
+    def publish(self, now: bool = False) -> None:
+        """Add what happened since the last time; at most once a `PERIOD` unless told to do it `now`."""
+        if not self._publishes or (not now and time.monotonic() < self._next):
+            return
+        self._next = time.monotonic() + PERIOD
+        current = totals(self._counters.report())
+        for field, metric in _metrics().items():
+            metric.inc(max(0.0, current[field] - self._last.get(field, 0.0)))
+        self._last = current
+
+    def forget(self) -> None:
+        """The counters were reset."""
+        self._last = {}
+
+    def enabled(self, value: bool) -> None:
+        """Whether policies are on."""
+        if self._publishes:
+            _enabled().set(float(value))
+
+    def refused(self) -> None:
+        """A change at run time was refused."""
+        if self._publishes:
+            _refusals().inc()
+
+
+@functools.cache  # a name may be registered once per process; engines in one process add up
+def _metrics() -> dict[str, Any]:
+    from prometheus_client import Counter
+
+    return {field: Counter(name, text.capitalize()) for field, (name, text) in COUNTERS.items()}
+
+
+@functools.cache
+def _refusals() -> Any:
+    from prometheus_client import Counter
+
+    return Counter("carpool_refusals", "Changes at run time that were refused")
+
+
+@functools.cache
+def _enabled() -> Any:
+    from prometheus_client import Gauge
+
+    return Gauge("carpool_enabled", "1 while policies are on", multiprocess_mode="livemostrecent")
+
+
+def collect_from_workers() -> None:
+    """In the front end of a server: let the metrics of worker processes reach /metrics.
+
+    Prometheus' own way across processes is a shared directory, which has to be named before the workers start. vLLM
+    does the same itself when it runs several front ends.
+    """
+    import os
+
+    from vllm import envs
+
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ or not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+        return
+    import prometheus_client.values
+    from vllm.v1.metrics.prometheus import setup_multiprocess_prometheus
+
+    setup_multiprocess_prometheus()
+    prometheus_client.values.ValueClass = prometheus_client.values.MultiProcessValue()

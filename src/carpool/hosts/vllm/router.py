@@ -1,0 +1,165 @@
+"""The seam: every router of the target model gets a subclass of its own class, in place, so that whatever vLLM asks of
+its type stays true and only the routing itself passes through us."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carpool.counters import Counters
+from carpool.errors import CarpoolError
+from carpool.grammar import Plan
+from carpool.hosts.vllm.knobs import Knobs
+from carpool.hosts.vllm.rows import Rows
+from carpool.pipeline import Outcome, route
+from carpool.routing import RouteSpec, Routing
+
+OP = "vllm_route"
+
+
+@dataclass(eq=False)
+class Step:
+    """What all layers of an engine share while it runs.
+
+    Attributes:
+        rows: who the rows of the running forward pass are.
+        counters: per-layer totals on the device.
+        enabled: False switches every policy off.
+        graphs: the engine records CUDA graphs, so that every call must run the same operations.
+        observer: called with layer, logits and outcome of every routed call; None outside of tests and captures.
+    """
+
+    rows: Rows
+    counters: Counters
+    graphs: bool
+    enabled: bool = True
+    observer: Any = None
+
+
+@dataclass(eq=False)
+class Layer:
+    """One MoE layer of one engine.
+
+    Attributes:
+        name: vLLM's name of the layer. index: its number in that name. position: its row in the counters.
+        router: vLLM's router object. spec: how it routes. num_experts: `E`.
+        plan: policy and guards. statistics: the file's tensors of this layer. stats: what the policy made of them.
+        knobs: the plan's numbers as device tensors, where the engine records graphs.
+        calls: times Python ran the router, for the proof that nothing bypasses it.
+    """
+
+    name: str
+    index: int
+    router: Any
+    spec: RouteSpec
+    plan: Plan
+    num_experts: int
+    device: torch.device
+    position: int = 0
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    knobs: Knobs | None = None
+    step: Step | None = None
+    calls: int = 0
+
+    def route(self, hidden_NH: Tensor, logits_NE: Tensor, native: Routing) -> Routing:
+        """The routing of one call; the native one outside of a forward pass with rows to share.
+
+        Raises:
+            CarpoolError: the router sees other rows than the engine's batch has.
+        """
+        self.calls += 1
+        step = self.step
+        assert step is not None
+        rows = step.rows
+        if rows.expected and len(logits_NE) != rows.expected:
+            raise CarpoolError(
+                f"{self.name}: the router sees {len(logits_NE)} rows of a forward pass of {rows.expected} "
+                "(sequence parallelism, micro-batches or gathered rows); this set-up is not supported"
+            )
+        if not (step.graphs or (step.enabled and rows.sharing)):
+            return native
+        batch = rows.batch(len(logits_NE))
+        skipped_NK = native.ids_NK < 0  # some GPU kernels mark padding so; the experts module knows it
+        valid = Routing(native.ids_NK.masked_fill(skipped_NK, 0), native.weights_NK)
+        outcome = route(self.plan, self.spec, logits_NE, batch, native=valid, stats=self.stats, hidden_NH=hidden_NH)
+        step.counters.add(self.position, batch, outcome)
+        if step.observer is not None:
+            step.observer(self, logits_NE, outcome)
+        return self._contiguous(outcome, native, skipped_NK)
+
+    @staticmethod
+    def _contiguous(outcome: Outcome, native: Routing, skipped_NK: Tensor) -> Routing:
+        """The CPU kernel ignores strides."""
+        ids_NK = torch.where(skipped_NK, native.ids_NK, outcome.routing.ids_NK)
+        return Routing(ids_NK.contiguous(), outcome.routing.weights_NK.contiguous())
+
+
+@functools.cache
+def shared_class(kind: type) -> type:
+    """The subclass of a router class whose routing passes through its layer's plan.
+
+    Single inheritance: an object's class can only be replaced by one of the same layout.
+    """
+    from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
+
+    class Shared(kind):  # type: ignore[misc, valid-type]
+        carpool_layer: Layer | None = None  # None until the model is loaded and checked
+        carpool_kind = kind.__name__
+
+        @property
+        def routing_method_type(self) -> Any:
+            return RoutingMethodType.Unspecified  # no fused routing kernel takes it, so Python routes
+
+        def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor, indices_type: Any,
+                             *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+            layer = self.carpool_layer
+            if layer is not None and torch.compiler.is_compiling():
+                # the CPU build traces through the router; the policy must not be baked into the graph
+                op = getattr(torch.ops.carpool, OP)
+                return op(hidden_states, router_logits, kwargs.get("input_ids"), layer.name, self.top_k)
+            weights_NK, ids_NK = super()._compute_routing(hidden_states, router_logits, indices_type, *args, **kwargs)
+            if layer is None:
+                return weights_NK, ids_NK
+            shared = layer.route(hidden_states, router_logits, Routing(ids_NK, weights_NK))
+            return shared.weights_NK, shared.ids_NK
+
+    Shared.__name__ = Shared.__qualname__ = f"Shared{kind.__name__}"
+    return Shared
+
+
+def is_shared(router: Any) -> bool:
+    """Whether a router passes through Carpool."""
+    return hasattr(type(router), "carpool_kind")
+
+
+@functools.cache
+def define_op() -> Any:
+    """Register the operation that hides routing from torch.compile; returns the library that owns it."""
+    from vllm.utils.torch_utils import direct_register_custom_op
+
+    library = torch.library.Library("carpool", "FRAGMENT")
+    direct_register_custom_op(OP, _routed, mutates_args=[], fake_impl=_fake, target_lib=library)
+    return library
+
+
+def _routed(
+    hidden: torch.Tensor, logits: torch.Tensor, input_ids: torch.Tensor | None, layer_name: str, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from vllm.forward_context import get_forward_context
+
+    router = get_forward_context().no_compile_layers[layer_name].router
+    weights_NK, ids_NK = router._compute_routing(hidden, logits, None, input_ids=input_ids)
+    # an operation must not return a tensor that it was given
+    return weights_NK.float().contiguous(), ids_NK.int().contiguous()
+
+
+def _fake(
+    hidden: torch.Tensor, logits: torch.Tensor, input_ids: torch.Tensor | None, layer_name: str, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)

@@ -1,0 +1,127 @@
+"""Tiny mixture-of-experts models with random weights for the real engine, in the formats that vLLM loads.
+
+vLLM's own dummy weights (about 1e-3) make all tokens look alike, so that a dead policy goes unnoticed: these give
+every token its own router logits. Sizes are multiples of 32, as the CPU kernels need.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, where a test can look at it
+    "VLLM_CPU_OMP_THREADS_BIND": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+VOCABULARY = 512
+EXPERTS, TOP_K = 32, 4
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "num_experts_per_tok": TOP_K,
+}
+MLA = {
+    "kv_lora_rank": 512, "q_lora_rank": None, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64,
+    "moe_intermediate_size": 32, "n_routed_experts": EXPERTS, "n_shared_experts": 1, "n_group": 4, "topk_group": 2,
+    "first_k_dense_replace": 0, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"moe_intermediate_size": 32, "num_experts": EXPERTS, "head_dim": 32, "norm_topk_prob": True},
+    "qwen2_moe": {"moe_intermediate_size": 32, "num_experts": EXPERTS, "shared_expert_intermediate_size": 32},
+    "mixtral": {"num_local_experts": EXPERTS},
+    "olmoe": {"num_experts": EXPERTS, "intermediate_size": 32},
+    "deepseek_v2": MLA | {"topk_method": "group_limited_greedy", "norm_topk_prob": False},
+    "deepseek_v3": MLA,
+    "gpt_oss": {"num_local_experts": EXPERTS, "head_dim": 32, "layer_types": ["full_attention"] * 2},
+    "granitemoe": {"num_local_experts": EXPERTS, "intermediate_size": 32},
+    "glm4_moe": {
+        "moe_intermediate_size": 32, "n_routed_experts": EXPERTS, "n_shared_experts": 1, "head_dim": 32,
+        "first_k_dense_replace": 0, "norm_topk_prob": True, "n_group": 1, "topk_group": 1,
+    },
+    "ernie4_5_moe": {"moe_num_experts": EXPERTS, "moe_k": TOP_K, "moe_intermediate_size": 32, "head_dim": 32},
+    "hunyuan_v1_moe": {"num_experts": EXPERTS, "moe_topk": TOP_K, "head_dim": 32},
+    "phimoe": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2},
+    "qwen3": {"head_dim": 32},  # dense
+}  # fmt: skip
+
+
+def set_environment() -> None:
+    """What the engine has to find before `vllm` is imported."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def write_model(family: str, folder: Path, seed: int = 0) -> Path:
+    """Save a model of a family with random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **(SIZES | FAMILIES[family]))
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3 if "gate" in name or "router" in name else 0.15)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.rand_like(buffer) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def engine(model: Path, carpool: dict[str, Any] | None, **options: Any) -> Any:
+    """An `LLM` on one thread, small enough to hold several in one process."""
+    set_environment()
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()  # the engine without the plugin needs it too, for models as small as these
+    from vllm import LLM
+
+    settings: dict[str, Any] = {
+        "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 24,
+        "max_model_len": 256, "max_num_batched_tokens": 256, "max_num_seqs": 16, "block_size": 32,
+        "additional_config": {} if carpool is None else {"carpool": carpool},
+    }  # fmt: skip
+    return LLM(str(model), **(settings | options))
+
+
+def host(llm: Any) -> Any:
+    """The plugin's state in an engine that runs in this process."""
+    return llm.llm_engine.model_executor.driver_worker.worker.carpool
+
+
+def runner(llm: Any) -> Any:
+    """The engine's model runner."""
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
+def prompts(count: int, length: int = 6, seed: int = 0) -> list[list[int]]:
+    """Random prompts of token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (count, length), generator=generator).tolist()
+
+
+def generate(llm: Any, given: list[list[int]], tokens: int = 8, **options: Any) -> list[tuple[list[int], list[float]]]:
+    """Greedy tokens and their log-probabilities, one pair a prompt."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(
+        max_tokens=tokens, temperature=0, detokenize=False, logprobs=0, ignore_eos=True, **options
+    )
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in given], parameters, use_tqdm=False)
+    results = []
+    for output in outputs:
+        ids = list(output.outputs[0].token_ids)
+        chosen = [step[token].logprob for step, token in zip(output.outputs[0].logprobs, ids, strict=True)]
+        results.append((ids, chosen))
+    return results
