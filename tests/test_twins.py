@@ -23,7 +23,10 @@ def compare(trial: Trial) -> None:
         assert set(outcome.coreset_GE[group].nonzero().flatten().tolist()) == coreset
     assert outcome.changed_N.tolist() == slow.changed
     assert outcome.displaced_N.tolist() == pytest.approx(slow.displaced, rel=1e-5, abs=1e-6)
-    low = outcome.routing.weights_NK.dtype != torch.float32
+    spec, scored_in = trial.case.spec, trial.case.logits_NE.dtype
+    low = outcome.routing.weights_NK.dtype != torch.float32 or (
+        spec.score_in_logits_dtype and scored_in != torch.float32
+    )
     ids_NK, weights_NK = outcome.routing.ids_NK.tolist(), outcome.routing.weights_NK.tolist()
     for ids, weights, choice in zip(ids_NK, weights_NK, slow.choices, strict=True):
         assert set(ids) == set(choice)

@@ -265,7 +265,7 @@ def run(world: World, twin: Twin, policy: Any, guards: tuple[Any, ...] = (), kin
                 coreset, few = set(everything), True
             limit = twin.limit(world, policy)
             fits = limit is not None and len(natural - world.free(group)) <= limit
-            if guard.name == "short_circuit" and voters and fits:
+            if guard.name == "short_circuit" and voters and fits and coreset != everything:
                 coreset = natural | world.free(group)
         coresets.append(coreset)
         native_groups.append(few)

@@ -119,8 +119,10 @@ class ShortCircuit(Guard):
             return coreset_GE
         natural_GE = inputs.votes(inputs.native_NE)
         fits_G1 = (natural_GE & ~inputs.free_GE).sum(-1, keepdim=True) <= limit
-        # in place of the policy's choice, not beside it: rows without a vote may not read more than the budget
-        return torch.where(fits_G1 & (inputs.voters_G1 > 0), natural_GE | inputs.free_GE, coreset_GE)
+        # in place of the policy's choice, not beside it: rows without a vote may not read more than the budget;
+        # unless that allows every expert, when all rows are native anyway
+        fits_G1 = fits_G1 & (inputs.voters_G1 > 0) & ~coreset_GE.all(-1, keepdim=True)
+        return torch.where(fits_G1, natural_GE | inputs.free_GE, coreset_GE)
 
 
 @dataclass(frozen=True)
