@@ -28,6 +28,7 @@ SIMILARITIES = {  # name: lowest possible value
     "similarity_routed": float("-inf"),
 }
 ASYMMETRIC = ("similarity_routed",)
+OTHER_DTYPES = (torch.float32, torch.float64, torch.int64, torch.bool)
 TOLERANCE = 1e-5
 AGAIN = "run `carpool calibrate` for this model"
 
@@ -194,8 +195,8 @@ def _check_layer(index: int, tensors: Mapping[str, Tensor], num_experts: int, to
             _check_kind(where, tensor, torch.int64, [num_experts])
             if not ((tensor >= 0) & (tensor <= tokens)).all():
                 raise CarpoolError(f"{where} must lie between 0 and the {tokens} tokens seen; {AGAIN}")
-        elif not tensor.isfinite().all():
-            raise CarpoolError(f"{where} holds NaN or inf; {AGAIN}")
+        elif tensor.dtype not in OTHER_DTYPES or not tensor.isfinite().all():
+            raise CarpoolError(f"{where} is {tensor.dtype} or holds NaN or inf; {AGAIN}")
 
 
 def _check_kind(where: str, tensor: Tensor, dtype: torch.dtype, shape: list[int]) -> None:
@@ -207,9 +208,9 @@ def _check_similarity(where: str, name: str, similarity_EE: Tensor) -> None:
     if not similarity_EE.isfinite().all():
         raise CarpoolError(f"{where} holds NaN or inf; {AGAIN}")
     lowest = SIMILARITIES[name]
-    if similarity_EE.min() < lowest - TOLERANCE or similarity_EE.max() > 1 + TOLERANCE:
-        raise CarpoolError(f"{where} goes from {similarity_EE.min():.3g} to {similarity_EE.max():.3g}, outside "
-                           f"[{lowest:g}, 1]; {AGAIN}")  # fmt: skip
+    found = (float(similarity_EE.min()), float(similarity_EE.max()))
+    if found[0] < lowest - TOLERANCE or found[1] > 1 + TOLERANCE:
+        raise CarpoolError(f"{where} goes from {found[0]:.3g} to {found[1]:.3g}, outside [{lowest:g}, 1]; {AGAIN}")
     if (similarity_EE.diagonal() - 1).abs().max() > TOLERANCE:
         raise CarpoolError(f"{where}: an expert's similarity with itself is not 1; {AGAIN}")
     if name not in ASYMMETRIC and (similarity_EE - similarity_EE.T).abs().max() > TOLERANCE:
@@ -242,7 +243,9 @@ def _parse(cls: type[Statistics], metadata: Mapping[str, str]) -> dict[str, Any]
         if type(value) is not kind:
             raise CarpoolError(f"the entry {f.name!r} is {value!r}, not of type {f.type}; {AGAIN}")
         parsed[f.name] = value
-    parsed["data"] = tuple((str(entry[0]), str(entry[1])) for entry in parsed["data"])
+    if not all(isinstance(entry, list) and list(map(type, entry)) == [str, str] for entry in parsed["data"]):
+        raise CarpoolError(f"the entry 'data' must list names and sha256 of files; {AGAIN}")
+    parsed["data"] = tuple(map(tuple, parsed["data"]))
     return parsed
 
 

@@ -18,7 +18,7 @@ from carpool.errors import CarpoolError
 from carpool.stats import Statistics, fingerprint
 
 BATCH_TOKENS = 2048  # tokens of one forward pass of the model
-CHUNK_NUMBERS = 1 << 23  # expert outputs held at once (64 MB in fp64)
+CHUNK_NUMBERS = 1 << 22  # numbers in the expert outputs held at once (32 MB in fp64)
 CKA_TOKENS = 512
 MIXTURE_TOLERANCE = 1e-2  # relative, between the experts one by one and together
 
@@ -58,7 +58,7 @@ def calibrate(
     """Statistics of all MoE layers from one pass of the model over the sequences.
 
     Every expert runs on all tokens in fp32, layer by layer, on the hidden states of native routing. Memory beyond
-    the model: `BATCH_TOKENS` hidden states of every layer, `CHUNK_NUMBERS` expert outputs, and `[E, n^2]` for CKA.
+    the model: `BATCH_TOKENS` hidden states of every layer, `CHUNK_NUMBERS` of expert outputs, and `[E, n^2]` for CKA.
 
     Args:
         model: a transformers model.
@@ -69,7 +69,7 @@ def calibrate(
         progress: told the number of tokens done after each step.
 
     Raises:
-        CarpoolError: layers of different widths, ids outside the vocabulary, experts that cannot be run one by
+        CarpoolError: layers of different widths, ids outside the vocabulary, sequences longer than the model's, experts that cannot be run one by
             one in fp32, or outputs that are not finite.
     """
     import carpool
@@ -78,6 +78,11 @@ def calibrate(
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if int(sequences_BT.max()) >= vocabulary:
         raise CarpoolError(f"token {int(sequences_BT.max())} is outside the model's vocabulary of {vocabulary}")
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and sequences_BT.shape[1] > longest:
+        raise CarpoolError(
+            f"sequences of {sequences_BT.shape[1]} tokens exceed the model's {longest}; use shorter ones"
+        )
     total = sequences_BT.numel()
     sample = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:CKA_TOKENS]
     sampled_N = torch.zeros(total, dtype=torch.bool).index_fill(0, sample, True)
@@ -142,8 +147,6 @@ class Experts:
         ones_N1 = torch.ones(len(hidden_NH), 1, device=hidden_NH.device)
         for expert in range(self.layer.num_experts):
             output_NH = run(hidden_NH, torch.full_like(ones_N1, expert, dtype=torch.int64), ones_N1)
-            if not output_NH.isfinite().all():
-                raise CarpoolError(f"layer {self.layer.index}: expert {expert} gives NaN or inf on this text")
             yield output_NH
 
 
@@ -183,24 +186,30 @@ def capture(model: Any, layers: Sequence[Layer], ids_BT: Tensor) -> list[Routed]
 
 
 def _measure(experts: Experts, routed: Routed, similarity: Similarity) -> None:
-    rows = max(1, CHUNK_NUMBERS // (experts.layer.num_experts * routed.hidden_NH.shape[-1]))
+    layer, (tokens, hidden_size) = experts.layer, routed.hidden_NH.shape
+    rows = max(1, CHUNK_NUMBERS // (layer.num_experts * hidden_size))
+    shape = (layer.num_experts, min(rows, tokens), hidden_size)
+    buffer_ENH = torch.empty(shape, dtype=torch.float64, device=routed.hidden_NH.device)
     with experts.ready() as run:
-        for start in range(0, len(routed.hidden_NH), rows):
+        for start in range(0, tokens, rows):
             hidden_NH, ids_NK, weights_NK = (tensor[start : start + rows] for tensor in routed)
-            shape = (len(hidden_NH), experts.layer.num_experts, hidden_NH.shape[1])
-            outputs_NEH = torch.empty(shape, dtype=torch.float64, device=hidden_NH.device)
             for expert, output_NH in enumerate(experts.each(run, hidden_NH.float())):
-                outputs_NEH[:, expert] = output_NH
+                buffer_ENH[expert, : len(hidden_NH)] = output_NH
+            outputs_NEH = buffer_ENH[:, : len(hidden_NH)].transpose(0, 1)
             if not similarity.tokens:
                 together_NH = run(hidden_NH.float(), ids_NK, weights_NK.float())
-                _check_mixture(experts.layer, outputs_NEH, together_NH, ids_NK, weights_NK)
+                _check_mixture(layer, outputs_NEH, together_NH, ids_NK, weights_NK)
             similarity.update(outputs_NEH, ids_NK, weights_NK)
+    wrong = (~similarity.gram_EE.diagonal().isfinite()).nonzero().flatten().tolist()
+    if wrong:
+        raise CarpoolError(f"layer {layer.index}: expert {wrong[0]} gives NaN or inf on this text")
 
 
 def _check_mixture(layer: Layer, outputs_NEH: Tensor, together_NH: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> None:
     """Refuse experts whose mixture is not the weighted sum of their outputs: they would be measured wrongly."""
     index_NKH = ids_NK.long().unsqueeze(-1).expand(-1, -1, outputs_NEH.shape[-1])
     sum_NH = (outputs_NEH.gather(1, index_NKH) * weights_NK.unsqueeze(-1)).sum(1)
+    # with NaN this is false; `_measure` then names the expert
     if (sum_NH - together_NH).norm() > MIXTURE_TOLERANCE * together_NH.norm():
         raise CarpoolError(
             f"layer {layer.index}: {type(layer.experts).__name__} does not mix experts by a weighted sum of their "

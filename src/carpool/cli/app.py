@@ -50,3 +50,6 @@ def list_policies() -> None:
         shown = [f.name if f.default is MISSING else f"{f.name}={f.default!r}" for f in fields(policy) if f.init]
         table.add_row(name, ", ".join(shown), policy.kind, policy.paper)
     Console().print(table)
+
+
+from carpool.cli import calibrate  # noqa: E402, F401 - registers its command
