@@ -38,7 +38,7 @@ def lynx_coreset(world: World, group: int, policy: Any) -> set[int]:
     return fill(best_of(world, voters, 1), popularity, budget_limit(world, policy), world.free(group))
 
 
-def base_coreset(world: World, group: int, policy: Any) -> set[int]:
+def base_cost(world: World, group: int) -> dict[int, int]:
     """BASE: D_e = sum over tokens with e in their top-K of w^2 * ||E_e(x)||^2, the norm predicted as exp(a.x + b)."""
     weight, bias, scale = (world.stats[name] for name in ("norm_weight", "norm_bias", "norm_scale"))
     cost = dict.fromkeys(range(world.num_experts), 0)
@@ -47,7 +47,11 @@ def base_coreset(world: World, group: int, policy: Any) -> set[int]:
             log_norm = sum(a * x for a, x in zip(weight[e], world.extra["hidden"][row], strict=True)) + bias[e]
             energy = min(math.exp(min(2 * (log_norm - scale), 500.0)), 1e12)
             cost[e] += fixed(energy * world.native_weight(row, e) ** 2)
-    return fill(set(), cost, budget_limit(world, policy), world.free(group))
+    return cost
+
+
+def base_coreset(world: World, group: int, policy: Any) -> set[int]:
+    return fill(set(), base_cost(world, group), budget_limit(world, policy), world.free(group))
 
 
 def expert_parallel_coreset(world: World, group: int, policy: Any) -> set[int]:
