@@ -3,6 +3,6 @@
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
-    "fixed", derandomize=True, deadline=None, max_examples=25, suppress_health_check=list(HealthCheck), database=None
+    "fixed", derandomize=True, deadline=None, max_examples=15, suppress_health_check=list(HealthCheck), database=None
 )
 settings.load_profile("fixed")

@@ -15,6 +15,7 @@ from carpool.policies import Policy, policies
 from carpool.policies.registry import policy_class
 
 MAX_TEXT = 10_000  # characters; deeper nesting than any policy needs would exhaust the parser's stack
+SHOWN = 200  # characters of a text that an error repeats
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ def parse(text: str | Policy | Plan) -> Plan:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         if isinstance(error, CarpoolError):
             raise
-        raise CarpoolError(f"cannot read the policy text {text!r}: write name(parameter=value) | guard(...)") from None
+        raise CarpoolError(
+            f"cannot read the policy text {_short(text)}: write name(parameter=value) | guard(...)"
+        ) from None
     first, *rest = (_build(name, args, kwargs) for name, args, kwargs in parts)
     if not isinstance(first, Policy):
         raise CarpoolError(f"{first} is a guard; a policy text starts with a policy ({', '.join(policies())})")
@@ -72,6 +75,10 @@ def parse(text: str | Policy | Plan) -> Plan:
         if not isinstance(part, Guard):
             raise CarpoolError(f"{part} is a second policy; only guards ({', '.join(GUARDS)}) may follow the first")
     return Plan(first, tuple(rest))  # type: ignore[arg-type]
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= SHOWN else text[:SHOWN] + "...")
 
 
 def _split(node: ast.expr) -> list[ast.expr]:
@@ -84,11 +91,11 @@ def _call(node: ast.expr, text: str) -> tuple[str, list[Any], dict[str, Any]]:
     if isinstance(node, ast.Name):
         return node.id, [], {}
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-        raise CarpoolError(f"cannot read {ast.unparse(node)!r} in {text!r}: write name(parameter=value)")
+        raise CarpoolError(f"cannot read {_short(ast.unparse(node))} in {_short(text)}: write name(parameter=value)")
     kwargs: dict[str, Any] = {}
     for keyword in node.keywords:
         if keyword.arg is None or keyword.arg in kwargs:
-            raise CarpoolError(f"cannot read {ast.unparse(node)!r}: each parameter once, as name=value")
+            raise CarpoolError(f"cannot read {_short(ast.unparse(node))}: each parameter once, as name=value")
         kwargs[keyword.arg] = _literal(keyword.value, node.func.id)
     return node.func.id, [_literal(argument, node.func.id) for argument in node.args], kwargs
 
@@ -97,7 +104,9 @@ def _literal(node: ast.expr, name: str) -> Any:
     try:
         value = ast.literal_eval(node)
     except (ValueError, TypeError):  # TypeError: an unhashable key
-        raise CarpoolError(f"{ast.unparse(node)!r} is not a literal; values are numbers, strings and lists") from None
+        raise CarpoolError(
+            f"{_short(ast.unparse(node))} is not a literal; values are numbers, strings and lists"
+        ) from None
     for number in value if isinstance(value, list | tuple) else (value,):
         if isinstance(number, int | float) and not -(2**53) <= number <= 2**53:
             raise CarpoolError(f"a number beyond 2**53 in {name!r}; no parameter takes one")
