@@ -37,7 +37,8 @@ def _discounts(counts: np.ndarray) -> np.ndarray:
     once, twice, thrice, four = (max(int((counts == n).sum()), 1) for n in (1, 2, 3, 4))
     share = once / (once + 2 * twice)
     raw = np.array([0.0, 1 - 2 * share * twice / once, 2 - 3 * share * thrice / twice, 3 - 4 * share * four / thrice])
-    return np.clip(raw, 0.0, [0.0, 1.0, 2.0, 3.0])
+    # the formula may leave its range on very little data; at 0 a token never seen would have no probability
+    return np.clip(raw, [0.0, 0.1, 0.1, 0.1], [0.0, 1.0, 2.0, 3.0])
 
 
 class KneserNey:

@@ -25,7 +25,7 @@ from rich.progress import track
 from torch.nn.functional import cross_entropy
 from train import batch_at
 
-WINDOWS = 400  # of each domain, drawn without replacement; a domain with fewer gives all of them
+WINDOWS = 240  # of each domain, drawn without replacement; a domain with fewer gives all of them
 NGRAM = 5
 RESAMPLES = 1000
 SHUFFLES = 50

@@ -67,7 +67,7 @@ def load_sentence(load: dict) -> str:
     failures = load["out_of_bounds"]
     if not failures:
         return "every expert of every layer is inside."
-    return f"{len(failures)} of them {'are' if len(failures) > 1 else 'is'} outside ({'; '.join(failures)})."
+    return f"{len(failures)} of all layers' experts fall outside ({'; '.join(failures)})."
 
 
 def text_rows(chosen: dict[str, list[dict]]) -> list[tuple]:
@@ -144,7 +144,7 @@ def main() -> None:
     size = sum(file.stat().st_size for file in (package / "texts").iterdir())
     write_atomically(arguments.demo / "README.md", readme(facts, chosen, size))
     if facts["expert_load"]["out_of_bounds"]:
-        raise SystemExit("expert load " + load_sentence(facts["expert_load"]))
+        raise SystemExit("expert load: " + load_sentence(facts["expert_load"]))
 
 
 if __name__ == "__main__":
