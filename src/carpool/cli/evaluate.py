@@ -1,0 +1,204 @@
+"""`carpool evaluate`: what policies save and cost on a model and a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from carpool.cli.app import command
+from carpool.errors import CarpoolError
+
+if TYPE_CHECKING:
+    from carpool.evaluate.check import Agreement
+    from carpool.evaluate.study import Settings
+
+REQUIRED = (
+    "the reference model and its texts are not installed: pip install 'carpool[demo]', or name a model and --text"
+)
+
+
+@command("evaluate")
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or hub name of a transformers model; default: the reference model.")
+    ] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option("--policy", "-p", help="'xshare(budget=16) | floor(0.3)'; may be repeated.")
+    ] = None,
+    group: Annotated[str, typer.Option(help="Rows that share a coreset: batch, request or block:n.")] = "batch",
+    batch: Annotated[str, typer.Option(help="Sequences that decode together, such as 1,4,16,64.")] = "16",
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help=".txt or .jsonl, a domain each; may be repeated; default: embedded texts."),
+    ] = None,
+    sequence: Annotated[int, typer.Option(help="Tokens of a sequence, prompt included.")] = 128,
+    prefill: Annotated[int, typer.Option(help="Tokens of the prompt, which keeps its native routing.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Decoded tokens to measure at every batch size.")] = 24_576,
+    batches: Annotated[int | None, typer.Option(help="Batches at every batch size, in place of --tokens.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sequences and the intervals.")] = 0,
+    stats: Annotated[
+        Path | None, typer.Option(help="Statistics of `carpool calibrate`, for SERE and its like.")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="File to write all results to.")] = None,
+    allow_unchanged: Annotated[
+        bool, typer.Option("--allow-unchanged", help="Let a policy pass that changes no row.")
+    ] = False,
+    check_lockstep: Annotated[
+        bool, typer.Option("--check-lockstep", help="Compare with real decoding instead; needs memory for float64.")
+    ] = False,
+) -> None:
+    """Decode a text in lockstep, stock and under policies, and compare experts read with quality."""
+    from carpool.batch import Grouping
+    from carpool.evaluate.report import text_facts, write
+    from carpool.evaluate.study import Settings, require_possible, sequences_for, study
+    from carpool.evaluate.table import table
+    from carpool.files import require_writable
+    from carpool.grammar import parse
+    from carpool.texts import load_texts
+
+    console = Console()
+    settings = Settings(
+        plans=tuple(dict.fromkeys(parse(one) for one in policy or [])),
+        grouping=Grouping.parse(group),
+        batch_sizes=batch_sizes(batch),
+        sequence=sequence, prefill=prefill, tokens=tokens, batches=batches, seed=seed, allow_unchanged=allow_unchanged,
+    )  # fmt: skip
+    if json_path is not None:
+        require_writable(json_path)
+    paths = text or embedded_texts()
+    documents = load_texts(paths)
+    loaded, tokenizer, statistics = load(model, stats)
+    require_possible(loaded, settings, statistics)
+    with progress("tokenizing", sum(len(document.text) for document in documents)) as advance:
+        sequences = sequences_for(settings, documents, tokenizer, advance)
+    if check_lockstep:
+        _check(console, loaded, settings, sequences.ids_ST[:, :-1], statistics, json_path)
+        return
+    with progress("evaluating", settings.num_rows) as advance:
+        by_batch = study(loaded, settings, sequences, stats=statistics, advance=advance)
+    for found in by_batch:
+        console.print(table(found))
+        console.print()
+    console.print(NOTE, highlight=False)
+    if json_path is not None:
+        write(
+            json_path,
+            [result for found in by_batch for result in found],
+            model=model_facts(loaded, model),
+            texts=text_facts(paths),
+            seed=seed,
+            arguments={
+                "policies": [str(plan) for plan in settings.plans], "group": group, "batch": batch, "tokens": tokens,
+                "batches": batches, "sequence": sequence, "prefill": prefill,
+                "stats": None if stats is None else stats.name, "allow_unchanged": allow_unchanged,
+            },
+        )  # fmt: skip
+        console.print(f"wrote {json_path}", highlight=False, soft_wrap=True)
+
+
+NOTE = (
+    "union: distinct experts read in a layer and step; pairs: experts computed for a token in a layer; "
+    "displaced: share of a token's native weight that is not computed; top-1: tokens whose likeliest next token stays; "
+    "[low, high]: 95 % interval over batches."
+)
+
+
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """Raises CarpoolError unless the text is a list of whole numbers, 1 or more, each once."""
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise CarpoolError(f"--batch {text!r}: give batch sizes such as 16 or 1,4,16,64") from None
+    if min(sizes) < 1 or len(set(sizes)) < len(sizes):
+        raise CarpoolError(f"--batch {text!r}: give batch sizes of 1 or more, each once")
+    return sizes
+
+
+def embedded_texts() -> list[Path]:
+    """The texts of the demo distribution."""
+    try:
+        from carpool_demo import TEXTS
+    except ImportError:
+        raise CarpoolError(REQUIRED) from None
+    return sorted(TEXTS.glob("*.jsonl"))
+
+
+def load(model: str | None, stats: Path | None) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and statistics; the reference model brings its own statistics."""
+    from transformers.utils import logging
+
+    from carpool.hosts.transformers import load_model
+    from carpool.stats import Statistics
+
+    logging.disable_progress_bar()
+    loaded, tokenizer = load_model(model)
+    if stats is None and model is None:
+        from carpool_demo import HERE
+
+        shipped = HERE / "stats.safetensors"
+        stats = shipped if shipped.exists() else None
+    return loaded, tokenizer, None if stats is None else Statistics.load(stats)
+
+
+def model_facts(loaded: Any, name: str | None) -> dict[str, Any]:
+    """What identifies a model in the results."""
+    from dataclasses import asdict
+
+    from carpool.evaluate.study import describe
+    from carpool.hosts.transformers import fingerprint
+
+    return {
+        "name": "reference model" if name is None else Path(name).name,
+        "architecture": type(loaded).__name__,
+        "fingerprint": fingerprint(loaded),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        **asdict(describe(loaded)),
+    }
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Any]:
+    """A progress bar on stderr with the remaining time; yields a function to call with what was added."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda amount: bar.advance(task, amount)
+
+
+def _check(
+    console: Console, loaded: Any, settings: Settings, ids_ST: Any, statistics: Any, json_path: Path | None
+) -> None:
+    import json
+    from dataclasses import asdict
+
+    from carpool.evaluate.check import check_lockstep, in_float64
+    from carpool.evaluate.report import provenance
+    from carpool.files import write_text
+
+    found: list[Agreement] = []
+    runs = [(layout, plan) for layout, _ in settings.layouts() for plan in settings.plans]
+    with progress("decoding", 2 * len(runs)) as advance:
+        for layout, plan in runs:
+            given = (loaded, plan, ids_ST[: layout.rows].to(loaded.device), layout)
+            found.append(check_lockstep(*given, stats=statistics))
+            advance(1)
+        with in_float64(loaded):
+            for layout, plan in runs:
+                given = (loaded, plan, ids_ST[: layout.rows].to(loaded.device), layout)
+                found.append(check_lockstep(*given, stats=statistics))
+                advance(1)
+    for one in found:
+        console.print(
+            f"{one.policy} at batch {one.batch}, {one.dtype}: logits differ from real decoding by {one.max_error:.1e} "
+            f"at most, KL {one.mean_kl:.1e} nats; {one.flips} of {one.pairs} (token, layer) pairs use other experts",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    if json_path is not None:
+        write_text(json_path, json.dumps({**provenance(), "checks": [asdict(one) for one in found]}, indent=1) + "\n")
+        console.print(f"wrote {json_path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Lockstep evaluation: what sharing experts saves and what it costs, with intervals."""

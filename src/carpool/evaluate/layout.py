@@ -1,0 +1,98 @@
+"""Which rows of a parallel forward pass make up one decoding step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from carpool.batch import Batch, Grouping
+from carpool.errors import CarpoolError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`B` sequences of `T` positions that decode in lockstep.
+
+    Rows are flattened as the model does it: batch by batch, sequence by sequence, position by position. The first
+    `P` positions are the prompt: exempt, and in a step of their own, so that what they read is free for nobody.
+    With `batch`, `position` and `request` a step holds one position of every sequence; with `block:n` it holds
+    `n` positions of every sequence, as when drafts are verified or a diffusion model decodes a block.
+
+    Attributes:
+        rows: sequences of a batch, `B`.
+        positions: inputs of a sequence, `T`.
+        prefill: prompt positions, `P`.
+        grouping: which rows share a coreset.
+    """
+
+    rows: int
+    positions: int
+    prefill: int
+    grouping: Grouping
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise CarpoolError(f"batch {self.rows}: give a number of sequences, 1 or more")
+        if self.prefill < 1:
+            raise CarpoolError(f"prefill {self.prefill}: a sequence starts from a prompt of at least 1 token")
+        if self.positions <= self.prefill:
+            raise CarpoolError(
+                f"sequences of {self.positions} tokens leave nothing to decode after a prefill of {self.prefill}: "
+                "raise --sequence or lower --prefill"
+            )
+        if self.decoded % self.stride:
+            raise CarpoolError(
+                f"{self.decoded} decoded positions ({self.positions} less a prefill of {self.prefill}) do not split "
+                f"into blocks of {self.stride}: change --sequence or --prefill"
+            )
+
+    @property
+    def decoded(self) -> int:
+        """Decoded positions of a sequence."""
+        return self.positions - self.prefill
+
+    @property
+    def stride(self) -> int:
+        """Positions of a sequence in one step."""
+        return self.grouping.block or 1
+
+    @property
+    def steps(self) -> int:
+        """Decoding steps of a batch."""
+        return self.decoded // self.stride
+
+    @property
+    def groups(self) -> int:
+        """Groups of a step."""
+        return 1 if self.grouping.kind in ("batch", "position") else self.rows
+
+    def batch(self, copies: int, device: torch.device | str = "cpu") -> Batch:
+        """Rows of `copies` batches in one forward pass, `N = copies * B * T`; their steps and groups are apart.
+
+        Each copy has `steps + 1` steps, the last of which holds the prompts.
+        """
+        position_T = torch.arange(self.positions, device=device)
+        exempt_T = position_T < self.prefill
+        own_T = torch.where(exempt_T, self.steps, (position_T - self.prefill) // self.stride)
+        copy_M11 = torch.arange(copies, device=device).view(-1, 1, 1)
+        shape = (copies, self.rows, self.positions)
+        step_N = (copy_M11 * (self.steps + 1) + own_T).expand(shape).flatten()
+        num_steps = copies * (self.steps + 1)
+        group_N = step_N
+        if self.groups > 1:
+            row_B1 = torch.arange(self.rows, device=device).view(-1, 1)
+            group_N = (step_N.view(shape) * self.rows + row_B1).flatten()
+        return Batch.of(
+            step_N.numel(), device=device, exempt_N=exempt_T.expand(shape).flatten(),
+            group_N=group_N, num_groups=num_steps * self.groups, step_N=step_N, num_steps=num_steps,
+        )  # fmt: skip
+
+    def by_step(self, values_S: Tensor, copies: int) -> Tensor:
+        """Values of steps (or of groups), summed over the decoding steps of each batch, `[M]`."""
+        return values_S.view(copies, self.steps + 1, -1)[:, : self.steps].sum((1, 2))
+
+    def by_row(self, values_N: Tensor, copies: int) -> Tensor:
+        """Values of rows, summed over the decoded positions of each batch, `[M]`."""
+        return values_N.view(copies, self.rows, self.positions)[..., self.prefill :].sum((1, 2))

@@ -1,0 +1,141 @@
+"""Lockstep evaluation: one parallel forward pass computes what step-by-step decoding of a batch computes.
+
+Decoding `B` sequences in step means that the batch of a step is the `B` tokens at one position. Under teacher
+forcing the pass over `[B, T]` with one group a position sees the same rows, caches and coresets.
+
+Shapes: `M` batches in one pass, `B` sequences of a batch, `T` positions of which `P` are prompt and `D = T - P`
+decoded, `L` MoE layers, `V` vocabulary, `C` rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carpool.batch import Batch
+from carpool.errors import CarpoolError
+from carpool.evaluate.layout import Layout
+from carpool.grammar import Plan
+from carpool.pipeline import Outcome
+
+CHUNK = 1 << 19  # logits that are compared at a time; 2 MiB in float32 stay in a cache
+LAYER_FIELDS = ("union", "natural_union", "coreset", "pairs", "displaced", "changed", "overflow")
+
+
+class Watch:
+    """Sums what every layer did in the decoding steps of each batch.
+
+    Attributes:
+        sums: by layer position, `[fields, M]` float64 in the order of `LAYER_FIELDS`.
+    """
+
+    def __init__(self, layout: Layout, copies: int) -> None:
+        self.layout, self.copies = layout, copies
+        self.sums: dict[int, Tensor] = {}
+
+    def __call__(self, layer: int, batch: Batch, outcome: Outcome) -> None:
+        steps, rows = self.layout.by_step, self.layout.by_row
+        if layer in self.sums:
+            raise CarpoolError(f"layer {layer} routed twice in one forward pass; lockstep evaluation needs one call")
+        values = (
+            steps(outcome.union_SE.sum(-1), self.copies),
+            steps(outcome.natural_SE.sum(-1), self.copies),
+            steps(outcome.coreset_GE.sum(-1), self.copies),
+            rows((outcome.routing.weights_NK != 0).sum(-1), self.copies),
+            rows(outcome.displaced_N.double(), self.copies),
+            rows(outcome.changed_N, self.copies),
+            steps(outcome.overflow_SE.sum(-1), self.copies),
+        )
+        self.sums[layer] = torch.stack([value.double() for value in values])
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One forward pass under a plan.
+
+    Attributes:
+        logits_RV: of the decoded positions, `R = M * B * D` rows in the order of batch, sequence, position.
+        layers_LFM: sums over the decoding steps, fields in the order of `LAYER_FIELDS`, float64.
+    """
+
+    logits_RV: Tensor
+    layers_LFM: Tensor
+
+
+def forward(
+    model: Any,
+    plan: Plan,
+    ids_ST: Tensor,
+    layout: Layout,
+    *,
+    num_layers: int,
+    stats: Any = None,
+) -> Pass:
+    """Run the sequences of `M = S / B` batches under a plan.
+
+    Args:
+        ids_ST: inputs, int64 `[M * B, T]`.
+        num_layers: MoE layers of the model; fewer that report mean that a router was bypassed.
+        stats: statistics for policies that need some.
+
+    Raises:
+        CarpoolError: the policy did not run in every layer.
+    """
+    from carpool.hosts.transformers import share
+
+    copies = len(ids_ST) // layout.rows
+    device = next(model.parameters()).device
+    watch = Watch(layout, copies)
+    batch = layout.batch(copies, device)
+    with torch.inference_mode(), share(model, plan, group=layout.grouping, stats=stats, batch=batch, observe=watch):
+        logits_RV = decoded_logits(model, ids_ST.to(device), layout)
+    if len(watch.sums) != num_layers:
+        raise CarpoolError(
+            f"{plan} ran in {len(watch.sums)} of {num_layers} MoE layers: the model does not use its routers"
+        )
+    return Pass(logits_RV, torch.stack([watch.sums[layer] for layer in sorted(watch.sums)]))
+
+
+def decoded_logits(model: Any, ids_ST: Tensor, layout: Layout) -> Tensor:
+    """Logits `[R, V]` of the decoded positions in the model's dtype."""
+    return model(input_ids=ids_ST, use_cache=False, logits_to_keep=layout.decoded).logits.flatten(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What the decoded tokens say about a policy, one value a row, float64 `[R]`.
+
+    Attributes:
+        kl_R: KL(stock || policy) in nats.
+        agree_R: 1 where the most likely token is the same.
+        nll_R: negative log-likelihood of the text's next token under the policy, in nats.
+    """
+
+    kl_R: Tensor
+    agree_R: Tensor
+    nll_R: Tensor
+
+
+def compare(stock_RV: Tensor, policy_RV: Tensor, targets_R: Tensor) -> Comparison:
+    """Compare two passes over the same rows; log-probabilities in float32, a few rows at a time.
+
+    Raises:
+        CarpoolError: logits that are NaN or infinite.
+    """
+    rows = max(1, CHUNK // stock_RV.shape[-1])
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for stock_CV, policy_CV, targets_C in zip(
+        stock_RV.split(rows), policy_RV.split(rows), targets_R.split(rows), strict=True
+    ):
+        p_CV, q_CV = stock_CV.float().log_softmax(-1), policy_CV.float().log_softmax(-1)
+        kl_C = torch.linalg.vecdot(p_CV.exp(), p_CV - q_CV).clamp_min(0.0)
+        agree_C = p_CV.argmax(-1) == q_CV.argmax(-1)
+        nll_C = -q_CV.gather(-1, targets_C.unsqueeze(-1)).squeeze(-1)
+        parts.append((kl_C, agree_C, nll_C))
+    kl_R, agree_R, nll_R = (torch.cat(column).double() for column in zip(*parts, strict=True))
+    if not (kl_R + nll_R).isfinite().all():
+        raise CarpoolError("the model gives logits that are not finite; evaluate it in float32 or bfloat16")
+    return Comparison(kl_R, agree_R, nll_R)

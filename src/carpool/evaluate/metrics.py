@@ -1,0 +1,98 @@
+"""From sums a batch to metrics with intervals. Every metric is a ratio of sums, or e to the power of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from carpool.evaluate.bootstrap import Array, Estimate, estimate, ratio, resample
+from carpool.evaluate.measure import Measured
+
+
+@dataclass(frozen=True)
+class Result:
+    """The metrics of one plan at one batch size; what has an interval is an `Estimate`.
+
+    Attributes:
+        coreset: mean coreset size of a group, layers averaged; None for token-local policies and stock.
+        union: mean number of distinct experts read in a layer and step. union_share: the same over stock's.
+        natural_union: what the rows of this run would have read under native routing.
+        pairs: (row, expert) pairs computed for a row in a layer.
+        displaced_mass: mean over rows and layers.
+        overflow: experts a step reads in a layer only because of the floor.
+        kl: KL(stock || policy), nats per decoded token. top1_agreement: share of tokens.
+        perplexity, perplexity_ratio: over all decoded tokens; the ratio is to stock.
+        domains: perplexity and its ratio by domain.
+        union_by_layer, stock_union_by_layer: means over steps, layers in order.
+    """
+
+    measured: Measured
+    coreset: float | None
+    union: Estimate
+    union_share: Estimate
+    natural_union: float
+    pairs: float
+    displaced_mass: Estimate
+    overflow: float
+    kl: Estimate
+    top1_agreement: Estimate
+    perplexity: Estimate
+    perplexity_ratio: Estimate
+    domains: dict[str, tuple[Estimate, Estimate]]
+    union_by_layer: list[float]
+    stock_union_by_layer: list[float]
+
+
+def results(measured: list[Measured], seed: int) -> list[Result]:
+    """Metrics of stock (the first) and of every plan measured on the same batches, resampled by the same draws."""
+    stock = measured[0]
+    counts_RM = resample(stock.batches, seed)
+    return [_result(one, stock, counts_RM) for one in measured]
+
+
+def kl_columns(one: Measured) -> tuple[Array, Array]:
+    """Numerator and denominator of the KL, `[M]` each."""
+    return one.kl_M, one.tokens_M
+
+
+def _result(one: Measured, stock: Measured, counts_RM: Array) -> Result:
+    layout = one.layout
+    layers = one.layers["union"].shape[1]
+    steps_M = np.full(one.batches, float(layout.steps * layers))
+    rows_M = steps_M * layout.rows * layout.stride
+    per_batch = {name: sums_ML.sum(1) for name, sums_ML in one.layers.items()}
+    stock_union_M = stock.layers["union"].sum(1)
+    token_local = one.plan is None or one.plan.policy.kind == "token"
+
+    def both(nll_M: Array, stock_M: Array, tokens_M: Array) -> tuple[Estimate, Estimate]:
+        return (
+            estimate(nll_M, tokens_M, counts_RM, exponential=True),
+            estimate(nll_M - stock_M, tokens_M, counts_RM, exponential=True),
+        )
+
+    perplexity, perplexity_ratio = both(one.nll_MD.sum(1), stock.nll_MD.sum(1), one.tokens_M)
+    return Result(
+        measured=one,
+        coreset=None if token_local else ratio(per_batch["coreset"], steps_M * layout.groups),
+        union=estimate(per_batch["union"], steps_M, counts_RM),
+        union_share=estimate(per_batch["union"], stock_union_M, counts_RM),
+        natural_union=ratio(per_batch["natural_union"], steps_M),
+        pairs=ratio(per_batch["pairs"], rows_M),
+        displaced_mass=estimate(per_batch["displaced"], rows_M, counts_RM),
+        overflow=ratio(per_batch["overflow"], steps_M),
+        kl=estimate(*kl_columns(one), counts_RM),
+        top1_agreement=estimate(one.agree_M, one.tokens_M, counts_RM),
+        perplexity=perplexity,
+        perplexity_ratio=perplexity_ratio,
+        domains={
+            name: both(one.nll_MD[:, index], stock.nll_MD[:, index], one.tokens_MD[:, index])
+            for index, name in enumerate(one.domains)
+        },
+        union_by_layer=_by_layer(one),
+        stock_union_by_layer=_by_layer(stock),
+    )
+
+
+def _by_layer(one: Measured) -> list[float]:
+    return (one.layers["union"].sum(0) / (one.batches * one.layout.steps)).tolist()

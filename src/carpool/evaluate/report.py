@@ -1,0 +1,92 @@
+"""The JSON form of an evaluation: what was measured, on what, with which versions."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import carpool
+from carpool.evaluate.bootstrap import DRAWS, LEVEL
+from carpool.evaluate.metrics import Result
+from carpool.files import sha256_file, write_text
+
+SCHEMA = 1
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, the time, and the git commit (None outside a checkout, `-dirty` with changes)."""
+    import torch
+    import transformers
+
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "carpool": carpool.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "commit": _commit(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _commit() -> str | None:
+    here = Path(carpool.__file__).parent
+    try:
+        # an installed copy may lie inside somebody else's repository: only tracked files say which commit this is
+        for command in ("ls-files --error-unmatch __init__.py", "describe --always --dirty --abbrev=40 --exclude=*"):
+            done = subprocess.run(["git", *command.split()], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def text_facts(paths: Sequence[Path]) -> list[dict[str, str]]:
+    """Name and hash of every text file."""
+    return [{"name": path.name, "sha256": sha256_file(path)} for path in paths]
+
+
+def as_dict(result: Result) -> dict[str, Any]:
+    """One row of the results."""
+    one = result.measured
+    layout = one.layout
+    estimates = ("union", "union_share", "displaced_mass", "kl", "top1_agreement", "perplexity", "perplexity_ratio")
+    return {
+        "policy": one.name,
+        "group": str(layout.grouping),
+        "batch": layout.rows,
+        "batches": one.batches,
+        "decoded_tokens": int(one.tokens_M.sum()),
+        "changed_rows": one.changed_rows,
+        "coreset": result.coreset,
+        **{name: asdict(getattr(result, name)) for name in estimates},
+        "natural_union": result.natural_union,
+        "pairs": result.pairs,
+        "overflow": result.overflow,
+        "domains": {
+            name: {"perplexity": asdict(perplexity), "perplexity_ratio": asdict(ratio)}
+            for name, (perplexity, ratio) in result.domains.items()
+        },
+        "union_by_layer": result.union_by_layer,
+        "stock_union_by_layer": result.stock_union_by_layer,
+    }
+
+
+def write(path: Path, results: Sequence[Result], **facts: Any) -> None:
+    """Write an evaluation in one piece; `facts` (model, texts, seed, arguments, ...) go beside the results."""
+    content = {
+        "schema": SCHEMA,
+        "kind": "carpool evaluation",
+        **provenance(),
+        **facts,
+        "intervals": {"level": LEVEL, "method": "paired bootstrap over batches", "draws": DRAWS},
+        "results": [as_dict(result) for result in results],
+    }
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
