@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from carpool.errors import CarpoolError
 from carpool.fixed import MAX_ROWS
+from carpool.lazy import lazy_property
 
 GroupKind = Literal["batch", "request", "block", "position"]
 
@@ -87,7 +87,7 @@ class Batch:
         """Whether any row of a step has the mask set, `[S, X]`."""
         return _sum_by(mask_NX.to(torch.int64), self.step_N, self.num_steps) > 0
 
-    @cached_property
+    @lazy_property
     def step_G(self) -> Tensor:
         """The step each group runs in, `[G]`."""
         steps = torch.zeros(self.num_groups, dtype=torch.int64, device=self.group_N.device)

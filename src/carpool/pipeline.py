@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from carpool.batch import Batch
 from carpool.grammar import Plan
 from carpool.guards import Floor
+from carpool.lazy import lazy_property
 from carpool.policies.base import Inputs
 from carpool.routing import RouteSpec, Routing
 
@@ -45,28 +45,28 @@ class Outcome:
     changed_N: Tensor
     nonfinite_N: Tensor
 
-    @cached_property
+    @lazy_property
     def displaced_N(self) -> Tensor:
         """Displaced mass of each row, a share of its native weight in [0, 1]."""
         native_NE = self.inputs.native_weight_NE
         return (native_NE * ~self.allowed_NE).sum(-1) / native_NE.sum(-1).clamp_min(TINY)
 
-    @cached_property
+    @lazy_property
     def computed_NE(self) -> Tensor:
         """The experts that each row reads (a weight-0 slot repeats an id and adds none)."""
         return torch.zeros_like(self.allowed_NE).scatter(-1, self.routing.ids_NK.long(), True)
 
-    @cached_property
+    @lazy_property
     def natural_SE(self) -> Tensor:
         """Experts that each step would read under native routing."""
         return self.inputs.batch.step_any(self.inputs.native_NE)
 
-    @cached_property
+    @lazy_property
     def union_SE(self) -> Tensor:
         """Experts that each step reads."""
         return self.inputs.batch.step_any(self.computed_NE)
 
-    @cached_property
+    @lazy_property
     def overflow_SE(self) -> Tensor:
         """Experts that a step reads only because of the floor."""
         batch = self.inputs.batch

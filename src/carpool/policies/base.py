@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from carpool.batch import Batch
 from carpool.errors import CarpoolError
 from carpool.fixed import ordered_int, rank_descending, to_fixed, with_ties
+from carpool.lazy import lazy_property
 from carpool.routing import RouteSpec, Routing
 
 Number = int | float | Tensor  # a 0-d device tensor stands for a number that changes at run time
@@ -51,16 +51,16 @@ class Inputs:
     def top_k(self) -> int:
         return self.native_ids_NK.shape[-1]
 
-    @cached_property
+    @lazy_property
     def experts_E(self) -> Tensor:
         return torch.arange(self.num_experts, device=self.scores_NE.device)
 
-    @cached_property
+    @lazy_property
     def native_NE(self) -> Tensor:
         """Mask of each row's native experts."""
         return torch.zeros_like(self.scores_NE, dtype=torch.bool).scatter(-1, self.native_ids_NK.long(), True)
 
-    @cached_property
+    @lazy_property
     def rank_NE(self) -> Tensor:
         """Each row's order of preference, 0 first: its native experts, then those in the model's allowed expert
         groups, then the rest; by score within each, ties by the fixed rule."""
@@ -70,22 +70,22 @@ class Inputs:
             tier_NE = tier_NE | (kept_NE.to(torch.int64) << 32)
         return rank_descending(with_ties(tier_NE | ordered_int(self.scores_NE)))
 
-    @cached_property
+    @lazy_property
     def voter_N1(self) -> Tensor:
         return self.batch.voter_N.unsqueeze(-1)
 
-    @cached_property
+    @lazy_property
     def voters_G1(self) -> Tensor:
         """Number of voters of each group, `[G, 1]`."""
         return self.batch.group_sum(self.voter_N1.to(torch.int64))
 
-    @cached_property
+    @lazy_property
     def native_weight_NE(self) -> Tensor:
         """Weight of each row's native experts up to the row's common factor, 0 elsewhere."""
         weight_NE = self.weights_NE * self.native_NE
         return weight_NE if self.spec.per_expert_scale_E is None else weight_NE * self.spec.per_expert_scale_E
 
-    @cached_property
+    @lazy_property
     def free_GE(self) -> Tensor:
         """Experts that exempt rows of the group's step read anyway: they cost nothing."""
         exempt_N1 = (self.batch.exempt_N & self.batch.real_N).unsqueeze(-1)
