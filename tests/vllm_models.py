@@ -6,7 +6,11 @@ every token its own router logits. Sizes are multiples of 32, as the CPU kernels
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,8 @@ ENVIRONMENT = {
 }
 VOCABULARY = 512
 EXPERTS, TOP_K = 32, 4
+BUDGET = 8
+POLICY = f"xshare(budget={BUDGET})"
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -80,8 +86,31 @@ def write_model(family: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+_alive: list[Any] = []  # an engine that is collected takes the process groups of the others with it
+
+
+@functools.cache
+def qwen3() -> Path:
+    """One Qwen3-MoE model for all tests of a process."""
+    folder = tempfile.mkdtemp(prefix="carpool-qwen3-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return write_model("qwen3_moe", Path(folder))
+
+
+@functools.cache
+def stock_engine() -> Any:
+    """An engine with the plugin loaded and not configured."""
+    return engine(qwen3(), None)
+
+
+@functools.cache
+def shared_engine() -> Any:
+    """An engine with `POLICY`."""
+    return engine(qwen3(), {"policy": POLICY})
+
+
 def engine(model: Path, carpool: dict[str, Any] | None, **options: Any) -> Any:
-    """An `LLM` on one thread, small enough to hold several in one process."""
+    """An `LLM` on one thread, small enough to hold several in one process, where they stay until it ends."""
     set_environment()
     if torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()  # the engine without the plugin needs it too, for models as small as these
@@ -92,7 +121,8 @@ def engine(model: Path, carpool: dict[str, Any] | None, **options: Any) -> Any:
         "max_model_len": 256, "max_num_batched_tokens": 256, "max_num_seqs": 16, "block_size": 32,
         "additional_config": {} if carpool is None else {"carpool": carpool},
     }  # fmt: skip
-    return LLM(str(model), **(settings | options))
+    _alive.append(LLM(str(model), **(settings | options)))
+    return _alive[-1]
 
 
 def host(llm: Any) -> Any:

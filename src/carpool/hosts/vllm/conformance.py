@@ -12,8 +12,7 @@ from carpool.routing import RouteSpec, Routing
 
 ROWS = 64
 TIE = 1e-6  # scores that differ by less may be ranked either way
-TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of a row's largest weight, by the dtype of the logits
-EXACT = 1e-4  # the same for float32
+TOLERANCE = 1e-4  # of a row's largest weight, for float32 logits
 
 NativeRouting = Callable[[Tensor], Routing]  # logits [N, E] to the router's own ids and weights
 
@@ -42,8 +41,9 @@ def check(spec: RouteSpec, native: NativeRouting, num_experts: int, gate_EH: Ten
         hidden_NH = torch.randn(ROWS, gate_EH.shape[1], generator=generator)
         cases.append(hidden_NH @ gate_EH.float().cpu().T)
     for logits_NE in cases:
-        logits_NE = logits_NE.to(device, dtype)
-        _compare(spec, logits_NE, native(logits_NE.clone()), where)
+        for kind in {torch.float32, dtype}:
+            given_NE = logits_NE.to(device, kind)
+            _compare(spec, given_NE, native(given_NE.clone()), where)
 
 
 def _compare(spec: RouteSpec, logits_NE: Tensor, theirs: Routing, where: str) -> None:
@@ -67,8 +67,11 @@ def _compare(spec: RouteSpec, logits_NE: Tensor, theirs: Routing, where: str) ->
     # at the router's own ids, so that ties do not matter
     expected_NK = spec.mix(weights_NE, ids_NK, torch.ones_like(ids_NK, dtype=torch.bool)).float()
     got_NK = theirs.weights_NK.float()
-    error = ((expected_NK - got_NK).abs() / got_NK.abs().amax(-1, keepdim=True).clamp_min(1e-30)).amax()
-    if not error <= TOLERANCE.get(logits_NE.dtype, EXACT):
+    error_N = ((expected_NK - got_NK).abs() / got_NK.abs().amax(-1, keepdim=True).clamp_min(1e-30)).amax(-1)
+    # a router that works in 16 bits rounds logits and their log-sum, so its error grows with their size
+    rounding_N = torch.finfo(logits_NE.dtype).eps * (2 + logits_NE.float().abs().amax(-1))
+    error = error_N.amax()
+    if not bool((error_N <= rounding_N.clamp_min(TOLERANCE)).all()):
         raise CarpoolError(
             f"{where}: the router weighs experts otherwise than its rule ({spec.scoring}) says "
             f"(off by {float(error):.1e} of the largest weight); this model is not supported on this backend"
