@@ -69,8 +69,8 @@ def calibrate(
         progress: told the number of tokens done after each step.
 
     Raises:
-        CarpoolError: layers of different widths, ids outside the vocabulary, sequences longer than the model's, experts that cannot be run one by
-            one in fp32, or outputs that are not finite.
+        CarpoolError: layers of different widths, ids outside the vocabulary, sequences longer than the model's,
+            experts that cannot be run one by one in fp32, or outputs that are not finite.
     """
     import carpool
 
@@ -80,9 +80,7 @@ def calibrate(
         raise CarpoolError(f"token {int(sequences_BT.max())} is outside the model's vocabulary of {vocabulary}")
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and sequences_BT.shape[1] > longest:
-        raise CarpoolError(
-            f"sequences of {sequences_BT.shape[1]} tokens exceed the model's {longest}; use shorter ones"
-        )
+        raise CarpoolError(f"sequences of {sequences_BT.shape[1]} tokens exceed the model's {longest}: shorten them")
     total = sequences_BT.numel()
     sample = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:CKA_TOKENS]
     sampled_N = torch.zeros(total, dtype=torch.bool).index_fill(0, sample, True)

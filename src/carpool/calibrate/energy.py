@@ -1,0 +1,127 @@
+"""What experts put out and how it can be foreseen: norms, gate sums, EASY-EP scores, weight ratios, norm predictor.
+
+`N` tokens of a chunk, `E` experts, `K` experts per token, `H` hidden size. Sums are fp64 throughout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RATIO_BINS = 1000  # of a histogram over [0, 1]: quantiles are exact to 0.001
+QUANTILES = 11  # 0, 0.1, ..., 1
+RIDGE = 1e-3  # times the mean squared hidden number
+LEAST_NORM = 1e-12  # an output of zero has no logarithm
+
+
+class Energy:
+    """Running sums of one layer; `update` in any chunks gives the same `result` up to fp64 rounding.
+
+    The predictor of `log ||E_e(x)||` is a ridge regression on the router's input `x`. Every expert is measured on
+    every token, so all experts share one matrix `[H + 1, H + 1]` (33 MB at `H` = 2048) and one factorisation.
+    """
+
+    def __init__(self, num_experts: int, top_k: int, hidden_size: int, device: torch.device | str = "cpu") -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.gate_E = zeros(num_experts)  # sums over the tokens of an expert: of its weight,
+        self.norm_E = zeros(num_experts)  # of its output's norm,
+        self.square_E = zeros(num_experts)  # of the norm squared,
+        self.score_E = zeros(num_experts)  # and of weight times norm times the token's contribution
+        self.coverage_E = zeros(num_experts)
+        self.log_sums = zeros(2)  # of log norms and of their squares, over (token, native expert) pairs
+        self.inputs_DD = zeros(hidden_size + 1, hidden_size + 1)  # x x^T, with a last x of 1 for the intercept
+        self.targets_DE = zeros(hidden_size + 1, num_experts)  # x log ||E_e(x)||
+        self.ratios_KB = zeros(top_k, RATIO_BINS + 1)  # counts of w_(j) / w_(1)
+        self.tokens = 0
+        self._contributions = True
+
+    def update(
+        self,
+        hidden_NH: Tensor,
+        outputs_NEH: Tensor,
+        ids_NK: Tensor,
+        weights_NK: Tensor,
+        residual_NH: Tensor | None = None,
+    ) -> None:
+        """Add a chunk: the router's inputs, every expert's output, the native routing, and the residual stream that
+        the experts' sum is added to (for EASY-EP; None if the host cannot tell)."""
+        ids_NK, weights_NK, outputs_NEH = ids_NK.long(), weights_NK.double(), outputs_NEH.double()
+        norm_NE = outputs_NEH.norm(dim=-1)
+        norm_NK = norm_NE.gather(1, ids_NK)
+        experts_S = ids_NK.flatten()
+        for total_E, values_NK in (
+            (self.gate_E, weights_NK),
+            (self.norm_E, norm_NK),
+            (self.square_E, norm_NK.square()),
+            (self.coverage_E, torch.ones_like(norm_NK)),
+        ):
+            total_E.index_add_(0, experts_S, values_NK.flatten())
+        if residual_NH is None:
+            self._contributions = False
+        else:
+            index_NKH = ids_NK.unsqueeze(-1).expand(-1, -1, outputs_NEH.shape[-1])
+            routed_NH = (outputs_NEH.gather(1, index_NKH) * weights_NK.unsqueeze(-1)).sum(1)
+            share_N1 = contribution(residual_NH.double(), routed_NH).unsqueeze(-1)
+            self.score_E.index_add_(0, experts_S, (weights_NK * norm_NK * share_N1).flatten())
+
+        log_NE = norm_NE.clamp_min(LEAST_NORM).log()
+        log_NK = log_NE.gather(1, ids_NK)
+        self.log_sums += torch.stack([log_NK.sum(), log_NK.square().sum()])
+        inputs_ND = torch.nn.functional.pad(hidden_NH.double(), (0, 1), value=1.0)
+        self.inputs_DD += inputs_ND.T @ inputs_ND
+        self.targets_DE += inputs_ND.T @ log_NE
+
+        sorted_NK = weights_NK.sort(dim=-1, descending=True).values
+        ratio_NK = sorted_NK / sorted_NK[:, :1].clamp_min(LEAST_NORM)
+        slots_NK = torch.arange(ids_NK.shape[1], device=ids_NK.device) * (RATIO_BINS + 1)
+        bins_S = ((ratio_NK * RATIO_BINS).round().long() + slots_NK).flatten()
+        self.ratios_KB += bins_S.bincount(minlength=self.ratios_KB.numel()).view_as(self.ratios_KB)
+        self.tokens += len(ids_NK)
+
+    def result(self) -> dict[str, Tensor]:
+        """Float32, by name:
+
+        `gate_sum [E]`, `norm_mean [E]` and `norm_square_mean [E]` over an expert's tokens (0 without any);
+        `easy_ep [E]` (left out if a residual stream was missing), summing to 1;
+        `norm_weight [E, H]`, `norm_bias [E]`: the predictor; `norm_scale []`: mean and three standard deviations of the
+        logarithms of the native experts' output norms;
+        `ratio_quantiles [K, 11]`: deciles of the weight of the j-th heaviest native expert over the heaviest's.
+        """
+        seen_E = self.coverage_E.clamp_min(1)
+        predictor_DE = self._predictor()
+        pairs = self.coverage_E.sum()
+        mean, square = self.log_sums / pairs
+        result = {
+            "gate_sum": self.gate_E,
+            "norm_mean": self.norm_E / seen_E,
+            "norm_square_mean": self.square_E / seen_E,
+            "norm_weight": predictor_DE[:-1].T,
+            "norm_bias": predictor_DE[-1],
+            "norm_scale": mean + 3 * (square - mean.square()).clamp_min(0).sqrt(),
+            "ratio_quantiles": self._quantiles(),
+        }
+        if self._contributions:
+            result["easy_ep"] = self.score_E / self.score_E.sum().clamp_min(LEAST_NORM)
+        return {name: tensor.float().contiguous().cpu() for name, tensor in result.items()}
+
+    def _predictor(self) -> Tensor:
+        ridge_D = self.inputs_DD.diagonal().clone()
+        ridge_D[:-1] = RIDGE * ridge_D[:-1].mean().clamp_min(LEAST_NORM)
+        ridge_D[-1] = 0.0  # the intercept is free
+        return torch.linalg.solve(self.inputs_DD + ridge_D.diag(), self.targets_DE)
+
+    def _quantiles(self) -> Tensor:
+        """The smallest ratio that at least the wanted share of tokens does not exceed."""
+        reached_KB = self.ratios_KB.cumsum(-1)
+        steps = QUANTILES - 1
+        wanted_Q = (torch.arange(QUANTILES, device=reached_KB.device) * self.tokens + steps - 1) // steps
+        wanted_KQ = wanted_Q.clamp_min(1).double().expand(len(reached_KB), -1).contiguous()
+        return torch.searchsorted(reached_KB, wanted_KQ) / RATIO_BINS
+
+
+def contribution(residual_NH: Tensor, routed_NH: Tensor) -> Tensor:
+    """EASY-EP's weight of a token, `[N]`: 1 minus the cosine between the residual stream before and after the routed
+    experts' sum is added (shared experts left out), at least 0."""
+    return (1 - torch.cosine_similarity(residual_NH, residual_NH + routed_NH, dim=-1)).clamp_min(0)
