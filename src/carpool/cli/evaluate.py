@@ -57,12 +57,12 @@ def evaluate(
     from carpool.batch import Grouping
     from carpool.evaluate.report import text_facts, write
     from carpool.evaluate.study import Settings, require_possible, sequences_for, study
-    from carpool.evaluate.table import table
+    from carpool.evaluate.table import NOTE, table, wide_console
     from carpool.files import require_writable
     from carpool.grammar import parse
     from carpool.texts import load_texts
 
-    console = Console()
+    console = wide_console()
     settings = Settings(
         plans=tuple(dict.fromkeys(parse(one) for one in policy or [])),
         grouping=Grouping.parse(group),
@@ -83,9 +83,9 @@ def evaluate(
     with progress("evaluating", settings.num_rows) as advance:
         by_batch = study(loaded, settings, sequences, stats=statistics, advance=advance)
     for found in by_batch:
-        console.print(table(found))
+        console.print(table(found, console))
         console.print()
-    console.print(NOTE, highlight=False)
+    console.print(NOTE, highlight=False, markup=False)
     if json_path is not None:
         write(
             json_path,
@@ -100,13 +100,6 @@ def evaluate(
             },
         )  # fmt: skip
         console.print(f"wrote {json_path}", highlight=False, soft_wrap=True)
-
-
-NOTE = (
-    "union: distinct experts read in a layer and step; pairs: experts computed for a token in a layer; "
-    "displaced: share of a token's native weight that is not computed; top-1: tokens whose likeliest next token stays; "
-    "[low, high]: 95 % interval over batches."
-)
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:

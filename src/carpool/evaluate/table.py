@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -11,52 +12,61 @@ from carpool.evaluate.bootstrap import Estimate
 from carpool.evaluate.metrics import Result
 
 CONTROLS = ("topk", "random")
+WIDE = 118  # columns of the terminal from which intervals are shown
+NOTE = (
+    "union: distinct experts read in a layer and step; pairs: experts computed for a token in a layer; "
+    "displaced: share of a token's native weight that is not computed; KL: stock against policy, nats a decoded token; "
+    "top-1: tokens whose likeliest next token stays; 95 %: interval over batches."
+)
 
 
-def is_control(result: Result) -> bool:
-    """Whether the plan is one that every method has to beat."""
-    return result.measured.plan is not None and result.measured.plan.policy.name in CONTROLS
+def wide_console() -> Console:
+    """Standard output; wide enough for a whole table where it is not a terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
 
 
-def table(results: Sequence[Result]) -> Table:
-    """Rows of one batch size; controls are dim, brackets hold the 95 % interval."""
+def table(results: Sequence[Result], console: Console) -> Table:
+    """Rows of one batch size; controls are dim; intervals only where the console is wide enough."""
     layout = results[0].measured.layout
+    wide = console.width >= WIDE
     made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     made.title = f"batch {layout.rows}, grouped by {layout.grouping}, {results[0].measured.batches} batches"
     made.title_justify, made.title_style = "left", "bold"
-    made.add_column("policy", no_wrap=True)
-    for name in ("coreset", "union", "of stock", "pairs", "displaced", "KL nats/token", "top-1", "perplexity ratio"):
-        made.add_column(name, justify="right", no_wrap=True)
-    previous = None
+    made.add_column("policy", overflow="fold")
+    for name in _cells(results[0], wide):
+        made.add_column("95 %" if "95 %" in name else name, justify="right", no_wrap=True)
+    family = None
     for result in results:
         plan = result.measured.plan
-        family = None if plan is None else plan.policy.name
-        if previous is not None and family != previous[0]:
+        if plan is not None and plan.policy.name != family:
+            family = plan.policy.name
             made.add_section()
-        previous = (family,)
-        made.add_row(*_cells(result), style="dim" if is_control(result) else "")
+        control = plan is not None and plan.policy.name in CONTROLS
+        cells = _cells(result, wide).values()
+        made.add_row(Text(result.measured.name), *map(Text, cells), style="dim" if control else "")
     return made
 
 
-def _cells(result: Result) -> list[Text]:
-    stock = result.measured.plan is None
-    cells = [
-        result.measured.name,
-        "–" if result.coreset is None else f"{result.coreset:.1f}",
-        f"{result.union.value:.1f}",
-        f"{result.union_share.value:.0%}",
-        f"{result.pairs:.2f}",
-        f"{result.displaced_mass.value:.1%}",
-        "0" if stock else with_interval(result.kl, ".4f"),
-        "100 %" if stock else f"{100 * result.top1_agreement.value:.1f} %",
-        f"1 ({result.perplexity.value:.2f})" if stock else with_interval(result.perplexity_ratio, ".4f"),
-    ]
-    return [Text(cell) for cell in cells]
+def _cells(result: Result, wide: bool) -> dict[str, str]:
+    """Cells after the policy's name, by heading."""
+    cells = {
+        "coreset": "–" if result.coreset is None else f"{result.coreset:.1f}",
+        "union": f"{result.union.value:.1f}",
+        "of stock": f"{result.union_share.value:.0%}",
+        "pairs": f"{result.pairs:.2f}",
+        "displaced": f"{result.displaced_mass.value:.1%}",
+        "KL": f"{result.kl.value:.4f}",
+        "KL 95 %": _interval(result.kl),
+        "top-1": f"{result.top1_agreement.value:.1%}",
+        "perplexity": f"{result.perplexity.value:.2f}",
+        "ratio": f"{result.perplexity_ratio.value:.4f}",
+        "ratio 95 %": _interval(result.perplexity_ratio),
+    }
+    return cells if wide else {name: cell for name, cell in cells.items() if "95 %" not in name}
 
 
-def with_interval(estimate: Estimate, form: str) -> str:
-    """`value [low, high]`, or the value alone."""
-    shown = format(estimate.value, form)
-    if estimate.low is None or estimate.high is None:
-        return shown
-    return f"{shown} [{estimate.low:{form}}, {estimate.high:{form}}]"
+def _interval(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None or estimate.low == estimate.high:
+        return "–"
+    return f"{estimate.low:.4f}–{estimate.high:.4f}"

@@ -1,0 +1,77 @@
+"""`carpool demo`: what published methods save and cost on a trained MoE, in one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from carpool.cli.app import command
+from carpool.cli.evaluate import embedded_texts, load, model_facts, progress
+
+JSON, PICTURE = "carpool-demo.json", "carpool-demo.png"
+
+
+@command("demo")
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(),
+    batches: Annotated[int | None, typer.Option(help="Batches to decode; fewer are faster and less certain.")] = None,
+) -> None:
+    """Compare stock and every method on the reference model: a table, a picture, and what they mean."""
+    from carpool.batch import Grouping
+    from carpool.evaluate.bootstrap import resample
+    from carpool.evaluate.findings import findings
+    from carpool.evaluate.plot import plot
+    from carpool.evaluate.report import text_facts, write
+    from carpool.evaluate.series import Curve, load_demo
+    from carpool.evaluate.study import Settings, require_possible, sequences_for, study
+    from carpool.evaluate.table import NOTE, table, wide_console
+    from carpool.files import require_writable
+    from carpool.texts import load_texts
+
+    console = wide_console()
+    json_path, picture_path = (require_writable(output / name) for name in (JSON, PICTURE))
+    paths = embedded_texts()
+    documents = load_texts(paths)
+    model, tokenizer, statistics = load(None, None)
+    numbers, series = load_demo()
+    without = [one for one in series if statistics is None and any(plan.policy.required_stats() for plan in one.plans)]
+    series = [one for one in series if one not in without]
+    settings = Settings(
+        plans=tuple(plan for one in series for plan in one.plans),
+        grouping=Grouping.parse(numbers["group"]),
+        batch_sizes=(numbers["batch"],),
+        sequence=numbers["sequence"], prefill=numbers["prefill"],
+        batches=numbers["batches"] if batches is None else batches, seed=numbers["seed"],
+    )  # fmt: skip
+    require_possible(model, settings, statistics)
+    sequences = sequences_for(settings, documents, tokenizer)
+    with progress("decoding in lockstep", settings.num_rows) as advance:
+        (results,) = study(model, settings, sequences, stats=statistics, advance=advance)
+    counts_RM = resample(results[0].measured.batches, settings.seed)
+    curves = [Curve.of(one, results, counts_RM) for one in series]
+    said = findings(curves)
+
+    console.print(table(results, console))
+    console.print()
+    console.print(NOTE, style="dim", highlight=False, markup=False)
+    for one in without:
+        console.print(f"{one.label} is left out: the installed reference model has no statistics.", markup=False)
+    console.print()
+    for sentence in said:
+        console.print(sentence, highlight=False, markup=False)
+    console.print()
+    decoded = int(results[0].measured.tokens_M.sum())
+    plot(
+        curves,
+        picture_path,
+        f"Carpool's reference model (4 layers, 64 experts, 8 a token), batch {numbers['batch']}, {decoded:,} decoded "
+        f"tokens of {', '.join(sequences.domains)}",
+    )
+    write(
+        json_path, results, model=model_facts(model, None), texts=text_facts(paths), seed=settings.seed,
+        arguments={**numbers, "batches": settings.batches}, findings=said,
+        series=[{"label": s.label, "control": s.control, "policies": list(map(str, s.plans))} for s in series],
+    )  # fmt: skip
+    console.print(f"wrote {picture_path} and {json_path}", highlight=False, markup=False, soft_wrap=True)
