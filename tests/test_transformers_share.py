@@ -79,9 +79,16 @@ def test_a_layer_called_alone_needs_a_batch(model: Any) -> None:
     block = model.model.layers[0].mlp
     with pytest.raises(CarpoolError, match=r"run\.batch"), carpool.share(model, TIGHT):
         block(hidden)
-    with torch.no_grad(), pytest.raises(CarpoolError, match="never fired"), carpool.share(model, TIGHT) as run:
-        run.batch = Batch.of(6)
-        block(hidden)  # the other layer did not run
+    run: Any = None
+
+    def one_layer_with_its_batch() -> None:
+        nonlocal run
+        with torch.no_grad(), carpool.share(model, TIGHT) as run:
+            run.batch = Batch.of(6)
+            block(hidden)
+
+    with pytest.raises(CarpoolError, match="never fired"):  # the other layer
+        one_layer_with_its_batch()
     assert [row.calls for row in run.report()] == [1, 0]
 
 
@@ -169,29 +176,32 @@ def test_gradients_do_not_pile_up_in_the_counters(model: Any) -> None:
     assert model.model.layers[0].mlp.gate.weight.grad is not None
 
 
-def test_compiled_after_attach_shares_and_switches(model: Any) -> None:
-    ids = tokens()
+def test_compiled_after_attach_shares_and_switches() -> None:
+    """One graph without a break for stock and one for sharing, and the switch is seen."""
+    model, ids = tiny_model("qwen3_moe", num_hidden_layers=1), tokens()
     stock = logits(model, ids)
     shared = run_once(model, ids=ids)
-    attach(model)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     for _ in range(2):
         torch.testing.assert_close(logits(compiled, ids), stock)
         with carpool.share(compiled, TIGHT, exempt_prefill=False) as run:
             torch.testing.assert_close(logits(compiled, ids), shared)
             logits(compiled, ids)
-        assert [row.calls for row in run.report()] == [2, 2]
+        assert [row.calls for row in run.report()] == [2]
         assert run.changed_rows() > 0
 
 
-def test_compiled_before_attach_is_caught(model: Any) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
-    logits(compiled, tokens())
-    with pytest.raises(CarpoolError, match=r"never fired.*compiled before attach"):
+def test_compiled_before_attach_is_caught() -> None:
+    def share_too_late() -> None:
         with carpool.share(compiled, TIGHT, exempt_prefill=False):
             logits(compiled, tokens())
+
+    torch._dynamo.reset()
+    compiled = torch.compile(tiny_model("qwen3_moe", num_hidden_layers=1), backend="eager")
+    logits(compiled, tokens())
+    with pytest.raises(CarpoolError, match=r"never fired.*compiled before attach"):
+        share_too_late()
 
 
 def test_assisted_decoding_counts_verification_as_prompt(model: Any) -> None:
@@ -244,8 +254,8 @@ def test_bad_arguments(model: Any, options: dict[str, Any], message: str) -> Non
 def test_unknown_and_dense_models_are_refused_by_name() -> None:
     with pytest.raises(CarpoolError, match="Linear has no"):
         attach(torch.nn.Linear(2, 2))
-    with pytest.raises(CarpoolError, match="not a transformers model|not str"):
-        attach("model")  # type: ignore[arg-type]
+    with pytest.raises(CarpoolError, match="not str"):
+        attach("model")
     switch = tiny_model("phimoe", num_local_experts=4)
     with pytest.raises(CarpoolError, match="PhimoeTopKRouter"):
         attach(switch)

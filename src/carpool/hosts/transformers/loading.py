@@ -62,15 +62,15 @@ def _source(path: str | Path | None) -> tuple[str, bool]:
             raise CarpoolError("the reference model is not installed: pip install 'carpool[demo]'") from None
         path = MODEL
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if str(path) and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise CarpoolError(f"{path} has no config.json; give a folder in transformers format")
         return str(folder), True
-    if folder.exists():
+    if folder.is_file():
         raise CarpoolError(f"{path} is a file; give the folder of a model in transformers format")
     if isinstance(path, str) and HUB_NAME.fullmatch(path):
         return path, False
-    raise CarpoolError(f"there is no folder {path}; give the folder of a model, or its name as organisation/model")
+    raise CarpoolError(f"there is no folder {str(path)!r}; give the folder of a model, or its name as organisation/model")
 
 
 def _try(source: str, what: str, load: Any) -> Any:

@@ -123,5 +123,6 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on a device (layers of one model may lie on several)."""
     if batch.group_N.device == device:
         return batch
-    values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return Batch(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()})
+    values = ((field.name, getattr(batch, field.name)) for field in fields(batch))
+    moved: dict[str, Any] = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values}
+    return Batch(**moved)

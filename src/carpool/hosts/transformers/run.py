@@ -14,8 +14,8 @@ from carpool.batch import Batch, Grouping
 from carpool.counters import Counters, LayerReport
 from carpool.errors import CarpoolError
 from carpool.grammar import Plan, parse
-from carpool.hosts.transformers.hooks import Attachment, attach
 from carpool.hosts.transformers.conformance import check
+from carpool.hosts.transformers.hooks import Attachment, attach
 from carpool.hosts.transformers.layers import MoELayer, fingerprint
 from carpool.hosts.transformers.rows import RowRules, build_batch, on_device
 from carpool.pipeline import Outcome, route
