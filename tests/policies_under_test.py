@@ -84,6 +84,7 @@ class Row:
         extras: further arguments of `Batch.of` for N rows and E experts (e.g. `device_E`).
         hidden: whether the policy needs the router's input.
         critical: whether a row may keep native experts outside the coreset (SERE's critical experts).
+        stages: how many masks over groups or requests it builds on the way (operations are counted per mask).
         twin: the slow version; None for policies tested by properties alone.
     """
 
@@ -97,6 +98,7 @@ class Row:
     extras: Callable[[int, int], dict[str, Any]] = no_extras
     hidden: bool = False
     critical: bool = False
+    stages: int = 1
 
     def __repr__(self) -> str:
         return self.name
@@ -286,5 +288,6 @@ ROWS = (
         coreset_bound=speculative_bound,
         knobs=("budget", "request_budget", "warmup"),
         extras=pairs_of_rows,
+        stages=3,  # what is free for each request, the requests' sets, the batch's
     ),
 )

@@ -122,7 +122,7 @@ def test_a_look_at_a_value_would_be_seen() -> None:
         mode.from_tensor(torch.ones(3)).sum().item()
 
 
-SHARED = {"backfill", "drop", "merge_duplicates", "utility_rank", "mix"}
+SHARED = {"backfill", "drop", "merge_duplicates", "votes", "utility", "utility_rank", "front_of", "skip", "mix"}
 
 
 class CountOperations(TorchDispatchMode):
@@ -151,7 +151,7 @@ class CountOperations(TorchDispatchMode):
 
 @every_policy
 def test_few_operations(row: Row) -> None:
-    """At most 15 of a policy's own; the shared steps have bounds of their own."""
+    """At most 15 of a policy's own; the shared steps have bounds of their own, for each of its stages."""
     for text in row.texts(E, K):
         trial = Trial(row, a_case(row), parse(text))
         outcome = trial.run()
@@ -163,6 +163,7 @@ def test_few_operations(row: Row) -> None:
             allowed_NE = policy.allowed(inputs, coreset_GE)
             policy.assign(inputs, allowed_NE, coreset_GE)
         print(f"{text}: {dict(mode.count)}")
-        assert 1 <= mode.count["policy"] <= 15, f"{text}: {mode.count}"
+        assert mode.count.total() >= 1
+        assert mode.count["policy"] <= 15, f"{text}: {mode.count}"
         for step in SHARED:
-            assert mode.count[step] <= 15, f"{text}: {mode.count}"
+            assert mode.count[step] <= 15 * row.stages, f"{text}: {mode.count}"

@@ -97,11 +97,16 @@ class AllowList(Policy):
     def _allow_E(self, inputs: Inputs) -> Tensor:
         if self.experts is None:
             return inputs.stats["allow"]
-        return _mask(self.experts, inputs.num_experts, inputs.scores_NE.device)
+        scores_NE = inputs.scores_NE
+        # compilers and tensors without values get a mask of their own
+        plain = type(scores_NE) is Tensor and not torch.compiler.is_compiling()
+        return (_kept if plain else _mask)(self.experts, inputs.num_experts, scores_NE.device)
 
 
-@lru_cache(maxsize=4096)
 def _mask(experts: tuple[int, ...], num_experts: int, device: torch.device) -> Tensor:
-    """Copied to the device once: a copy from the host cannot be part of a captured graph."""
     chosen = set(experts)
     return torch.tensor([expert in chosen for expert in range(num_experts)], device=device)
+
+
+# copied to the device once: a copy from the host cannot be part of a captured graph
+_kept = lru_cache(maxsize=4096)(_mask)

@@ -107,10 +107,11 @@ class Inputs:
 
     def utility_rank(self, utility_GE: Tensor, start_GE: Tensor | None = None) -> Tensor:
         """Rank of each expert in its group, 0 first: `start_GE`, then the rest, then what is free; each by utility."""
-        tier_GE = -self.free_GE.to(torch.int64)
+        costly_GE = ~self.free_GE
+        tier_GE = costly_GE.to(torch.int64)
         if start_GE is not None:
-            tier_GE = tier_GE + start_GE.to(torch.int64) * ~self.free_GE
-        return rank_descending(with_ties(utility_GE + ((tier_GE + 1) << 50)))
+            tier_GE = tier_GE + (start_GE & costly_GE)
+        return rank_descending(with_ties(utility_GE + (tier_GE << 50)))
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,6 @@ class Front:
     weights_NK: Tensor
     before_NK: Tensor
 
-    @classmethod
-    def of(cls, inputs: Inputs) -> Front:
-        ids_NK = inputs.native_ids_NK.long()
-        sorted_NK = to_fixed(inputs.weights_NE.gather(-1, ids_NK)).sort(dim=-1, descending=True, stable=True)
-        before_NK = sorted_NK.values.cumsum(-1) - sorted_NK.values
-        return cls(ids_NK.gather(-1, sorted_NK.indices), sorted_NK.values, before_NK)
-
     @property
     def total_N1(self) -> Tensor:
         """Weight of all native experts of a row, float64 (exact)."""
@@ -50,6 +43,13 @@ class Front:
         return torch.zeros_like(inputs.native_NE).scatter(-1, self.ids_NK, kept_NK)
 
 
+def front_of(inputs: Inputs) -> Front:
+    ids_NK = inputs.native_ids_NK.long()
+    sorted_NK = to_fixed(inputs.weights_NE.gather(-1, ids_NK)).sort(dim=-1, descending=True, stable=True)
+    before_NK = sorted_NK.values.cumsum(-1) - sorted_NK.values
+    return Front(ids_NK.gather(-1, sorted_NK.indices), sorted_NK.values, before_NK)
+
+
 def skip(inputs: Inputs, allowed_NE: Tensor, renormalize: bool) -> Routing:
     """The allowed native experts. With `renormalize` they are mixed by the model's own rule (a model that does not
     renormalise keeps the weights as they are); without it they keep their native weights, and what was skipped
@@ -59,8 +59,9 @@ def skip(inputs: Inputs, allowed_NE: Tensor, renormalize: bool) -> Routing:
     ids_NK = inputs.native_ids_NK.long()
     kept_NK = allowed_NE.gather(-1, ids_NK)
     weights_NK = inputs.spec.mix(inputs.weights_NE, ids_NK, torch.ones_like(kept_NK)) * kept_NK
-    first_N1 = ids_NK.gather(-1, kept_NK.int().argmax(-1, keepdim=True))
-    return Routing(torch.where(kept_NK, ids_NK, first_N1).int(), weights_NK)
+    order_NK = kept_NK.int().argsort(dim=-1, descending=True, stable=True)  # what is kept in front
+    ids_NK = torch.where(kept_NK, ids_NK, -1).gather(-1, order_NK)
+    return Routing(torch.where(ids_NK >= 0, ids_NK, ids_NK[:, :1]).int(), weights_NK.gather(-1, order_NK))
 
 
 def _check_share(name: str, value: float | Tensor) -> None:
@@ -99,7 +100,7 @@ class TopP(Policy):
 
     def allowed(self, inputs: Inputs, coreset_GE: Tensor) -> Tensor:
         """Bool `[N, E]`."""
-        front = Front.of(inputs)
+        front = front_of(inputs)
         total_N1 = to_fixed(inputs.weights_NE).sum(-1, keepdim=True).double()
         return front.keeping(inputs, front.before_NK <= self.p * total_N1)
 
@@ -136,7 +137,7 @@ class TailMass(Policy):
 
     def allowed(self, inputs: Inputs, coreset_GE: Tensor) -> Tensor:
         """Bool `[N, E]`."""
-        front = Front.of(inputs)
+        front = front_of(inputs)
         tail_NK = front.total_N1 - front.before_NK
         return front.keeping(inputs, tail_NK >= self.beta * front.total_N1)
 
@@ -185,7 +186,7 @@ class LayerThreshold(Policy):
 
     def allowed(self, inputs: Inputs, coreset_GE: Tensor) -> Tensor:
         """Bool `[N, E]`."""
-        front = Front.of(inputs)
+        front = front_of(inputs)
         value_NK = inputs.stats["sensitivity"] * front.weights_NK
         return front.keeping(inputs, value_NK >= self.tau * front.total_N1)
 

@@ -67,9 +67,9 @@ class XShareExpertParallel(Policy):
                 "xshare_expert_parallel needs the device of each expert, which this run does not have; "
                 "use xshare(budget=...) without expert parallelism"
             )
-        same_EE = device_E.unsqueeze(0) == device_E.unsqueeze(1)
         cap: int | Tensor
         if isinstance(self.budget_per_device, float):
+            same_EE = device_E.unsqueeze(0) == device_E.unsqueeze(1)
             cap = (same_EE.sum(-1) * self.budget_per_device).long().clamp_min(1)
         else:
             cap = self.budget_per_device

@@ -73,12 +73,15 @@ class XShareSpeculative(Policy):
         request_size = resolve_budget("request_budget", self.request_budget, inputs.num_experts)
         size = resolve_budget("budget", self.budget, inputs.num_experts)
 
-        requests = replace(inputs, batch=replace(batch, group_N=batch.request_N, num_groups=batch.num_requests))
+        # one set per request and group (R = groups times requests), so that no group sees another's rows
+        request_N = batch.group_N * batch.num_requests + batch.request_N
+        num_sets = batch.num_groups * batch.num_requests
+        requests = replace(inputs, batch=replace(batch, group_N=request_N, num_groups=num_sets))
         mass_RE = requests.utility(inputs.weights_NE)
         set_RE = requests.top_by_utility(mass_RE, request_size, requests.votes(warm_NE))
 
         mass_GE = inputs.utility(inputs.weights_NE)
-        union_GE = inputs.votes(set_RE[batch.request_N])
+        union_GE = inputs.votes(set_RE[request_N])
         if self.merge == "topup":
             return inputs.top_by_utility(mass_GE, size, union_GE)
         # an expert outside the union has no mass to offer; it may still fill the set, hence the mask

@@ -1,0 +1,123 @@
+"""Energy statistics against loops over tokens, and what the predictor is for."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from carpool.calibrate.energy import LEAST_NORM, RIDGE, Energy
+
+N, E, K, H = 40, 6, 3, 5
+
+
+def measured(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden_NH = torch.randn(N, H, generator=generator)
+    scale_E = torch.rand(E, generator=generator) + 0.5
+    outputs_NEH = torch.randn(N, E, H, generator=generator) * scale_E.view(1, E, 1)
+    weights_NE = (torch.randn(N, E, generator=generator) * 2).softmax(-1)
+    ids_NK = weights_NE.topk(K).indices
+    ids_NK[ids_NK == 4] = 5  # nobody picks expert 4
+    ids_NK = torch.stack([row.unique()[:2] for row in ids_NK])
+    weights_NK = weights_NE.gather(1, ids_NK)
+    residual_NH = torch.randn(N, H, generator=generator)
+    return {
+        "hidden_NH": hidden_NH,
+        "outputs_NEH": outputs_NEH,
+        "ids_NK": ids_NK,
+        "weights_NK": weights_NK,
+        "residual_NH": residual_NH,
+    }
+
+
+def norm(values: list[float]) -> float:
+    return math.sqrt(sum(value * value for value in values))
+
+
+def twin(given: dict[str, Tensor]) -> dict[str, list]:
+    """Loops over tokens and experts."""
+    hidden, outputs, ids, weights, residual = (given[name].double().tolist() for name in given)
+    gate, norms, squares, count, score = ([0.0] * E for _ in range(5))
+    logs, ratios = [], []
+    for n in range(N):
+        routed = [sum(w * outputs[n][int(e)][h] for e, w in zip(ids[n], weights[n], strict=True)) for h in range(H)]
+        after = [a + b for a, b in zip(residual[n], routed, strict=True)]
+        cosine = sum(a * b for a, b in zip(residual[n], after, strict=True)) / (norm(residual[n]) * norm(after))
+        for e, w in zip(map(int, ids[n]), weights[n], strict=True):
+            length = norm(outputs[n][e])
+            gate[e] += w
+            norms[e] += length
+            squares[e] += length**2
+            count[e] += 1
+            score[e] += w * length * max(0.0, 1 - cosine)
+            logs.append(math.log(max(length, LEAST_NORM)))
+        ratios.append([w / max(weights[n]) for w in sorted(weights[n], reverse=True)])
+    inputs = np.array([[*row, 1.0] for row in hidden])
+    strength = RIDGE * np.mean([sum(row[h] ** 2 for row in hidden) for h in range(H)])
+    # ridge regression as least squares with H more rows
+    padded = np.vstack([inputs, np.hstack([math.sqrt(strength) * np.eye(H), np.zeros((H, 1))])])
+    targets = [[math.log(max(norm(outputs[n][e]), LEAST_NORM)) for e in range(E)] for n in range(N)]
+    solved = np.linalg.lstsq(padded, np.vstack([np.array(targets), np.zeros((H, E))]), rcond=None)[0]
+    deciles = [
+        [sorted(round(row[j], 3) for row in ratios)[max(0, math.ceil(q * N / 10) - 1)] for q in range(11)]
+        for j in range(len(ids[0]))
+    ]
+    return {
+        "gate_sum": gate,
+        "norm_mean": [a / max(1, c) for a, c in zip(norms, count, strict=True)],
+        "norm_square_mean": [a / max(1, c) for a, c in zip(squares, count, strict=True)],
+        "easy_ep": [value / sum(score) for value in score],
+        "norm_weight": solved[:H].T.tolist(),
+        "norm_bias": solved[H].tolist(),
+        "norm_scale": statistics.fmean(logs) + 3 * statistics.pstdev(logs),
+        "ratio_quantiles": deciles,
+    }
+
+
+def chunked(given: dict[str, Tensor], sizes: list[int]) -> dict[str, Tensor]:
+    energy = Energy(E, given["ids_NK"].shape[1], H)
+    parts = [given[name].split(sizes) for name in given]
+    for hidden_NH, outputs_NEH, ids_NK, weights_NK, residual_NH in zip(*parts, strict=True):
+        energy.update(hidden_NH, outputs_NEH, ids_NK, weights_NK, residual_NH)
+    return energy.result()
+
+
+@pytest.mark.parametrize("sizes", [[N], [1, 7, N - 8]])
+def test_twin(sizes: list[int]) -> None:
+    given = measured()
+    result, expected = chunked(given, sizes), twin(given)
+    assert set(result) == set(expected)
+    for name, tensor in result.items():
+        assert tensor.dtype == torch.float32
+        # a ratio on the edge of two bins may fall into either
+        close = 1.1e-3 if name == "ratio_quantiles" else 1e-5
+        assert torch.allclose(tensor, torch.tensor(expected[name]), rtol=1e-4, atol=close), name
+
+
+def test_without_the_residual_stream_there_is_no_easy_ep() -> None:
+    given = measured()
+    energy = Energy(E, 2, H)
+    energy.update(given["hidden_NH"], given["outputs_NEH"], given["ids_NK"], given["weights_NK"])
+    assert "easy_ep" not in energy.result()
+
+
+def test_the_predictor_finds_a_linear_law() -> None:
+    """Outputs whose log norm is linear in the input, and one expert that is always silent."""
+    generator = torch.Generator().manual_seed(1)
+    hidden_NH = torch.randn(400, H, generator=generator)
+    law_HE, offset_E = torch.randn(H, E, generator=generator) / 3, torch.randn(E, generator=generator)
+    outputs_NEH = torch.nn.functional.normalize(torch.randn(400, E, H, generator=generator), dim=-1)
+    outputs_NEH = outputs_NEH * (hidden_NH @ law_HE + offset_E).exp().unsqueeze(-1)
+    outputs_NEH[:, 3] = 0
+    energy = Energy(E, 1, H)
+    energy.update(hidden_NH, outputs_NEH, torch.zeros(400, 1), torch.ones(400, 1))
+    result = energy.result()
+    heard = [0, 1, 2, 4, 5]
+    assert torch.allclose(result["norm_weight"][heard], law_HE.T[heard], atol=5e-3)
+    assert torch.allclose(result["norm_bias"][heard], offset_E[heard], atol=5e-3)
+    assert result["norm_weight"].isfinite().all()
