@@ -29,7 +29,7 @@ class Words:
 
 
 def rows_of_two_experts(model, ids_BT, experts):
-    """Per layer `(outputs [2, N, H], ids, weights)` in fp64, the outputs a row at a time from the model's own experts."""
+    """Per layer `(outputs [2, N, H], ids, weights)` in fp64; outputs a row at a time from the model's own experts."""
     seen, layers = [], find_layers(model)
     hooks = [layer.experts.register_forward_pre_hook(lambda _, args: seen.append(args)) for layer in layers]
     with torch.no_grad():
