@@ -76,14 +76,14 @@ class SERE(Policy):
         return inputs.votes(inputs.rank_NE < self.top)
 
     def allowed(self, inputs: Inputs, coreset_GE: Tensor) -> Tensor:
-        """Primaries, and the native experts that no primary is similar enough to, bool `[N, E]`."""
+        """Primaries, and the experts that no primary is similar enough to, bool `[N, E]`."""
         moves_GE = ((inputs.stats["similarity"] >= self.threshold) & coreset_GE.unsqueeze(1)).any(-1)
-        return self.by_row(inputs, coreset_GE) | (inputs.native_NE & ~self.by_row(inputs, moves_GE))
+        return self.by_row(inputs, coreset_GE | ~moves_GE)
 
     def assign(self, inputs: Inputs, allowed_NE: Tensor, coreset_GE: Tensor) -> Routing:
         """Native slots, those of experts that are not allowed moved to the most similar primary, merged."""
         ids_NK = inputs.native_ids_NK.long()
-        target_GE = torch.where(coreset_GE.unsqueeze(1), inputs.stats["keys"], -1).argmax(-1)
+        target_GE = (inputs.stats["keys"] * coreset_GE.unsqueeze(1)).argmax(-1)  # keys are positive
         target_NE = torch.where(allowed_NE, inputs.experts_E, self.by_row(inputs, target_GE))
         weights_NK = inputs.spec.mix(inputs.weights_NE, ids_NK, torch.ones_like(ids_NK, dtype=torch.bool))
         return merge_duplicates(target_NE.gather(-1, ids_NK), weights_NK)
