@@ -29,6 +29,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
         "v_head_dim": 16, "num_key_value_heads": 2, "head_dim": 8,
     },
+    "flex_olmo": {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": False},
+    "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "glm4_moe": {
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 2, "topk_group": 1,
+        "n_shared_experts": 1, "routed_scaling_factor": 1.5, "norm_topk_prob": True, "first_k_dense_replace": 0,
+    },
+    "minimax_m2": {"num_local_experts": 8, "num_experts_per_tok": 2, "rotary_dim": 16},
     "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
 }  # fmt: skip
 

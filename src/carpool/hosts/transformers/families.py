@@ -6,7 +6,7 @@ conformance check at attach and the tests of every family do the rest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Literal
 
@@ -66,22 +66,32 @@ class Rule:
         return attrgetter(self.bias)(owner).detach().reshape(-1)
 
 
-_sigmoid_groups = {
-    "scoring": "sigmoid",
-    "renormalize": "norm_topk_prob",
-    "renormalize_eps": 1e-20,
-    "scaling": "routed_scaling_factor",
-    "bias": "e_score_correction_bias",
-    "groups": ("num_group", "topk_group"),
-}
+SIGMOID_GROUPS = Rule(
+    "deepseek_v3",
+    scoring="sigmoid",
+    renormalize="norm_topk_prob",
+    renormalize_eps=1e-20,
+    scaling="routed_scaling_factor",
+    bias="e_score_correction_bias",
+    groups=("num_group", "topk_group"),
+)
 
 RULES: dict[str, Rule] = {
+    # softmax over all experts
     "Qwen3MoeTopKRouter": Rule("qwen3_moe", renormalize="norm_topk_prob"),
     "Qwen2MoeTopKRouter": Rule("qwen2_moe", renormalize="norm_topk_prob"),
     "OlmoeTopKRouter": Rule("olmoe", renormalize="norm_topk_prob"),
+    "FlexOlmoTopKRouter": Rule("flex_olmo", renormalize="norm_topk_prob"),
     "MixtralTopKRouter": Rule("mixtral"),
+    # softmax over the selected logits
     "GptOssTopKRouter": Rule("gpt_oss", scoring="softmax_after_topk"),
-    "DeepseekV3TopkRouter": Rule("deepseek_v3", **_sigmoid_groups),  # type: ignore[arg-type]
+    "GraniteMoeTopKRouter": Rule("granitemoe", scoring="softmax_after_topk"),
+    # sigmoid and a correction bias, with and without groups
+    "DeepseekV3TopkRouter": SIGMOID_GROUPS,
+    "Glm4MoeTopkRouter": replace(SIGMOID_GROUPS, family="glm4_moe"),
+    "MiniMaxM2TopKRouter": Rule(
+        "minimax_m2", scoring="sigmoid", bias="e_score_correction_bias", arguments=("e_score_correction_bias",)
+    ),
 }
 
 
