@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
@@ -32,40 +31,6 @@ def shared() -> Iterator[Any]:
     tiny.host(llm).step.observer = None
     llm.collective_rpc("carpool_set", kwargs={"policy": POLICY, "enabled": True})
     llm.collective_rpc("carpool_report", kwargs={"reset": True})
-
-
-@dataclass
-class Call:
-    """One call of one layer's router: what went in and what came out."""
-
-    layer: Any
-    logits_NE: torch.Tensor
-    batch: Batch
-    outcome: Any
-
-
-def watch(llm: Any) -> list[Call]:
-    """Record every routed call of an engine from now on."""
-    calls: list[Call] = []
-
-    def observe(layer: Any, logits_NE: torch.Tensor, outcome: Any) -> None:
-        live = layer.step.rows.batch(len(logits_NE))
-        values = {f.name: getattr(live, f.name) for f in fields(Batch)}
-        copy = Batch(**{name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in values.items()})
-        calls.append(Call(layer, logits_NE.clone(), copy, outcome))
-
-    tiny.host(llm).step.observer = observe
-    return calls
-
-
-def assert_bounded(calls: list[Call], budget: int) -> None:
-    """Fails unless every call stays within the budget and some rows were changed."""
-    assert calls, "no router call was seen"
-    for call in calls:
-        exempt_NE = call.outcome.inputs.native_NE & (call.batch.exempt_N & call.batch.real_N).unsqueeze(-1)
-        read = call.outcome.routing.ids_NK[call.batch.real_N].unique()
-        assert len(read) <= budget + int(exempt_NE.any(0).sum())
-    assert sum(int(call.outcome.changed_N.sum()) for call in calls) > 0, "no row was changed"
 
 
 def test_loaded_but_not_configured_is_stock(stock: Any) -> None:
@@ -98,13 +63,16 @@ def test_nothing_stays_patched_beside_a_configured_engine(shared: Any, stock: An
         for name, llm in (("stock", stock), ("shared", shared))
     }
     assert kinds == {"stock": {"CPURouter"}, "shared": {"SharedCPURouter"}}
+    # part of the hash of compiled graphs, so that none traced without the plugin is taken with it
+    assert "carpool_version" in tiny.runner(shared).vllm_config.additional_config
+    assert tiny.runner(stock).vllm_config.additional_config == {}
 
 
 def test_every_decode_step_stays_within_the_budget(shared: Any, stock: Any) -> None:
-    calls = watch(shared)
+    calls = tiny.watch(shared)
     given = tiny.prompts(6)
     results = tiny.generate(shared, given)
-    assert_bounded(calls, BUDGET)
+    tiny.assert_bounded(calls, BUDGET)
     assert [ids for ids, _ in results] != [ids for ids, _ in tiny.generate(stock, given)]
     # prompts are native, so the first token is stock's
     assert [ids[0] for ids, _ in results] == [ids[0] for ids, _ in tiny.generate(stock, given, tokens=1)]
@@ -117,14 +85,14 @@ def test_an_inert_hook_turns_the_check_red(shared: Any, monkeypatch: pytest.Monk
         return carpool.route(carpool.parse("xshare(budget=1.0)"), spec, logits_NE, batch, **given)
 
     monkeypatch.setattr(router, "route", inert)
-    calls = watch(shared)
+    calls = tiny.watch(shared)
     tiny.generate(shared, tiny.prompts(6))
     with pytest.raises(AssertionError):
-        assert_bounded(calls, BUDGET)
+        tiny.assert_bounded(calls, BUDGET)
 
 
 def test_experts_receive_what_the_core_computes_from_the_logits(shared: Any) -> None:
-    calls, received = watch(shared), []
+    calls, received = tiny.watch(shared), []
     layers = {layer.name: layer for layer in tiny.host(shared).layers}
     runners = [m for m in tiny.runner(shared).get_model().modules() if getattr(m, "layer_name", None) in layers]
     for moe in {id(m): m for m in runners if hasattr(m, "routed_experts")}.values():
@@ -166,9 +134,9 @@ def test_switching_off_and_on_without_restart(shared: Any, stock: Any) -> None:
 def test_changing_numbers_and_kind_without_restart(shared: Any, stock: Any) -> None:
     given = tiny.prompts(6, seed=5)
     shared.collective_rpc("carpool_set", kwargs={"policy": "xshare(budget=16)"})
-    calls = watch(shared)
+    calls = tiny.watch(shared)
     tiny.generate(shared, given)
-    assert_bounded(calls, 16)
+    tiny.assert_bounded(calls, 16)
     assert max(int(call.outcome.union_SE.sum()) for call in calls) > BUDGET
     [settings] = shared.collective_rpc("carpool_set", kwargs={"policy": f"oea(k0={tiny.TOP_K})"})
     assert settings["policy"].startswith("oea(k0=4) | decode_only()")
@@ -199,14 +167,14 @@ def test_a_request_can_opt_out(shared: Any, stock: Any) -> None:
     common: dict[str, Any] = {"max_tokens": 8, "temperature": 0, "detokenize": False, "ignore_eos": True}
     out = SamplingParams(**common, extra_args={"carpool": "off"})
     mixed = [out if i % 2 else SamplingParams(**common) for i in range(6)]
-    calls = watch(shared)
+    calls = tiny.watch(shared)
     outputs = shared.generate([{"prompt_token_ids": ids} for ids in given], mixed, use_tqdm=False)
     results = [list(output.outputs[0].token_ids) for output in outputs]
     assert [results[i] for i in (1, 3, 5)] == [native[i][0] for i in (1, 3, 5)]
     for call in calls:
         assert call.batch.exempt_N.sum() == 3
         assert not call.outcome.changed_N[call.batch.exempt_N].any()
-    assert_bounded(calls, BUDGET)
+    tiny.assert_bounded(calls, BUDGET)
 
 
 def test_the_report_counts_and_resets(shared: Any) -> None:
@@ -256,18 +224,18 @@ def test_two_engines_do_not_share_state(shared: Any, stock: Any) -> None:
     """Grouped by request, a request with one row is alone: the defaults of serving leave it native."""
     by_request = tiny.engine(tiny.qwen3(), {"policy": POLICY, "group": "request"})
     given = tiny.prompts(6, seed=10)
-    calls, others = watch(shared), watch(by_request)
+    calls, others = tiny.watch(shared), tiny.watch(by_request)
     native = tiny.generate(stock, given)
     assert tiny.generate(by_request, given) == native
     assert not calls
     assert {call.batch.num_groups for call in others} == {6}
     assert sum(int(call.outcome.changed_N.sum()) for call in others) == 0
     assert tiny.generate(shared, given) != native
-    assert_bounded(calls, BUDGET)
+    tiny.assert_bounded(calls, BUDGET)
 
 
 def test_routing_is_a_valid_contract(shared: Any) -> None:
-    calls = watch(shared)
+    calls = tiny.watch(shared)
     tiny.generate(shared, tiny.prompts(8, seed=12))
     for call in calls:
         routing: Routing = call.outcome.routing

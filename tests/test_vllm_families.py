@@ -41,8 +41,6 @@ def test_shared_within_the_budget(family: str, tmp_path: Path) -> None:
     for outcome in outcomes:
         assert len(outcome.routing.ids_NK.unique()) <= tiny.BUDGET
         assert torch.isfinite(outcome.routing.weights_NK).all()
-        native = outcome.inputs.spec.native(outcome.inputs.scores_NE * 0)  # shape only
-        assert native.ids_NK.shape == outcome.routing.ids_NK.shape
     assert sum(int(outcome.changed_N.sum()) for outcome in outcomes) > 0
     # the identity setting gives what an engine without the plugin gives
     llm.collective_rpc("carpool_set", kwargs={"policy": "xshare(budget=1.0)"})

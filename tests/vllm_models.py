@@ -11,10 +11,13 @@ import functools
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from carpool import Batch
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, where a test can look at it
@@ -115,6 +118,10 @@ def engine(model: Path, carpool: dict[str, Any] | None, **options: Any) -> Any:
     if torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()  # the engine without the plugin needs it too, for models as small as these
     from vllm import LLM
+    from vllm.model_executor.models import registry
+
+    # vLLM looks at a model's class in a process of its own, which takes longer than all the rest
+    registry._run_in_subprocess = lambda function: function()
 
     settings: dict[str, Any] = {
         "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 24,
@@ -155,3 +162,37 @@ def generate(llm: Any, given: list[list[int]], tokens: int = 8, **options: Any) 
         chosen = [step[token].logprob for step, token in zip(output.outputs[0].logprobs, ids, strict=True)]
         results.append((ids, chosen))
     return results
+
+
+@dataclass
+class Call:
+    """One call of one layer's router: what went in and what came out."""
+
+    layer: Any
+    logits_NE: torch.Tensor
+    batch: Batch
+    outcome: Any
+
+
+def watch(llm: Any) -> list[Call]:
+    """Record every routed call of an engine from now on."""
+    calls: list[Call] = []
+
+    def observe(layer: Any, logits_NE: torch.Tensor, outcome: Any) -> None:
+        live = layer.step.rows.batch(len(logits_NE))
+        values = {f.name: getattr(live, f.name) for f in fields(Batch)}
+        copy = Batch(**{name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in values.items()})
+        calls.append(Call(layer, logits_NE.clone(), copy, outcome))
+
+    host(llm).step.observer = observe
+    return calls
+
+
+def assert_bounded(calls: list[Call], budget: int) -> None:
+    """Fails unless every call stays within the budget and some rows were changed."""
+    assert calls, "no router call was seen"
+    for call in calls:
+        exempt_NE = call.outcome.inputs.native_NE & (call.batch.exempt_N & call.batch.real_N).unsqueeze(-1)
+        read = call.outcome.routing.ids_NK[call.batch.real_N].unique()
+        assert len(read) <= budget + int(exempt_NE.any(0).sum())
+    assert sum(int(call.outcome.changed_N.sum()) for call in calls) > 0, "no row was changed"

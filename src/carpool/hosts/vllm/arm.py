@@ -11,9 +11,11 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from carpool import __version__
 from carpool.hosts.vllm.settings import Settings
 
 KILL_SWITCH = "CARPOOL_DISABLE"
+MARK = "carpool_version"
 
 
 def arm() -> None:
@@ -53,6 +55,7 @@ def _configured(_: Any, config: Any) -> None:
     from carpool.hosts.vllm.metrics import collect_from_workers
 
     check_engine(config, settings)
+    _mark(config)
     collect_from_workers()
 
 
@@ -72,4 +75,11 @@ def _worker_built(worker: Any, _: None) -> None:
     from carpool.hosts.vllm.host import Host
 
     check_engine(worker.vllm_config, settings)
+    _mark(worker.vllm_config)
     Host.attach(worker, settings)
+
+
+def _mark(config: Any) -> None:
+    """vLLM names cached compiled graphs by a hash that holds `additional_config`: a graph traced with the plugin must
+    not be taken while the kill switch is set, nor one traced without it, nor another version's."""
+    config.additional_config = {**config.additional_config, MARK: __version__}

@@ -71,7 +71,8 @@ class Host:
         def create_shared(*args: Any, **kwargs: Any) -> Any:
             router = create(*args, **kwargs)
             if not drafting:
-                router.__class__ = shared_class(type(router))
+                kind: Any = type(router)
+                router.__class__ = shared_class(kind)
             return router
 
         drafter = getattr(runner, "drafter", None)
@@ -147,9 +148,7 @@ class Host:
         def followed_forward(*args: Any, **kwargs: Any) -> Any:
             assert self.step is not None
             if self.step.enabled:
-                given = [*args, *kwargs.values()]
-                num_rows = next(len(tensor) for tensor in given if isinstance(tensor, torch.Tensor))
-                self.step.rows.fill(runner, num_rows)
+                self.step.rows.fill(runner, _num_rows(*args, **kwargs))
             try:
                 result = forward(*args, **kwargs)
             finally:
@@ -172,6 +171,14 @@ class Host:
             if not layer.calls:
                 raise CarpoolError(f"{layer.name}: the engine bypassed the router, so no policy can run; refused")
         self._proved = True
+
+
+def _num_rows(input_ids: Any = None, positions: Any = None, intermediate_tensors: Any = None,
+              inputs_embeds: Any = None, **_: Any) -> int:  # fmt: skip
+    """Rows of a forward pass, padding included, from the arguments of `_model_forward`."""
+    if input_ids is not None:
+        return len(input_ids)
+    return len(inputs_embeds) if inputs_embeds is not None else int(positions.shape[-1])
 
 
 def _first_of_tensor_parallel() -> bool:

@@ -45,8 +45,8 @@ class Knobs:
         for key, value in self._numbers(plan):
             self._tensors[key].fill_(value)
 
-    def _numbers(self, plan: Plan) -> Iterator[tuple[tuple[int, str], int | float]]:
-        for place, part in enumerate((plan.policy, *plan.guards)):
+    def _numbers(self, plan: Plan) -> Iterator[tuple[tuple[int, str], Any]]:
+        for place, part in enumerate(_parts(plan)):
             for field in fields(part):
                 value = getattr(part, field.name)
                 if _is_knob(field, value):
@@ -54,7 +54,7 @@ class Knobs:
                     yield (place, field.name), resolve_budget(field.name, value, self.num_experts) if share else value
 
     def _over_tensors(self, plan: Plan) -> Plan:
-        parts: list[Any] = [plan.policy, *plan.guards]
+        parts = _parts(plan)
         for (place, name), tensor in self._tensors.items():
             parts[place] = replace(parts[place], **{name: tensor})
         return Plan(parts[0], tuple(parts[1:]))
@@ -62,8 +62,12 @@ class Knobs:
     def _rest(self, plan: Plan) -> list[Any]:
         return [
             (type(part), [getattr(part, f.name) for f in fields(part) if not _is_knob(f, getattr(part, f.name))])
-            for part in (plan.policy, *plan.guards)
+            for part in _parts(plan)
         ]
+
+
+def _parts(plan: Plan) -> list[Any]:
+    return [plan.policy, *plan.guards]
 
 
 def _is_knob(field: Any, value: Any) -> bool:

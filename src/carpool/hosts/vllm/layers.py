@@ -73,8 +73,11 @@ def load_statistics(policies: PolicyFile, layers: list[Layer], gates: dict[str, 
     """The statistics file, if the settings name one and it is of this model.
 
     Raises:
-        CarpoolError: unreadable, damaged or of another model; or a policy file of another model.
+        CarpoolError: unreadable, damaged or of another model; or a policy file of another model or other layers.
     """
+    foreign = sorted(set(policies.layers) - {layer.index for layer in layers})
+    if foreign:
+        raise CarpoolError(f"the policy file sets layer {foreign[0]}, which is no MoE layer of this model")
     made_for = policies.model.get("fingerprint")
     if policies.statistics is None and made_for is None:
         return None

@@ -100,14 +100,14 @@ class Layer:
 
 
 @functools.cache
-def shared_class(kind: type) -> type:
+def shared_class(kind: Any) -> Any:
     """The subclass of a router class whose routing passes through its layer's plan.
 
     Single inheritance: an object's class can only be replaced by one of the same layout.
     """
     from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 
-    class Shared(kind):  # type: ignore[misc, valid-type]
+    class Shared(kind):
         carpool_layer: Layer | None = None  # None until the model is loaded and checked
         carpool_kind = kind.__name__
 

@@ -84,5 +84,5 @@ def opted_out(sampling_params: Any) -> bool:
 
     Any other value but "on" counts as off too: what we do not understand must not change a user's result.
     """
-    extra = getattr(sampling_params, "extra_args", None)
-    return bool(extra) and extra.get(OPT_OUT, "on") != "on"
+    extra = getattr(sampling_params, "extra_args", None) or {}
+    return extra.get(OPT_OUT, "on") != "on"

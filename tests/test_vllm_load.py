@@ -1,0 +1,132 @@
+"""What the plugin checks when a model is loaded: the policy and statistics fit, and nothing bypasses the routers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import vllm_models as tiny
+
+import carpool
+from carpool import CarpoolError, Routing
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+POLICY = tiny.POLICY
+
+
+@pytest.fixture
+def stock() -> Any:
+    """The engine with the plugin loaded and not configured."""
+    return tiny.stock_engine()
+
+
+@pytest.fixture
+def shared() -> Iterator[Any]:
+    """The engine with a policy, as it was when it started."""
+    llm = tiny.shared_engine()
+    yield llm
+    tiny.host(llm).step.observer = None
+    llm.collective_rpc("carpool_set", kwargs={"policy": POLICY, "enabled": True})
+    llm.collective_rpc("carpool_report", kwargs={"reset": True})
+
+
+def refused(given: dict[str, Any], message: str) -> None:
+    """The configuration is refused for the model of the shared engine; checked without starting another one."""
+    from carpool.hosts.vllm.layers import build_layers
+    from carpool.hosts.vllm.settings import Settings
+
+    runner, settings = tiny.runner(tiny.shared_engine()), Settings.of({"carpool": given})
+    with pytest.raises(CarpoolError, match=message):
+        build_layers(runner.get_model(), settings, runner.vllm_config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"policy": "xshare(budget=33)"}, "33 of 32 experts"),
+        ({"policy": "topk(k=5)"}, "exceeds the model's 4"),
+        ({"policy": "xshare(budget=8) | protect([99])"}, "expert 99"),
+        ({"policy": "sere(top=2)"}, "needs the statistics 'similarity_frobenius'"),
+        ({"policy": "sere(top=2)", "stats": "/nowhere/stats.safetensors"}, "cannot read statistics"),
+    ],
+)
+def test_a_policy_that_does_not_fit_the_model_is_refused(given: dict[str, Any], message: str) -> None:
+    refused(given, message)
+
+
+def test_dense_models_and_bypassed_routers_are_refused(monkeypatch: pytest.MonkeyPatch, stock: Any) -> None:
+    from carpool.hosts.vllm.layers import build_layers
+    from carpool.hosts.vllm.settings import Settings
+
+    runner, settings = tiny.runner(stock), Settings.of({"carpool": {"policy": POLICY}})
+    with pytest.raises(CarpoolError, match="Linear has no mixture-of-experts layer"):
+        build_layers(torch.nn.Linear(2, 2), settings, runner.vllm_config, torch.device("cpu"))
+    # a router that the factory did not make (here: of an engine without the plugin)
+    with pytest.raises(CarpoolError, match=r"layers\.0\.mlp\.experts brings a CPURouter of its own"):
+        build_layers(runner.get_model(), settings, runner.vllm_config, torch.device("cpu"))
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    monkeypatch.setattr(MoERunner, "is_monolithic", property(lambda self: True))
+    refused({"policy": POLICY}, "routes inside its kernel")
+
+
+def test_an_engine_that_bypasses_the_router_is_refused_at_the_first_step(shared: Any) -> None:
+    host = tiny.host(shared)
+    host._prove()
+    seen, host.layers[1].calls = host.layers[1].calls, 0
+    with pytest.raises(CarpoolError, match=r"layers\.1\.mlp\.experts: the engine bypassed the router"):
+        host._prove()
+    host.layers[1].calls = seen
+
+
+def test_rows_that_are_not_the_batchs_are_refused(shared: Any) -> None:
+    layer = tiny.host(shared).layers[0]
+    layer.step.rows.expected = 5
+    native = Routing(torch.zeros(4, 4, dtype=torch.int32), torch.ones(4, 4))
+    with pytest.raises(CarpoolError, match="sees 4 rows of a forward pass of 5"):
+        layer.route(torch.zeros(4, 64), torch.zeros(4, tiny.EXPERTS), native)
+    layer.step.rows.clear()
+
+
+def statistics(path: Path, gates: list[torch.Tensor]) -> Path:
+    """A statistics file with made-up similarities for a model with these gates."""
+    from carpool.stats import SIMILARITIES, Statistics, fingerprint
+
+    generator, layers = torch.Generator().manual_seed(0), {}
+    for index in range(len(gates)):
+        drawn_EE = torch.rand(tiny.EXPERTS, tiny.EXPERTS, generator=generator)
+        similarity_EE = ((drawn_EE + drawn_EE.T) / 2).fill_diagonal_(1.0)
+        coverage_E = torch.full((tiny.EXPERTS,), 100, dtype=torch.int64)
+        layers[index] = {name: similarity_EE.clone() for name in SIMILARITIES} | {"coverage": coverage_E}
+    Statistics(
+        layers=layers, fingerprint=fingerprint(enumerate(gates)), architecture="Qwen3MoeForCausalLM",
+        num_experts=tiny.EXPERTS, top_k=tiny.TOP_K, hidden_size=64, tokens=1000, seed=0, data=(),
+        created="2026-01-01T00:00:00Z", carpool_version=carpool.__version__, torch_version=torch.__version__,
+    ).save(path)  # fmt: skip
+    return path
+
+
+def test_sere_with_statistics_of_this_model_and_of_another(tmp_path: Path, shared: Any) -> None:
+    from safetensors.torch import load_file
+
+    from carpool.hosts.vllm.layers import build_layers
+    from carpool.hosts.vllm.settings import Settings
+
+    weights = load_file(tiny.qwen3() / "model.safetensors")
+    gates = [weights[f"model.layers.{i}.mlp.gate.weight"] for i in range(2)]
+    path = statistics(tmp_path / "stats.safetensors", gates)
+    other = statistics(tmp_path / "other.safetensors", [gate + 1 for gate in gates])
+    refused({"policy": "sere(top=1)", "stats": str(other)}, "of another model")
+    runner = tiny.runner(shared)
+    settings = Settings.of({"carpool": {"policy": "sere(top=1)", "stats": str(path)}})
+    layers = build_layers(runner.get_model(), settings, runner.vllm_config, torch.device("cpu"))
+    calls, host = tiny.watch(shared), tiny.host(shared)
+    for layer, loaded in zip(host.layers, layers, strict=True):
+        layer.statistics = loaded.statistics
+    shared.collective_rpc("carpool_set", kwargs={"policy": "sere(top=1)"})
+    tiny.generate(shared, tiny.prompts(6))
+    tiny.assert_bounded(calls, 6)  # six requests, one primary each

@@ -1,0 +1,81 @@
+"""Other ways to run the engine: compiled, with speculation, on two ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import vllm_models as tiny
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+def report(llm: Any) -> list[dict[str, Any]]:
+    """Counters of every layer since the last call."""
+    layers: list[dict[str, Any]] = llm.collective_rpc("carpool_report", kwargs={"reset": True})[0]["layers"]
+    return layers
+
+
+def test_a_compiled_engine_shares_and_follows_changes() -> None:
+    """torch.compile traces through the router on a CPU: a policy that is traced is frozen, or silently gone."""
+    llm = tiny.engine(tiny.qwen3(), {"policy": tiny.POLICY}, enforce_eager=False)
+    given = tiny.prompts(6)
+    for layer in report(llm):
+        assert layer["rows"] == 0  # the profiling run does not count
+    shared = tiny.generate(llm, given)
+    for layer in report(llm):
+        assert layer["rows_changed"] > 0
+        assert layer["union"] <= layer["steps"] * tiny.BUDGET < layer["natural_union"]
+    llm.collective_rpc("carpool_set", kwargs={"enabled": False})
+    native = tiny.generate(llm, given)
+    assert [layer["rows"] for layer in report(llm)] == [0, 0]
+    assert [ids for ids, _ in native] == [ids for ids, _ in tiny.generate(tiny.stock_engine(), given)]
+    assert native != shared
+    llm.collective_rpc("carpool_set", kwargs={"policy": "oea(k0=2)", "enabled": True})
+    tiny.generate(llm, given)
+    for layer in report(llm):
+        assert layer["rows_changed"] > 0
+        assert layer["union"] > layer["steps"] * tiny.BUDGET * 0.75
+
+
+def test_speculation_by_ngram_groups_the_rows_of_a_request() -> None:
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    llm = tiny.engine(tiny.qwen3(), {"policy": tiny.POLICY, "group": "request"}, speculative_config=ngram)
+    outcomes: list[Any] = []
+    tiny.host(llm).step.observer = lambda layer, logits_NE, outcome: outcomes.append(outcome)
+    tiny.generate(llm, [[7, 8] * 10, [9, 10, 11] * 8, [12] * 20], tokens=24)
+    rows_per_group = [o.inputs.voters_G1.flatten() for o in outcomes]
+    assert max(int(rows.max()) for rows in rows_per_group) == 4  # one row and three drafts
+    changed = 0
+    for outcome, rows in zip(outcomes, rows_per_group, strict=True):
+        shared_G = rows >= 2
+        assert (outcome.coreset_GE[shared_G] & ~outcome.inputs.free_GE[shared_G]).sum(-1).le(tiny.BUDGET).all()
+        assert not outcome.changed_N[(rows == 1)[outcome.inputs.batch.group_N]].any()
+        changed += int(outcome.changed_N.sum())
+    assert changed > 0
+
+
+def test_a_draft_model_is_left_alone() -> None:
+    folder = str(tiny.qwen3())
+    llm = tiny.engine(
+        tiny.qwen3(), {"policy": tiny.POLICY},
+        speculative_config={"method": "draft_model", "model": folder, "num_speculative_tokens": 2},
+    )  # fmt: skip
+    runner = tiny.runner(llm)
+    for model, kind in ((runner.get_model(), "SharedCPURouter"), (runner.drafter.model, "CPURouter")):
+        routers = {type(m.router).__name__ for m in model.modules() if hasattr(m, "routed_experts")}
+        assert routers == {kind}
+    tiny.generate(llm, tiny.prompts(4))
+    for layer in report(llm):
+        assert layer["rows_changed"] > 0
+
+
+def test_two_ranks_decide_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")
+    llm = tiny.engine(tiny.qwen3(), {"policy": tiny.POLICY}, tensor_parallel_size=2)
+    shared = tiny.generate(llm, tiny.prompts(6))
+    first, second = llm.collective_rpc("carpool_report")
+    assert first == second
+    assert all(layer["rows_changed"] > 0 for layer in first["layers"])
+    assert [ids for ids, _ in shared] == [ids for ids, _ in tiny.generate(tiny.shared_engine(), tiny.prompts(6))]
