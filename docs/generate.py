@@ -1,13 +1,14 @@
-"""The README's table and first figure, from committed results.
+"""What the documentation takes from code and committed results: tables and the README's first figure.
 
     carpool evaluate --policy "xshare(budget=16)" --policy "xshare(budget=24)" --policy "oea(k0=2)" \\
         --batch 1,2,4,8,16,32,64 --json docs/results/batches.json
     carpool demo --json docs/results/demo.json --png docs/images/demo.png
-    python benchmarks/readme.py
+    python docs/generate.py
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -17,7 +18,23 @@ ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "docs/results/demo.json"
 BATCHES = ROOT / "docs/results/batches.json"
 PROBLEM = ROOT / "docs/images/problem.png"
-BLOCK = re.compile(r"(<!-- demo table: [^>]* -->\n).*?(<!-- end -->)", re.S)
+SOURCE = ROOT / "src/carpool"
+
+
+def with_block(page: str, name: str, content: str) -> str:
+    """The page with what stands between `<!-- name: ... -->` and `<!-- end -->` made anew."""
+    block = re.compile(rf"(<!-- {name}: [^>]* -->\n).*?(<!-- end -->)", re.S)
+    return block.sub(lambda found: f"{found[1]}\n{content}\n{found[2]}", page)
+
+
+def module_table() -> str:
+    """One line a module: its path and the first line of its docstring."""
+    lines = ["| module | what it is for |", "|---|---|"]
+    for path in sorted(SOURCE.rglob("*.py")):
+        if path.name != "__init__.py":
+            first = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n", 1)[0]
+            lines.append(f"| `{path.relative_to(SOURCE).as_posix()}` | {first} |")
+    return "\n".join(lines) + "\n"
 
 
 def demo_table(content: dict[str, Any]) -> str:
@@ -41,11 +58,6 @@ def demo_table(content: dict[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def readme_with(text: str, content: dict[str, Any]) -> str:
-    """The README's text with its table made anew."""
-    return BLOCK.sub(lambda found: found[1] + "\n" + demo_table(content) + "\n" + found[2], text)
 
 
 def draw_problem(content: dict[str, Any], path: Path) -> None:
@@ -91,9 +103,14 @@ def draw_problem(content: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(readme_with(readme.read_text(), json.loads(DEMO.read_text())))
-    draw_problem(json.loads(BATCHES.read_text()), PROBLEM)
+    """Make everything anew that its sources are there for."""
+    pages = {"docs/architecture.md": ("modules", module_table())}
+    if DEMO.exists():
+        pages["README.md"] = ("demo table", demo_table(json.loads(DEMO.read_text())))
+    for page, (name, content) in pages.items():
+        (ROOT / page).write_text(with_block((ROOT / page).read_text(), name, content))
+    if BATCHES.exists():
+        draw_problem(json.loads(BATCHES.read_text()), PROBLEM)
 
 
 if __name__ == "__main__":
