@@ -13,7 +13,7 @@ from carpool.calibrate import calibrate, run, token_sequences
 from carpool.cli.app import app
 from carpool.hosts.transformers import find_layers, fingerprint
 from carpool.stats import SIMILARITIES, Statistics
-from carpool.texts import Document, load_texts
+from carpool.texts import Document
 
 IDS_BT = tokens(rows=16, length=24)
 
@@ -271,40 +271,3 @@ def test_interrupted_command_leaves_the_old_file(command, tmp_path, monkeypatch)
     assert code != 0
     assert (tmp_path / "stats.safetensors").read_text() == "old"
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "stats.safetensors"}
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.md", b"text", "neither a .txt nor a .jsonl"),
-        ("a.txt", b" \n", "holds no text"),
-        ("a.jsonl", b"", "holds no text"),
-        ("a.txt", b"caf\xe9", "not UTF-8 .byte 3"),
-        (
-            "a.jsonl",
-            b'{"text": "a"}\n{"body": "b"}',
-            "line 2 has no .text. field .* its fields are 'body'|line 2 has no",
-        ),
-        ("a.jsonl", b'{"text": 3}', "line 1 has no"),
-        ("a.jsonl", b"[1]", "it is no object"),
-        ("a.jsonl", b'{"text": "a"', "line 1 is not JSON"),
-        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
-        ("a.jsonl", b'{"text": "\\ud83d"}', "half a surrogate pair"),
-    ],
-)
-def test_bad_texts_are_refused(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(CarpoolError, match=message):
-        load_texts([tmp_path / name])
-
-
-def test_texts(tmp_path):
-    for folder in ("x", "y"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "train.jsonl").write_text(f'{{"text": "{folder}\u2028z"}}\n\n{{"text": " "}}\n')
-    (tmp_path / "poem.txt").write_bytes("\ufeffä\r\nb".encode())
-    found = load_texts([tmp_path / "x/train.jsonl", tmp_path / "poem.txt", str(tmp_path / "y/train.jsonl")])
-    assert found == [Document("x/train", "x\u2028z"), Document("poem", "ä\r\nb"), Document("y/train", "y\u2028z")]
-    assert load_texts([tmp_path / "x/train.jsonl"])[0].domain == "train"
-    with pytest.raises(CarpoolError, match="no text was given"):
-        load_texts([])
