@@ -12,7 +12,7 @@ from tiny_models import tiny_model, tokens
 
 import carpool
 from carpool import Batch, CarpoolError
-from carpool.hosts.transformers import attach, fingerprint
+from carpool.hosts.transformers import attach
 
 TIGHT = "xshare(budget=2, warmup=0)"
 
@@ -150,7 +150,7 @@ def test_a_replaced_block_is_caught(model: Any) -> None:
     """Negative control: a kernel that routes by itself never calls the router."""
     block = model.model.layers[1].mlp
     block.forward = lambda hidden: torch.zeros_like(hidden)
-    with pytest.raises(CarpoolError, match=r"never fired.*model\.layers\.1\.mlp"):
+    with pytest.raises(CarpoolError, match=r"never fired.*model\.layers\.1\.mlp.*in a forward"):
         run_once(model)
 
 
@@ -222,49 +222,6 @@ def test_router_logits_stay_raw(model: Any) -> None:
         with carpool.share(model, TIGHT, exempt_prefill=False):
             shared = model(tokens(), output_router_logits=True).router_logits
     assert torch.equal(stock[0], shared[0])
-
-
-def test_local_expert_ids_are_refused(model: Any) -> None:
-    class Distributed:
-        ep_size = 2
-
-    model.config.distributed_config = Distributed()
-    model.ep_plan = {"model.layers.*.mlp.gate": "ep_router"}
-    with pytest.raises(CarpoolError, match="ep_router"):
-        attach(model)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"plan": "xshare(budget=9)"}, "9 of 8 experts"),
-        ({"plan": "nothing(1)"}, "unknown policy"),
-        ({"plan": TIGHT, "group": "galaxy"}, "galaxy"),
-        ({"plan": "sere(top=1)"}, "carpool calibrate"),
-        ({"plan": "sere(top=1)", "stats": "/nowhere/stats.safetensors"}, "/nowhere/stats.safetensors"),
-    ],
-)
-def test_bad_arguments(model: Any, options: dict[str, Any], message: str) -> None:
-    plan = options.pop("plan")
-    with pytest.raises(CarpoolError, match=message), carpool.share(model, plan, **options):
-        pass
-    assert attach(model).run is None
-
-
-def test_unknown_and_dense_models_are_refused_by_name() -> None:
-    with pytest.raises(CarpoolError, match="Linear has no"):
-        attach(torch.nn.Linear(2, 2))
-    with pytest.raises(CarpoolError, match="not str"):
-        attach("model")
-    switch = tiny_model("phimoe", num_local_experts=4)
-    with pytest.raises(CarpoolError, match="PhimoeTopKRouter"):
-        attach(switch)
-
-
-def test_fingerprints_name_weights_not_dtypes(model: Any) -> None:
-    name = fingerprint(model)
-    assert fingerprint(copy.deepcopy(model).bfloat16()) == name
-    assert fingerprint(tiny_model("qwen3_moe", seed=1)) != name
 
 
 def test_continuous_batching_shares_over_requests(model: Any, tmp_path: Path) -> None:

@@ -70,9 +70,7 @@ def _source(path: str | Path | None) -> tuple[str, bool]:
         raise CarpoolError(f"{path} is a file; give the folder of a model in transformers format")
     if isinstance(path, str) and HUB_NAME.fullmatch(path):
         return path, False
-    raise CarpoolError(
-        f"there is no folder {str(path)!r}; give a model's folder, or its name as organisation/model"
-    )
+    raise CarpoolError(f"there is no folder {str(path)!r}; give a model's folder, or its name as organisation/model")
 
 
 def _try(source: str, what: str, load: Any) -> Any:

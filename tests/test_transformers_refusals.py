@@ -1,0 +1,110 @@
+"""What the transformers host refuses, and the statistics and fingerprints it checks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model, tokens
+
+import carpool
+from carpool import CarpoolError
+from carpool.hosts.transformers import attach, fingerprint
+
+TIGHT = "xshare(budget=2, warmup=0)"
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny_model("qwen3_moe")
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return model(input_ids=ids, **kwargs).logits
+
+
+def test_a_router_that_does_not_follow_its_rule_is_refused_at_attach(model: Any) -> None:
+    router = model.model.layers[1].mlp.gate
+    stock = router.forward
+
+    def next_experts(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        router_logits, weights, ids = stock(hidden)
+        return router_logits, weights, (ids + 1) % 8
+
+    router.forward = next_experts
+    with pytest.raises(CarpoolError, match=r"layers\.1\.mlp: Qwen3MoeTopKRouter picks other experts"):
+        attach(model)
+
+
+def test_statistics_are_used_and_checked(model: Any) -> None:
+    from carpool.stats import Statistics
+
+    def similar(best: int) -> dict[str, torch.Tensor]:
+        similarity_EE = torch.full((8, 8), 0.1).fill_diagonal_(1.0)
+        similarity_EE[best, :] = similarity_EE[:, best] = 0.9
+        similarity_EE[best, best] = 1.0
+        return {"similarity_frobenius": similarity_EE, "coverage": torch.full((8,), 300)}
+
+    made_of: dict[str, Any] = {
+        "architecture": "Qwen3MoeForCausalLM", "num_experts": 8, "top_k": 2, "hidden_size": 32, "tokens": 1200,
+        "seed": 0, "data": (("a.txt", "0" * 64),), "created": "2026-01-01T00:00:00+00:00", "carpool_version": "0",
+        "torch_version": "0",
+    }  # fmt: skip
+    own = Statistics(layers={0: similar(2), 1: similar(5)}, fingerprint=fingerprint(model), **made_of)
+    with carpool.share(model, "sere(top=1)", stats=own, exempt_prefill=False, group="position") as run:
+        logits(model, tokens())
+    assert run.changed_rows() > 0
+    foreign = Statistics(layers={0: similar(2), 1: similar(5)}, fingerprint="0" * 64, **made_of)
+    with pytest.raises(CarpoolError, match="another model"), carpool.share(model, "sere(top=1)", stats=foreign):
+        pass
+    with (
+        pytest.raises(CarpoolError, match=r"similarity_cka.*carpool calibrate"),
+        carpool.share(model, "sere(top=1, metric='cka')", stats=own),
+    ):
+        pass
+
+
+def test_local_expert_ids_are_refused(model: Any) -> None:
+    class Distributed:
+        ep_size = 2
+
+    model.config.distributed_config = Distributed()
+    model.ep_plan = {"model.layers.*.mlp.gate": "ep_router"}
+    with pytest.raises(CarpoolError, match="ep_router"):
+        attach(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plan": "xshare(budget=9)"}, "9 of 8 experts"),
+        ({"plan": "nothing(1)"}, "unknown policy"),
+        ({"plan": TIGHT, "group": "galaxy"}, "galaxy"),
+        ({"plan": "sere(top=1)"}, "carpool calibrate"),
+        ({"plan": "sere(top=1)", "stats": "/nowhere/stats.safetensors"}, "/nowhere/stats.safetensors"),
+    ],
+)
+def test_bad_arguments(model: Any, options: dict[str, Any], message: str) -> None:
+    plan = options.pop("plan")
+    with pytest.raises(CarpoolError, match=message), carpool.share(model, plan, **options):
+        pass
+    assert attach(model).run is None
+
+
+def test_unknown_and_dense_models_are_refused_by_name() -> None:
+    with pytest.raises(CarpoolError, match="Linear has no"):
+        attach(torch.nn.Linear(2, 2))
+    with pytest.raises(CarpoolError, match="not str"):
+        attach("model")
+    switch = tiny_model("phimoe", num_local_experts=4)
+    with pytest.raises(CarpoolError, match="PhimoeTopKRouter"):
+        attach(switch)
+
+
+def test_fingerprints_name_weights_not_dtypes(model: Any) -> None:
+    name = fingerprint(model)
+    assert fingerprint(copy.deepcopy(model).bfloat16()) == name
+    assert fingerprint(tiny_model("qwen3_moe", seed=1)) != name
