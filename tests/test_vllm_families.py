@@ -21,7 +21,6 @@ SHARED = {
 REFUSED = {
     "ernie4_5_moe": "does not apply the correction bias",
     "hunyuan_v1_moe": "external routing",
-    "phimoe": "routing function of the model's own",
     "qwen3": "no mixture-of-experts layer",
 }
 

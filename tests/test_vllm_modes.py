@@ -42,17 +42,20 @@ def test_a_compiled_engine_shares_and_follows_changes() -> None:
 def test_speculation_by_ngram_groups_the_rows_of_a_request() -> None:
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
     llm = tiny.engine(tiny.qwen3(), {"policy": tiny.POLICY, "group": "request"}, speculative_config=ngram)
-    outcomes: list[Any] = []
-    tiny.host(llm).step.observer = lambda layer, logits_NE, outcome: outcomes.append(outcome)
-    tiny.generate(llm, [[7, 8] * 10, [9, 10, 11] * 8, [12] * 20], tokens=24)
-    rows_per_group = [o.inputs.voters_G1.flatten() for o in outcomes]
-    assert max(int(rows.max()) for rows in rows_per_group) == 4  # one row and three drafts
-    changed = 0
-    for outcome, rows in zip(outcomes, rows_per_group, strict=True):
-        shared_G = rows >= 2
-        assert (outcome.coreset_GE[shared_G] & ~outcome.inputs.free_GE[shared_G]).sum(-1).le(tiny.BUDGET).all()
-        assert not outcome.changed_N[(rows == 1)[outcome.inputs.batch.group_N]].any()
+    voters, changed = list[int](), 0
+
+    def observe(layer: Any, logits_NE: Any, outcome: Any) -> None:
+        nonlocal changed
+        rows_G, inputs = outcome.inputs.voters_G1.flatten(), outcome.inputs
+        size_G = (outcome.coreset_GE & ~inputs.free_GE).sum(-1)
+        assert (size_G[rows_G >= 2] <= tiny.BUDGET).all()
+        assert not outcome.changed_N[(rows_G == 1)[inputs.batch.group_N]].any()
+        voters.extend(rows_G.tolist())
         changed += int(outcome.changed_N.sum())
+
+    tiny.host(llm).step.observer = observe
+    tiny.generate(llm, [[7, 8] * 10, [9, 10, 11] * 8, [12] * 20], tokens=24)
+    assert max(voters) == 4  # one row and three drafts
     assert changed > 0
 
 

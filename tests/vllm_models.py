@@ -52,7 +52,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": EXPERTS},
     "olmoe": {"num_experts": EXPERTS, "intermediate_size": 32},
     "deepseek_v2": MLA | {"topk_method": "group_limited_greedy", "norm_topk_prob": False},
-    "deepseek_v3": MLA,
+    "deepseek_v3": MLA | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "gpt_oss": {"num_local_experts": EXPERTS, "head_dim": 32, "layer_types": ["full_attention"] * 2},
     "granitemoe": {"num_local_experts": EXPERTS, "intermediate_size": 32},
     "glm4_moe": {
@@ -61,7 +61,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "ernie4_5_moe": {"moe_num_experts": EXPERTS, "moe_k": TOP_K, "moe_intermediate_size": 32, "head_dim": 32},
     "hunyuan_v1_moe": {"num_experts": EXPERTS, "moe_topk": TOP_K, "head_dim": 32},
-    "phimoe": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2},
     "qwen3": {"head_dim": 32},  # dense
 }  # fmt: skip
 
@@ -119,9 +118,12 @@ def engine(model: Path, carpool: dict[str, Any] | None, **options: Any) -> Any:
         torch.cpu._init_amx()  # the engine without the plugin needs it too, for models as small as these
     from vllm import LLM
     from vllm.model_executor.models import registry
+    from vllm.platforms import current_platform
 
     # vLLM looks at a model's class in a process of its own, which takes longer than all the rest
     registry._run_in_subprocess = lambda function: function()
+    if _alive:  # once is enough, and once numba is imported vLLM stumbles over it the second time
+        current_platform.register_triton_kernel_overrides = lambda: None
 
     settings: dict[str, Any] = {
         "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 24,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -68,8 +69,9 @@ def _compare(spec: RouteSpec, logits_NE: Tensor, theirs: Routing, where: str) ->
     expected_NK = spec.mix(weights_NE, ids_NK, torch.ones_like(ids_NK, dtype=torch.bool)).float()
     got_NK = theirs.weights_NK.float()
     error_N = ((expected_NK - got_NK).abs() / got_NK.abs().amax(-1, keepdim=True).clamp_min(1e-30)).amax(-1)
-    # a router that works in 16 bits rounds logits and their log-sum, so its error grows with their size
-    rounding_N = torch.finfo(logits_NE.dtype).eps * (2 + logits_NE.float().abs().amax(-1))
+    # a router that works in 16 bits rounds logits and their log-sum-exp, so its error grows with their size
+    size_N = logits_NE.float().abs().amax(-1) + math.log(logits_NE.shape[-1])
+    rounding_N = torch.finfo(logits_NE.dtype).eps * (2 + size_N)
     error = error_N.amax()
     if not bool((error_N <= rounding_N.clamp_min(TOLERANCE)).all()):
         raise CarpoolError(
