@@ -1,4 +1,4 @@
-"""One example per method, worked by hand: six experts, two a token, three tokens. The probabilities are the comments."""
+"""One example per method, worked by hand: six experts, two a token, three tokens. Comments give the sums."""
 
 from __future__ import annotations
 
@@ -148,8 +148,9 @@ def test_guards() -> None:
 
 
 def test_short_circuit_does_not_let_finished_sequences_read_more() -> None:
-    """Rows 0 and 2 vote and read {0, 1, 5}; row 1 is finished and has to fit in."""
-    outcome = routed("xshare(budget=3, warmup=0) | short_circuit", given={"voter_N": torch.tensor([True, False, True])})
+    """Rows 0 and 2 vote and read {0, 1, 5}; row 1 is finished and has to fit in, though the
+    budget would buy its expert 2 as well."""
+    outcome = routed("xshare(budget=4, warmup=0) | short_circuit", given={"voter_N": torch.tensor([True, False, True])})
     assert coreset(outcome) == {0, 1, 5}
     # for row 1 experts 0 and 5 tie; 761 + 5 * 1267 is 952 modulo 2048, more than the 761 of expert 0
     assert chosen(outcome) == [NATIVE[0], {1: 0.6667, 5: 0.3333}, NATIVE[2]]
