@@ -50,6 +50,7 @@ def refused(given: dict[str, Any], message: str) -> None:
         ({"policy": "xshare(budget=33)"}, "33 of 32 experts"),
         ({"policy": "topk(k=5)"}, "exceeds the model's 4"),
         ({"policy": "xshare(budget=8) | protect([99])"}, "expert 99"),
+        ({"policy": "xshare_expert_parallel(budget_per_device=4)"}, "device"),
         ({"policy": "sere(top=2)"}, "needs the statistics 'similarity_frobenius'"),
         ({"policy": "sere(top=2)", "stats": "/nowhere/stats.safetensors"}, "cannot read .*/nowhere/stats"),
     ],

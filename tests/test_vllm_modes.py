@@ -59,6 +59,26 @@ def test_speculation_by_ngram_groups_the_rows_of_a_request() -> None:
     assert changed > 0
 
 
+@pytest.mark.parametrize("merge", ["topup", "prune"])
+def test_the_policy_for_speculation_sees_requests_inside_the_batch(merge: str) -> None:
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    policy = f"xshare_speculative(budget=10, request_budget=4, warmup=0, merge={merge!r})"
+    llm = tiny.engine(tiny.qwen3(), {"policy": policy}, speculative_config=ngram)
+    sizes, requests = list[int](), set[int]()
+
+    def observe(layer: Any, logits_NE: Any, outcome: Any) -> None:
+        inputs = outcome.inputs
+        if bool((outcome.coreset_GE & ~inputs.free_GE).all()):
+            return  # fewer than two voters
+        sizes.append(int((outcome.coreset_GE & ~inputs.free_GE).sum()))
+        requests.update(inputs.batch.request_N[inputs.batch.voter_N].tolist())
+
+    tiny.host(llm).step.observer = observe
+    tiny.generate(llm, [[7, 8] * 10, [9, 10, 11] * 8, [12] * 20], tokens=24)
+    assert requests == {0, 1, 2}
+    assert max(sizes) <= (12 if merge == "topup" else 10)  # three requests of four experts each
+
+
 def test_a_draft_model_is_left_alone() -> None:
     folder = str(tiny.qwen3())
     llm = tiny.engine(

@@ -7,17 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from carpool.batch import Batch
 from carpool.errors import CarpoolError
 from carpool.grammar import Plan
 from carpool.hosts.vllm.conformance import check
 from carpool.hosts.vllm.router import Layer, is_shared
 from carpool.hosts.vllm.settings import Settings
 from carpool.hosts.vllm.specs import route_spec
+from carpool.pipeline import route
 from carpool.policy_file import PolicyFile
 from carpool.routing import Routing
 from carpool.stats import Statistics, fingerprint
 
 GATES = ("gate", "router")
+REHEARSED = 8  # rows
 
 
 def build_layers(model: torch.nn.Module, settings: Settings, config: Any, device: torch.device) -> list[Layer]:
@@ -57,7 +60,8 @@ def prepare(layer: Layer, plan: Plan) -> dict[str, Tensor]:
     """What a plan needs of the layer's statistics, on the layer's device; checks the plan too.
 
     Raises:
-        CarpoolError: the plan does not fit the layer, or needs statistics that were not loaded.
+        CarpoolError: the plan does not fit the layer, or needs statistics that were not loaded or facts that an
+            engine does not give.
     """
     plan.check(layer.num_experts, layer.spec.top_k)
     missing = [name for name in plan.policy.required_stats() if name not in layer.statistics]
@@ -66,7 +70,18 @@ def prepare(layer: Layer, plan: Plan) -> dict[str, Tensor]:
             f"{plan.policy} needs the statistics {missing[0]!r}; make them with `carpool calibrate` and name the file "
             'with "stats"'
         )
-    return {name: tensor.to(layer.device) for name, tensor in plan.policy.prepare(layer.statistics).items()}
+    stats = {name: tensor.to(layer.device) for name, tensor in plan.policy.prepare(layer.statistics).items()}
+    _rehearse(layer, plan, stats)
+    return stats
+
+
+def _rehearse(layer: Layer, plan: Plan, stats: dict[str, Tensor]) -> None:
+    """Run the plan once on made-up rows: what it cannot do here it must not find out while serving."""
+    logits_NE = torch.randn(REHEARSED, layer.num_experts, generator=torch.Generator().manual_seed(0)).to(layer.device)
+    request_N = torch.arange(REHEARSED, device=layer.device) // 2
+    batch = Batch.of(REHEARSED, device=layer.device, request_N=request_N, num_requests=REHEARSED)
+    hidden_NH = torch.zeros(REHEARSED, layer.hidden_size, device=layer.device)
+    route(plan, layer.spec, logits_NE, batch, stats=stats, hidden_NH=hidden_NH)
 
 
 def load_statistics(policies: PolicyFile, layers: list[Layer], gates: dict[str, Tensor | None]) -> Statistics | None:
@@ -121,6 +136,7 @@ def _layer(runner: Any, gate_EH: Tensor | None, settings: Settings, device: torc
         spec=spec,
         plan=settings.plan_for(index),
         num_experts=num_experts,
+        hidden_size=moe.hidden_dim,
         device=device,
     )
 

@@ -34,6 +34,8 @@ class Metrics:
         self._counters, self._publishes = counters, publishes
         self._last: dict[str, float] = {}
         self._next = 0.0
+        if publishes:  # the series are there from the start, at 0
+            _metrics(), _refusals()
 
     def publish(self, now: bool = False) -> None:
         """Add what happened since the last time; at most once a `PERIOD` unless told to do it `now`."""

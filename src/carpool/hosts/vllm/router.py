@@ -46,7 +46,7 @@ class Layer:
 
     Attributes:
         name: vLLM's name of the layer. index: its number in that name. position: its row in the counters.
-        router: vLLM's router object. spec: how it routes. num_experts: `E`.
+        router: vLLM's router object. spec: how it routes. num_experts, hidden_size: `E` and `H`.
         plan: policy and guards. statistics: the file's tensors of this layer. stats: what the policy made of them.
         knobs: the plan's numbers as device tensors, where the engine records graphs.
         calls: times Python ran the router, for the proof that nothing bypasses it.
@@ -58,6 +58,7 @@ class Layer:
     spec: RouteSpec
     plan: Plan
     num_experts: int
+    hidden_size: int
     device: torch.device
     position: int = 0
     statistics: dict[str, Tensor] = field(default_factory=dict)

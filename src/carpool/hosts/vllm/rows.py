@@ -27,8 +27,8 @@ class Rows:
     def __init__(self, size: int, max_requests: int, by_request: bool, device: torch.device) -> None:
         self.size, self.max_requests, self.by_request = size, max_requests, by_request
         self.expected = self.sharing = 0
-        self._group_N = torch.zeros(size, dtype=torch.int64, device=device)
-        self._step_N = torch.zeros(size, dtype=torch.int64, device=device)
+        self._request_N = torch.zeros(size, dtype=torch.int64, device=device)
+        self._zero_N = torch.zeros(size, dtype=torch.int64, device=device)
         self._real_N = torch.zeros(size, dtype=torch.bool, device=device)
         self._voter_N = torch.zeros(size, dtype=torch.bool, device=device)
         self._exempt_N = torch.ones(size, dtype=torch.bool, device=device)
@@ -50,9 +50,8 @@ class Rows:
         count = len(shares)
         self.expected, self.sharing = num_rows, int(shares.sum())
         shares_N = torch.from_numpy(shares)
-        if self.by_request:
-            self._group_N.zero_()
-            self._group_N[:count].copy_(torch.from_numpy(np.repeat(np.arange(n), lengths)))
+        self._request_N.zero_()
+        self._request_N[:count].copy_(torch.from_numpy(np.repeat(np.arange(n), lengths)))
         self._real_N.zero_()
         self._voter_N.zero_()
         self._exempt_N.fill_(True)
@@ -69,13 +68,17 @@ class Rows:
 
     def batch(self, num_rows: int) -> Batch:
         """The first `num_rows` rows."""
+        zero_N, request_N = self._zero_N[:num_rows], self._request_N[:num_rows]
+        num_requests = min(self.max_requests, num_rows)  # a request has a row at least
         return Batch(
-            group_N=self._group_N[:num_rows],
-            num_groups=min(self.max_requests, num_rows) if self.by_request else 1,  # a request has a row at least
+            group_N=request_N if self.by_request else zero_N,
+            num_groups=num_requests if self.by_request else 1,
             real_N=self._real_N[:num_rows],
             voter_N=self._voter_N[:num_rows],
             exempt_N=self._exempt_N[:num_rows],
-            step_N=self._step_N[:num_rows],
+            step_N=zero_N,
+            request_N=request_N,
+            num_requests=num_requests,
         )
 
 
