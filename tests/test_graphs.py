@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Trial
+from harness import Trial, hidden
 from policies_under_test import ROWS, Row
 from strategies import Case
 from torch import Tensor
@@ -41,8 +41,6 @@ def a_case(row: Row, spec: RouteSpec = PLAIN) -> Case:
 
 
 def arguments(trial: Trial) -> dict[str, Any]:
-    from harness import hidden
-
     case = trial.case
     return {
         "logits_NE": case.logits_NE,
