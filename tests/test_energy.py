@@ -121,3 +121,30 @@ def test_the_predictor_finds_a_linear_law() -> None:
     assert torch.allclose(result["norm_weight"][heard], law_HE.T[heard], atol=5e-3)
     assert torch.allclose(result["norm_bias"][heard], offset_E[heard], atol=5e-3)
     assert result["norm_weight"].isfinite().all()
+
+
+def test_calibration_gives_what_base_needs() -> None:
+    """On a real layer: the predictor foresees the logarithm of output norms better than a constant does."""
+    from tiny_models import tiny_model
+
+    from carpool import parse, share
+    from carpool.calibrate import calibrate
+    from carpool.calibrate.run import Experts, capture
+    from carpool.hosts.transformers import find_layers
+
+    model = tiny_model("qwen3_moe").eval()
+    layers = find_layers(model)
+    ids_BT = torch.randint(3, 64, (32, 32), generator=torch.Generator().manual_seed(0))
+    stats = calibrate(model, layers, ids_BT, energy=True)
+    for name in parse("base(4)").policy.required_stats():
+        assert name in stats.for_layer(layers[0].index)
+    with torch.inference_mode():
+        routed = capture(model, layers, ids_BT[:8])[1]
+        experts = Experts(layers[1])
+        with experts.ready() as run:
+            log_NE = torch.stack([out_NH.norm(dim=-1).log() for out_NH in experts.each(run, routed.hidden_NH)], dim=1)
+    found = stats.for_layer(layers[1].index)
+    error_NE = routed.hidden_NH @ found["norm_weight"].T + found["norm_bias"] - log_NE
+    assert error_NE.var() < 0.9 * (log_NE - log_NE.mean(0)).var()
+    with share(model, "base(budget=3)", group="batch", stats=stats), torch.inference_mode():
+        model.generate(ids_BT[:4, :4], max_new_tokens=3, do_sample=False)

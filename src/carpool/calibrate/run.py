@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from carpool.calibrate.energy import Energy
 from carpool.calibrate.similarity import CKA, Similarity
 from carpool.errors import CarpoolError
 from carpool.stats import Statistics, fingerprint
@@ -53,6 +54,7 @@ def calibrate(
     *,
     data: Sequence[tuple[str, str]] = (),
     seed: int = 0,
+    energy: bool = False,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Statistics:
     """Statistics of all MoE layers from one pass of the model over the sequences.
@@ -66,6 +68,7 @@ def calibrate(
         sequences_BT: token ids without padding.
         data: `(file name, sha256)` of the text, for the record.
         seed: of the sample for CKA.
+        energy: also measure output norms, gate sums and the norm predictor (see `carpool.calibrate.energy`).
         progress: told the number of tokens done after each step.
 
     Raises:
@@ -87,6 +90,7 @@ def calibrate(
 
     runners = [Experts(layer) for layer in layers]
     similarities = [Similarity(num_experts, layer.weight_EH.device) for layer in layers]
+    energies = [_energy(layer) if energy else None for layer in layers]
     samples: list[list[Tensor]] = [[] for _ in layers]
     rows = max(1, BATCH_TOKENS // sequences_BT.shape[1])
     done = 0
@@ -95,13 +99,15 @@ def calibrate(
             picked_N = sampled_N[done : done + ids_BT.numel()]
             for position, routed in enumerate(capture(model, layers, ids_BT)):
                 samples[position].append(routed.hidden_NH[picked_N.to(routed.hidden_NH.device)])
-                _measure(runners[position], routed, similarities[position])
+                _measure(runners[position], routed, similarities[position], energies[position])
             done += ids_BT.numel()
             progress(done)
         results = {
             layer.index: similarity.result() | {"similarity_cka": _cka(runner, torch.cat(hidden))}
             for layer, similarity, runner, hidden in zip(layers, similarities, runners, samples, strict=True)
         }
+        for layer, sums in zip(layers, energies, strict=True):
+            results[layer.index] |= sums.result() if sums else {}
     return Statistics(
         layers=results,
         fingerprint=fingerprint((layer.index, layer.weight_EH) for layer in layers),
@@ -183,7 +189,11 @@ def capture(model: Any, layers: Sequence[Layer], ids_BT: Tensor) -> list[Routed]
     return [seen[0] for seen in calls]
 
 
-def _measure(experts: Experts, routed: Routed, similarity: Similarity) -> None:
+def _energy(layer: Layer) -> Energy:
+    return Energy(layer.num_experts, layer.top_k, layer.weight_EH.shape[1], layer.weight_EH.device)
+
+
+def _measure(experts: Experts, routed: Routed, similarity: Similarity, energy: Energy | None) -> None:
     layer, (tokens, hidden_size) = experts.layer, routed.hidden_NH.shape
     rows = max(1, CHUNK_NUMBERS // (layer.num_experts * hidden_size))
     shape = (layer.num_experts, min(rows, tokens), hidden_size)
@@ -198,6 +208,8 @@ def _measure(experts: Experts, routed: Routed, similarity: Similarity) -> None:
                 together_NH = run(hidden_NH.float(), ids_NK, weights_NK.float())
                 _check_mixture(layer, outputs_NEH, together_NH, ids_NK, weights_NK)
             similarity.update(outputs_NEH, ids_NK, weights_NK)
+            if energy is not None:
+                energy.update(hidden_NH, outputs_NEH, ids_NK, weights_NK)
     wrong = (~similarity.gram_EE.diagonal().isfinite()).nonzero().flatten().tolist()
     if wrong:
         raise CarpoolError(f"layer {layer.index}: expert {wrong[0]} gives NaN or inf on this text")

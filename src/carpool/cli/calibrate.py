@@ -31,6 +31,9 @@ def calibrate(
     tokens: Annotated[int, typer.Option(help="Tokens to run; text that ends earlier gives fewer.")] = 20_000,
     sequence: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
     seed: Annotated[int, typer.Option(help="Seed of the choice of text.")] = 0,
+    energy: Annotated[
+        bool, typer.Option(help="Also measure what `base` needs: output norms and their predictor.")
+    ] = False,
 ) -> None:
     """Measure how well each expert stands in for each other one, and write it beside its provenance."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -65,6 +68,7 @@ def calibrate(
             sequences_BT,
             data=data,
             seed=seed,
+            energy=energy,
             progress=lambda done: bar.update(task, completed=done),
         )
     stats.save(output)
