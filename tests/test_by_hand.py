@@ -154,3 +154,12 @@ def test_short_circuit_does_not_let_finished_sequences_read_more() -> None:
     assert coreset(outcome) == {0, 1, 5}
     # for row 1 experts 0 and 5 tie; 761 + 5 * 1267 is 952 modulo 2048, more than the 761 of expert 0
     assert chosen(outcome) == [NATIVE[0], {1: 0.6667, 5: 0.3333}, NATIVE[2]]
+
+
+def test_floor_zero_is_native_even_where_weights_vanish() -> None:
+    """Logits so far apart that the second expert's weight is 0: leaving it out displaces nothing, yet it comes back."""
+    logits_NE = torch.tensor([[1e4, -1e4, 0.0, 1.0]])
+    plan, spec = parse("topk(1) | floor(0)"), RouteSpec(top_k=2)
+    outcome = route(plan, spec, logits_NE, Batch.of(1))
+    assert outcome.routing.ids_NK.tolist() == spec.native(logits_NE).ids_NK.tolist()
+    assert not outcome.changed_N.any()
