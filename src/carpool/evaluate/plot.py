@@ -30,35 +30,46 @@ def plot(curves: Sequence[Curve], path: Path, subtitle: str) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     style = {"font.family": "sans-serif", "font.size": 11, "text.color": INK, "axes.edgecolor": PALE}
     with mpl.rc_context(style):
         figure, axes = plt.subplots(figsize=(10.5, 6.6), dpi=160)
-        figure.subplots_adjust(left=0.085, right=0.78, top=0.84, bottom=0.115)
+        figure.subplots_adjust(left=0.085, right=0.775, top=0.84, bottom=0.115)
         stock = curves[0].stock.union.value
         colours = iter(COLOURS * len(curves))
         drawn = [(curve, MUTED if curve.series.control else next(colours)) for curve in curves]
         for curve, colour in drawn:
             _draw(axes, curve, colour, stock)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}".replace("%", " %")))
-        axes.set_xlim(left=0, right=1.04)
-        axes.axvline(1.0, color=INK, linewidth=1.2)
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+        axes.set_xlim(right=1.03)
         low, high = axes.get_ylim()
-        axes.text(0.99, high, f"stock: {stock:.1f} experts, KL 0 ", rotation=90, ha="right", va="top", fontsize=10)
-        axes.set_ylim(low, high)
-        axes.set_xlabel("distinct experts read in a layer and step, share of what stock reads", labelpad=8)
-        axes.set_ylabel("KL(stock ‖ policy), nats per decoded token (log scale)", labelpad=8)
+        axes.set_ylim(low / 1.6, high)  # room for the mark of stock
+        axes.plot(
+            1.0, 0.0, transform=axes.get_xaxis_transform(), clip_on=False, marker="D", markersize=9, color=INK, zorder=4
+        )
+        axes.annotate(
+            f"stock: {stock:.1f} experts, KL 0",
+            xy=(1.0, 0.0),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(-10, 8),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+        )
+        axes.set_xlabel(f"distinct experts read in a layer and step, share of stock's {stock:.1f}", labelpad=8)
+        axes.set_ylabel("KL(stock ‖ policy), nats per decoded token", labelpad=8)
         axes.grid(axis="y", color=PALE, linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.tick_params(length=0, colors=MUTED)
+        axes.tick_params(length=0, colors=MUTED, pad=9)
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
         _label(axes, drawn)
-        figure.text(0.03, 0.945, headline(curves), fontsize=15.5, fontweight="bold", ha="left", va="center")
+        figure.text(0.03, 0.945, headline(curves), fontsize=14.5, fontweight="bold", ha="left", va="center")
         figure.text(0.03, 0.895, subtitle, fontsize=10.5, color=MUTED, ha="left", va="center")
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="png")
@@ -71,7 +82,7 @@ def headline(curves: Sequence[Curve]) -> str:
     if best is None:
         return "What sharing experts saves and costs"
     cost = 100 * (np.exp(best.log_ratio_at(HALF)) - 1)
-    return f"Half of the expert reads saved: {best.series.label} costs {cost:.1f} % perplexity"
+    return f"Reading half as many experts changes perplexity by {cost:+.1f} % with {best.series.label}"
 
 
 def _draw(axes: Any, curve: Curve, colour: str, stock: float) -> None:
