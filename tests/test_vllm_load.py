@@ -131,3 +131,5 @@ def test_sere_with_statistics_of_this_model_and_of_another(tmp_path: Path, share
     shared.collective_rpc("carpool_set", kwargs={"policy": "sere(top=1)"})
     tiny.generate(shared, tiny.prompts(6))
     tiny.assert_bounded(calls, 6)  # six requests, one primary each
+    for layer in host.layers:
+        layer.statistics = {}

@@ -105,17 +105,19 @@ def test_generated_tokens_are_not_found_in_the_prefix_cache(name: str, cached: i
 
 
 def test_recomputed_rows_after_a_preemption_are_exempt() -> None:
-    """A cache of five blocks for four requests of two blocks each: some are thrown out and computed again."""
-    llm = tiny.engine(tiny.qwen3(), CARPOOL, num_gpu_blocks_override=6, max_model_len=128)
+    """A cache of five blocks for four requests of two blocks each: some are thrown out and computed again, in chunks
+    that reach beyond the prompt."""
+    options = {"num_gpu_blocks_override": 6, "max_model_len": 128, "max_num_batched_tokens": 32}
+    llm = tiny.engine(tiny.qwen3(), CARPOOL, **options)
     steps = follow(llm)
-    done = run(llm, {0: tiny.prompts(4, length=20)}, 30)
-    assert sorted(len(ids) for ids in done.values()) == [30] * 4
+    done = run(llm, {0: tiny.prompts(4, length=20)}, 40)
+    assert sorted(len(ids) for ids in done.values()) == [40] * 4
     recomputed = 0
     for step in steps:
-        for start, end in zip(step["starts"], step["starts"][1:], strict=False):
-            if end - start > 20:
-                recomputed += 1
+        for i, (start, end) in enumerate(zip(step["starts"], step["starts"][1:], strict=False)):
+            if end - start > 1:
                 assert set(step["rows"][start:end]) == {True}
+                recomputed += step["computed"][i] >= step["prompt"][i]
     assert recomputed > 0
 
 
