@@ -1,0 +1,96 @@
+"""`carpool evaluate` and `carpool demo` from the command line, on a tiny model."""
+
+import json
+
+import pytest
+from lockstep_tools import NumberTokenizer, small_model, write_texts
+from typer.testing import CliRunner
+
+from carpool.cli import demo as demo_command
+from carpool.cli import evaluate as evaluate_command
+from carpool.cli.app import app
+from carpool.evaluate import series
+
+SMALL = ["--batch", "2,4", "--batches", "2", "--sequence", "9", "--prefill", "3"]
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    paths = write_texts(tmp_path)
+    for module in (evaluate_command, demo_command):
+        monkeypatch.setattr(module, "load", lambda *given: (small_model(), NumberTokenizer(), None))
+        monkeypatch.setattr(module, "embedded_texts", lambda: paths)
+    return paths
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_evaluate_writes_everything(texts, tmp_path):
+    out = tmp_path / "out.json"
+    done = invoke("evaluate", "-p", "oea(k0=1)", "-p", "topk(1)", *SMALL, "--json", out)
+    assert done.exit_code == 0, done.output
+    assert "oea(k0=1)" in done.output
+    content = json.loads(out.read_text())
+    assert [(row["policy"], row["batch"]) for row in content["results"]] == [
+        (policy, batch) for batch in (2, 4) for policy in ("stock", "oea(k0=1)", "topk(k=1)")
+    ]
+    assert set(content["versions"]) == {"carpool", "torch", "transformers", "python"}
+    assert {"commit", "seed", "arguments", "texts"} <= set(content)
+    assert len(content["model"]["fingerprint"]) == 64
+    assert all(len(text["sha256"]) == 64 for text in content["texts"])
+    oea = content["results"][1]
+    assert oea["changed_rows"] > 0
+    assert len(oea["union_by_layer"]) == 2
+    assert oea["kl"]["low"] <= oea["kl"]["value"] <= oea["kl"]["high"]
+
+
+def test_check_lockstep(texts):
+    done = invoke("evaluate", "-p", "oea(k0=1)", "--batch", "2", *SMALL[2:], "--check-lockstep")
+    assert done.exit_code == 0, done.output
+    assert "float64" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no policy was given"),
+        (["-p", "nonsense(3)"], "unknown policy or guard 'nonsense'"),
+        (["-p", "xshare(budget=100)"], "asks for 100 of 8 experts"),
+        (["-p", "sere(top=1)"], "needs the statistic"),
+        (["-p", "oea(k0=1)", "--batch", "x"], "give batch sizes"),
+        (["-p", "oea(k0=1)", "--batch", "4,4"], "each once"),
+        (["-p", "oea(k0=1)", "--batch", "5000"], "separate sequences"),
+        (["-p", "oea(k0=1)", "--sequence", "2"], "nothing to decode"),
+        (["-p", "oea(k0=1)", "--group", "planet"], "unknown grouping"),
+        (["-p", "oea(k0=1)", "--text", "missing.jsonl"], "cannot read missing.jsonl"),
+        (["-p", "oea(k0=1)", "--json", "/no/such/folder/x.json"], "does not exist"),
+    ],
+)
+def test_bad_input_is_one_sentence(texts, arguments, message):
+    done = invoke("evaluate", *SMALL, *arguments)
+    assert done.exit_code == 2
+    assert message in done.output.replace("\n", " ")
+    assert "Traceback" not in done.output
+
+
+def test_demo(texts, tmp_path, monkeypatch):
+    numbers = {"batch": 4, "group": "batch", "sequence": 9, "prefill": 3, "batches": 2, "seed": 0}
+    rows = [("OEA", "oea(k0=1)", False), ("SERE", "sere(top=1)", False), ("random", "random(budget=3)", True)]
+    made = [series.Series(label, (series.parse(text),), control) for label, text, control in rows]
+    monkeypatch.setattr(series, "load_demo", lambda: (numbers, made))
+    done = invoke("demo", "-o", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "SERE is left out" in done.output
+    assert (tmp_path / "carpool-demo.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(json.loads((tmp_path / "carpool-demo.json").read_text())["findings"]) == 3
+
+
+def test_demo_settings_are_valid():
+    numbers, rows = series.load_demo()
+    assert {"batch", "group", "sequence", "prefill", "batches", "seed"} == set(numbers)
+    assert all(len(row.plans) == 3 for row in rows)
+    for row in rows:
+        for plan in row.plans:
+            plan.check(64, 8)
