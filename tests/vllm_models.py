@@ -111,20 +111,28 @@ def shared_engine() -> Any:
     return engine(qwen3(), {"policy": POLICY})
 
 
+@functools.cache
+def _hasten() -> None:
+    """Leave out what vLLM does anew for every engine of a process."""
+    from vllm.model_executor.models import registry
+    from vllm.platforms import current_platform
+
+    # it looks at a model's class in a process of its own, which takes longer than all the rest
+    registry._run_in_subprocess = lambda function: function()
+    # it scans all modules for kernels; once is enough, and once numba is imported the scan fails
+    current_platform.register_triton_kernel_overrides = functools.cache(
+        current_platform.register_triton_kernel_overrides
+    )
+
+
 def engine(model: Path, carpool: dict[str, Any] | None, **options: Any) -> Any:
     """An `LLM` on one thread, small enough to hold several in one process, where they stay until it ends."""
     set_environment()
     if torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()  # the engine without the plugin needs it too, for models as small as these
     from vllm import LLM
-    from vllm.model_executor.models import registry
-    from vllm.platforms import current_platform
 
-    # vLLM looks at a model's class in a process of its own, which takes longer than all the rest
-    registry._run_in_subprocess = lambda function: function()
-    if _alive:  # once is enough, and once numba is imported vLLM stumbles over it the second time
-        current_platform.register_triton_kernel_overrides = lambda: None
-
+    _hasten()
     settings: dict[str, Any] = {
         "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 24,
         "max_model_len": 256, "max_num_batched_tokens": 256, "max_num_seqs": 16, "block_size": 32,
