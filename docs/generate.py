@@ -2,7 +2,7 @@
 
     carpool evaluate --policy "xshare(budget=16)" --policy "xshare(budget=24)" --policy "oea(k0=2)" \\
         --batch 1,2,4,8,16,32,64 --json docs/results/batches.json
-    carpool demo --json docs/results/demo.json --png docs/images/demo.png
+    carpool demo --output docs/results
     python docs/generate.py
 """
 
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-DEMO = ROOT / "docs/results/demo.json"
+DEMO = ROOT / "docs/results/carpool-demo.json"
 BATCHES = ROOT / "docs/results/batches.json"
-PROBLEM = ROOT / "docs/images/problem.png"
+PROBLEM = ROOT / "docs/results/batches.png"
 SOURCE = ROOT / "src/carpool"
 
 
@@ -67,7 +67,7 @@ def draw_problem(content: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    experts, top_k = content["model"]["num_experts"], content["model"]["top_k"]
+    experts, top_k = content["model"]["experts"], content["model"]["top_k"]
     series: dict[str, list[tuple[int, float]]] = {}
     for row in content["results"]:
         series.setdefault(row["policy"], []).append((row["batch"], row["union"]["value"]))

@@ -11,8 +11,9 @@ import torch
 from tiny_models import tiny_model, tokens
 
 import carpool
-from carpool import Batch, CarpoolError
-from carpool.hosts.transformers import attach
+from carpool import Batch, CarpoolError, Outcome, parse
+from carpool.hosts.transformers import attach, find_layers
+from carpool.policy_file import PolicyFile
 
 TIGHT = "xshare(budget=2, warmup=0)"
 
@@ -27,7 +28,9 @@ def logits(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     return model(input_ids=ids, **kwargs).logits
 
 
-def run_once(model: Any, plan: str = TIGHT, ids: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+def run_once(
+    model: Any, plan: str | PolicyFile = TIGHT, ids: torch.Tensor | None = None, **options: Any
+) -> torch.Tensor:
     with carpool.share(model, plan, **{"exempt_prefill": False, **options}):
         return logits(model, tokens() if ids is None else ids)
 
@@ -251,3 +254,19 @@ def test_continuous_batching_shares_over_requests(model: Any, tmp_path: Path) ->
         generate()
     assert all(row.rows_exempt == 15 for row in run.report())
     assert run.changed_rows() > 0
+
+
+def test_policy_file_gives_layers_their_own_settings(model: Any, tmp_path: Path) -> None:
+    """A policy file's settings reach the layers they are for, and another model's file is refused."""
+    first, *_ = find_layers(model)
+    PolicyFile(parse("oea(k0=1)"), layers={first.index: {"k0": first.top_k}}).save(tmp_path / "policy.json")
+    changed: list[int] = []
+
+    def observe(place: int, batch: Batch, outcome: Outcome) -> None:
+        changed.append(int(outcome.changed_N.sum()))
+
+    run_once(model, PolicyFile.load(tmp_path / "policy.json"), observe=observe)
+    assert changed[0] == 0
+    assert all(changed[1:])
+    with pytest.raises(CarpoolError, match="of another model"):
+        run_once(model, PolicyFile(parse("oea(k0=1)"), model={"fingerprint": "0" * 64}))

@@ -57,6 +57,7 @@ def _padded(
     column_N = torch.arange(S, device=device).repeat(B)
     request_N = torch.arange(B, device=device).repeat_interleave(S)
     given: dict[str, Any] = {"real_N": _real(kwargs.get("attention_mask"), B, S, device).reshape(-1)}
+    given |= {"request_N": request_N, "num_requests": B}
     if S == 1 and tokens is not None and rules.pad_token_id is not None:
         given["voter_N"] = tokens.reshape(-1) != rules.pad_token_id
     prompt = S > 1 and rules.grouping.kind != "position"
@@ -74,6 +75,7 @@ def _packed(rules: RowRules, N: int, ends: Tensor, position_ids: Tensor | None) 
     ends = ends.to(torch.int64)
     request_N = torch.searchsorted(ends[1:].contiguous(), row_N, right=True).clamp(max=len(ends) - 2)
     given: dict[str, Any] = {"real_N": row_N < ends[-1], "prefill_N": ends.diff()[request_N] > 1}
+    given |= {"request_N": request_N, "num_requests": len(ends) - 1}
     positions_N = row_N if position_ids is None else position_ids.reshape(-1, N)[0]
     if rules.grouping.kind == "position":
         raise CarpoolError("grouping by position needs rows of equal length, not packed requests; use 'batch'")

@@ -16,10 +16,12 @@ from carpool.errors import CarpoolError
 from carpool.grammar import Plan, parse
 from carpool.hosts.transformers.conformance import check
 from carpool.hosts.transformers.hooks import Attachment, attach
-from carpool.hosts.transformers.layers import MoELayer, fingerprint
+from carpool.hosts.transformers.layers import MoELayer
+from carpool.hosts.transformers.plans import Prepared, prepare
 from carpool.hosts.transformers.rows import RowRules, build_batch, on_device
 from carpool.pipeline import Outcome, route
 from carpool.policies.base import Policy
+from carpool.policy_file import PolicyFile
 
 if TYPE_CHECKING:
     from carpool.stats import Statistics
@@ -31,7 +33,7 @@ class Run:
     """What happens while a model shares experts.
 
     Attributes:
-        plan: the policy and its guards.
+        plan: the policy and its guards (layers may have settings of their own).
         layers: the model's MoE layers.
         batch: if set, the rows of every following forward; None reads them from the forward's arguments.
     """
@@ -41,7 +43,7 @@ class Run:
         attachment: Attachment,
         plan: Plan,
         rules: RowRules,
-        stats: list[Mapping[str, Tensor]],
+        prepared: list[Prepared],
         batch: Batch | None,
         observe: Observer | None,
     ) -> None:
@@ -49,7 +51,7 @@ class Run:
         self.layers: list[MoELayer] = attachment.layers
         self.batch = batch
         self._rules = rules
-        self._stats = stats
+        self._prepared = prepared
         self._observe = observe
         self._checked: set[int] = set()
         self._current: Batch | None = None
@@ -86,9 +88,8 @@ class Run:
             self._checked.add(position)
         batch = self._rows(layer, logits_NE)
         hidden_NH = args[0].reshape(-1, args[0].shape[-1]) if args else None
-        outcome = route(
-            self.plan, layer.spec, logits_NE, batch, native=native, stats=self._stats[position], hidden_NH=hidden_NH
-        )
+        plan, stats = self._prepared[position]
+        outcome = route(plan, layer.spec, logits_NE, batch, native=native, stats=stats, hidden_NH=hidden_NH)
         which, place = self._place[position]
         with torch.no_grad():
             self._counters[which].add(place, batch, outcome)
@@ -119,7 +120,7 @@ class Run:
 @contextmanager
 def share(
     model: nn.Module,
-    plan: str | Policy | Plan,
+    plan: str | Policy | Plan | PolicyFile,
     *,
     group: str | Grouping = "batch",
     stats: str | Path | Statistics | None = None,
@@ -132,10 +133,10 @@ def share(
 
     Args:
         model: a transformers model of a known family; compile it after `attach`, if at all.
-        plan: a policy with guards, such as `"xshare(budget=16) | floor(0.3)"`.
+        plan: a policy with guards, such as `"xshare(budget=16) | floor(0.3)"`, or a `PolicyFile`.
         group: which rows share: `batch`, `request` (a row of the batch), `block:n`, or `position` (a forward over
             several positions stands for as many decoding steps).
-        stats: statistics of `carpool calibrate`, for policies that need them.
+        stats: statistics of `carpool calibrate`, for policies that need them; a policy file names its own.
         batch: who the rows of the next forwards are, instead of reading it from their arguments.
         observe: called after every layer's routing with the layer's place, the batch and the outcome.
         exempt_prefill: rows of a prompt keep their native routing. Verification passes of assisted decoding have
@@ -149,13 +150,10 @@ def share(
     attachment = attach(model)
     if attachment.run is not None:
         raise CarpoolError(f"{type(model).__name__} already shares under {attachment.run.plan}; leave that block first")
-    plan = parse(plan)
-    for layer in attachment.layers:
-        plan.check(layer.num_experts, layer.top_k)
+    policies = plan if isinstance(plan, PolicyFile) else PolicyFile(parse(plan))
     pad = _pad_token(model) if pad_token_id is None else pad_token_id
     rules = RowRules(Grouping.parse(group), exempt_prefill, pad)
-    prepared = _prepare(model, plan, attachment.layers, stats)
-    run = Run(attachment, plan, rules, prepared, batch, observe)
+    run = Run(attachment, policies.plan, rules, prepare(model, policies, attachment.layers, stats), batch, observe)
     attachment.run = run
     try:
         yield run
@@ -184,35 +182,6 @@ def _pad_token(model: nn.Module) -> int | None:
             if isinstance(token, int):
                 return token
     return None
-
-
-def _prepare(
-    model: nn.Module, plan: Plan, layers: list[MoELayer], stats: str | Path | Statistics | None
-) -> list[Mapping[str, Tensor]]:
-    required = plan.policy.required_stats()
-    if not required:
-        return [{} for _ in layers]
-    if stats is None:
-        raise CarpoolError(
-            f"{plan.policy} needs the statistic {required[0]!r}; "
-            "make it with `carpool calibrate MODEL -o stats.safetensors` and pass stats='stats.safetensors'"
-        )
-    from carpool.stats import Statistics
-
-    loaded = stats if isinstance(stats, Statistics) else Statistics.load(stats)
-    loaded.check(fingerprint(model), [layer.index for layer in layers], layers[0].num_experts)
-    prepared: list[Mapping[str, Tensor]] = []
-    for layer in layers:
-        tensors = loaded.for_layer(layer.index)
-        missing = [name for name in required if name not in tensors]
-        if missing:
-            raise CarpoolError(
-                f"{plan.policy} needs the statistic {missing[0]!r}, which the file lacks for layer {layer.index}; "
-                "run `carpool calibrate` again"
-            )
-        device = layer.weight_EH.device
-        prepared.append(plan.policy.prepare({name: tensor.to(device) for name, tensor in tensors.items()}))
-    return prepared
 
 
 def _counters(layers: list[MoELayer]) -> tuple[list[Counters], list[tuple[int, int]]]:

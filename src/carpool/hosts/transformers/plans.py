@@ -1,0 +1,74 @@
+"""Each layer's plan and statistics, checked against the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from carpool.errors import CarpoolError
+from carpool.grammar import Plan
+from carpool.hosts.transformers.layers import MoELayer, fingerprint
+from carpool.policy_file import PolicyFile
+
+if TYPE_CHECKING:
+    from carpool.stats import Statistics
+
+Prepared = tuple[Plan, Mapping[str, Tensor]]
+
+
+def prepare(
+    model: nn.Module, policies: PolicyFile, layers: list[MoELayer], stats: str | Path | Statistics | None
+) -> list[Prepared]:
+    """Plan and statistics of every layer.
+
+    Raises:
+        CarpoolError: a plan that is impossible for a layer, statistics that are missing or of another model, a policy
+            file of another model.
+    """
+    if stats is not None and policies.statistics is not None:
+        raise CarpoolError("the policy file names its own statistics; leave out stats=...")
+    made_for = policies.model.get("fingerprint")
+    if made_for is not None and made_for != fingerprint(model):
+        raise CarpoolError(
+            f"the policy file is of another model (routers {str(made_for)[:12]}, not {fingerprint(model)[:12]})"
+        )
+    plans = [policies.plan_for(layer.index) for layer in layers]
+    for layer, plan in zip(layers, plans, strict=True):
+        plan.check(layer.num_experts, layer.top_k)
+    required = policies.plan.policy.required_stats()
+    if not required:
+        return [(plan, {}) for plan in plans]
+    loaded = _load(model, policies, layers, stats)
+    prepared: list[Prepared] = []
+    for layer, plan in zip(layers, plans, strict=True):
+        tensors = loaded.for_layer(layer.index)
+        missing = [name for name in required if name not in tensors]
+        if missing:
+            raise CarpoolError(
+                f"{plan.policy} needs the statistic {missing[0]!r}, which the file lacks for layer {layer.index}; "
+                "run `carpool calibrate` again"
+            )
+        device = layer.weight_EH.device
+        given = plan.policy.prepare({name: tensor.to(device) for name, tensor in tensors.items()})
+        prepared.append((plan, given))
+    return prepared
+
+
+def _load(
+    model: nn.Module, policies: PolicyFile, layers: list[MoELayer], stats: str | Path | Statistics | None
+) -> Statistics:
+    from carpool.stats import Statistics
+
+    source = policies.statistics if stats is None else stats
+    if source is None:
+        policy = policies.plan.policy
+        raise CarpoolError(
+            f"{policy} needs the statistic {policy.required_stats()[0]!r}; "
+            "make it with `carpool calibrate MODEL -o stats.safetensors` and pass stats='stats.safetensors'"
+        )
+    loaded = source if isinstance(source, Statistics) else Statistics.load(source)
+    loaded.check(fingerprint(model), [layer.index for layer in layers], layers[0].num_experts)
+    return loaded
