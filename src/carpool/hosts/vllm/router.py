@@ -1,5 +1,7 @@
-"""The seam: every router of the target model gets a subclass of its own class, in place, so that whatever vLLM asks of
-its type stays true and only the routing itself passes through us."""
+"""The seam: a router of the target model gets, in place, a subclass of its class that passes through a policy.
+
+Whatever vLLM asks of the router's type stays true, and nothing but the routing itself changes.
+"""
 
 from __future__ import annotations
 
