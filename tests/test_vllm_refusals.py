@@ -234,3 +234,14 @@ def test_the_kill_switch_arms_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CARPOOL_DISABLE", "0")
     register()
     assert hasattr(WorkerBase.__init__, "carpool_original")
+
+
+def test_a_vllm_that_moved_a_constructor_runs_until_it_is_asked_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    from carpool.hosts.vllm import arm, register
+
+    monkeypatch.setattr(arm, "_missing", [])
+    monkeypatch.setattr(arm, "PLACES", (*arm.PLACES, ("vllm.v1.worker.moved", "Worker", "__init__", lambda *_: None)))
+    register()
+    arm._configured(None, SimpleNamespace(additional_config={}))
+    with pytest.raises(CarpoolError, match=r"this vLLM has no vllm\.v1\.worker\.moved\.Worker"):
+        arm._configured(None, SimpleNamespace(additional_config={"carpool": {"policy": POLICY}}))

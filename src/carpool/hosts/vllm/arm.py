@@ -7,28 +7,34 @@ patched. `CARPOOL_DISABLE=1` keeps even them untouched, whatever the configurati
 from __future__ import annotations
 
 import functools
+import importlib
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
 from carpool import __version__
+from carpool.errors import CarpoolError
 from carpool.hosts.vllm.settings import Settings
 
 KILL_SWITCH = "CARPOOL_DISABLE"
 MARK = "carpool_version"
+_missing: list[str] = []  # of `PLACES`, in this process
 
 
 def arm() -> None:
-    """Arm the constructors of configuration (front end), scheduler (engine core) and worker; once per process."""
+    """Arm the constructors of configuration (front end), scheduler (engine core) and worker; once per process.
+
+    A vLLM that has moved one of them still runs, as long as it is not asked to share.
+    """
     if os.environ.get(KILL_SWITCH, "0").strip().lower() not in ("", "0", "false"):
         return
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.worker.worker_base import WorkerBase
-
-    _arm(EngineArgs, "create_engine_config", _configured)
-    _arm(Scheduler, "__init__", _scheduler_built)
-    _arm(WorkerBase, "__init__", _worker_built)
+    for module, owner, name, then in PLACES:
+        try:
+            _arm(getattr(importlib.import_module(module), owner), name, then)
+        except (ImportError, AttributeError):
+            _missing.append(f"{module}.{owner}.{name}")
+            logging.getLogger("vllm.carpool").warning("carpool cannot work with this vLLM: no %s", _missing[-1])
 
 
 def _arm(owner: type, name: str, then: Callable[..., None]) -> None:
@@ -51,6 +57,7 @@ def _configured(_: Any, config: Any) -> None:
     settings = Settings.of(config.additional_config)
     if settings is None:
         return
+    _refuse_if_missing()
     from carpool.hosts.vllm.engine import check_engine
     from carpool.hosts.vllm.metrics import collect_from_workers
 
@@ -71,6 +78,7 @@ def _worker_built(worker: Any, _: None) -> None:
     settings = Settings.of(worker.vllm_config.additional_config)
     if settings is None:
         return
+    _refuse_if_missing()
     from carpool.hosts.vllm.engine import check_engine
     from carpool.hosts.vllm.host import Host
 
@@ -83,3 +91,15 @@ def _mark(config: Any) -> None:
     """vLLM names cached compiled graphs by a hash that holds `additional_config`: a graph traced with the plugin must
     not be taken while the kill switch is set, nor one traced without it, nor another version's."""
     config.additional_config = {**config.additional_config, MARK: __version__}
+
+
+def _refuse_if_missing() -> None:
+    if _missing:
+        raise CarpoolError(f"this vLLM has no {_missing[0]}, which Carpool needs; this version is not supported")
+
+
+PLACES: tuple[tuple[str, str, str, Callable[..., None]], ...] = (
+    ("vllm.engine.arg_utils", "EngineArgs", "create_engine_config", _configured),
+    ("vllm.v1.core.sched.scheduler", "Scheduler", "__init__", _scheduler_built),
+    ("vllm.v1.worker.worker_base", "WorkerBase", "__init__", _worker_built),
+)
