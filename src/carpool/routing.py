@@ -99,15 +99,19 @@ class RouteSpec:
         choice_NE = logits_NE if self.scoring == "softmax_after_topk" else weights_NE
         return (choice_NE if self.bias_E is None else choice_NE + self.bias_E), weights_NE
 
+    def group_scores(self, choice_NE: Tensor) -> Tensor:
+        """Score of every expert group, `[N, num_groups]`."""
+        grouped = choice_NE.unflatten(-1, (self.num_groups, -1))
+        return grouped.amax(-1) if self.group_score == "max" else grouped.topk(2, dim=-1).values.sum(-1)
+
     def in_kept_groups(self, choice_NE: Tensor) -> Tensor | None:
         """Mask `[N, E]` of the experts in the groups a row may use; None if the model has no such limit."""
         if self.kept_groups == self.num_groups:
             return None
-        grouped = choice_NE.unflatten(-1, (self.num_groups, -1))
-        best = grouped.amax(-1) if self.group_score == "max" else grouped.topk(2, dim=-1).values.sum(-1)
+        best = self.group_scores(choice_NE)
         kept = torch.zeros_like(best, dtype=torch.bool)
         kept = kept.scatter(-1, best.topk(self.kept_groups, dim=-1, sorted=False).indices, True)
-        return kept.unsqueeze(-1).expand_as(grouped).flatten(-2)
+        return kept.repeat_interleave(choice_NE.shape[-1] // self.num_groups, dim=-1)
 
     def native(self, logits_NE: Tensor) -> Routing:
         """The model's own routing, recomputed from the logits."""

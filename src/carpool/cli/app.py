@@ -52,4 +52,4 @@ def list_policies() -> None:
     Console().print(table)
 
 
-from carpool.cli import calibrate, demo, evaluate  # noqa: E402, F401 - they register their commands
+from carpool.cli import calibrate, demo, doctor, evaluate  # noqa: E402, F401 - they register their commands

@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from carpool.errors import CarpoolError
+from carpool.conformance import compare
 from carpool.hosts.transformers.layers import MoELayer
 from carpool.routing import Routing
 
 ROWS = 64
-TIE = 1e-6  # scores that differ by less may be ranked either way
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of a row's largest
 
 
 @torch.no_grad()
@@ -31,31 +29,6 @@ def check_on_random(layer: MoELayer) -> None:
     check(layer, logits_NE, native)
 
 
-@torch.no_grad()
 def check(layer: MoELayer, logits_NE: Tensor, native: Routing) -> None:
-    """Compare a router's own ids (outside ties) and weights with its RouteSpec's; raises as `check_on_random`."""
-    finite_N = logits_NE.isfinite().all(-1)
-    if not bool(finite_N.any()):
-        return
-    logits_NE, native = logits_NE[finite_N], Routing(native.ids_NK[finite_N].long(), native.weights_NK[finite_N])
-    ours = layer.spec.native(logits_NE)
-    choice_NE, weights_NE = layer.spec.scores(logits_NE)
-    picked = [choice_NE.gather(-1, ids_NK.long()).sort(-1).values for ids_NK in (native.ids_NK, ours.ids_NK)]
-    same_set_N = (native.ids_NK.sort(-1).values == ours.ids_NK.long().sort(-1).values).all(-1)
-    tie_N = torch.isclose(picked[0].float(), picked[1].float(), rtol=TIE, atol=TIE).all(-1)
-    name = type(layer.router).__name__
-    if not bool((same_set_N | tie_N).all()):
-        wrong = int((~(same_set_N | tie_N)).sum())
-        raise CarpoolError(
-            f"{layer.name}: {name} picks other experts than its routing rule says ({wrong} of {len(tie_N)} rows); "
-            "this version of the model is not supported"
-        )
-    # at the router's own ids, so that ties do not matter
-    expected_NK = layer.spec.mix(weights_NE, native.ids_NK, torch.ones_like(native.ids_NK, dtype=torch.bool)).float()
-    got_NK = native.weights_NK.float()
-    worst = ((expected_NK - got_NK).abs() / got_NK.abs().amax(-1, keepdim=True).clamp_min(1e-30)).amax()
-    if not worst <= TOLERANCE.get(native.weights_NK.dtype, 1e-5):
-        raise CarpoolError(
-            f"{layer.name}: {name} weighs experts otherwise than its routing rule says (off by {float(worst):.1e} "
-            "of the largest weight); this version of the model is not supported"
-        )
+    """Compare a router's own routing of some logits with its RouteSpec's; raises as `check_on_random`."""
+    compare(layer.spec, logits_NE, native, f"{layer.name}: {type(layer.router).__name__}")
