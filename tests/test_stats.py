@@ -72,9 +72,11 @@ def test_round_trip(saved):
 
 
 def test_other_statistics_are_kept(tmp_path):
-    layers = {index: layer(index) | {"norm_bias": torch.arange(E).double()} for index in LAYERS}
-    statistics(layers=layers).save(tmp_path / "s.safetensors")
-    assert Statistics.load(tmp_path / "s.safetensors").for_layer(1)["norm_bias"].tolist() == [0, 1, 2, 3, 4, 5]
+    more = {"norm_bias": torch.arange(E).double(), "norm_scale": torch.tensor(0.5)}
+    statistics(layers={index: layer(index) | more for index in LAYERS}).save(tmp_path / "s.safetensors")
+    loaded = Statistics.load(tmp_path / "s.safetensors").for_layer(1)
+    assert loaded["norm_bias"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert loaded["norm_scale"].item() == 0.5
 
 
 def test_check():

@@ -146,7 +146,7 @@ class Statistics:
         from safetensors.torch import save_file
 
         tensors = {
-            f"layers.{index}.{name}": tensor.contiguous().cpu()
+            f"layers.{index}.{name}": tensor.cpu().contiguous().clone()  # the format refuses shared memory
             for index, layer in self.layers.items()
             for name, tensor in layer.items()
         }
@@ -258,7 +258,7 @@ def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+    return tensor.reshape(-1).contiguous().cpu().view(torch.uint8).numpy().tobytes()
 
 
 def _few(indices: Sequence[int]) -> str:
