@@ -1,7 +1,7 @@
 """What the documentation takes from code and committed results: tables and the README's first figure.
 
     carpool evaluate --policy "xshare(budget=16)" --policy "xshare(budget=24)" --policy "oea(k0=2)" \\
-        --batch 1,2,4,8,16,32,64 --json docs/results/batches.json
+        --batch 1,2,4,8,16,32,64 --tokens 6144 --allow-unchanged --json docs/results/batches.json
     carpool demo --output docs/results
     python docs/generate.py
 """
@@ -78,18 +78,20 @@ def draw_problem(content: dict[str, Any], path: Path) -> None:
     axes.annotate("independent draws", (batches[2], law[2]), (-6, 8), textcoords="offset points", ha="right",
                   color="#8a8f99", fontsize=9)  # fmt: skip
     colours = iter(("#0f7b6c", "#2f9e8f", "#d9822b", "#7b5ea7"))
-    for name, points in series.items():
+    label_y = -1e9
+    for name, points in sorted(series.items(), key=lambda item: max(item[1])[1]):
         x, y = zip(*sorted(points), strict=True)
         stock = name == "stock"
         colour = "#23262d" if stock else next(colours)
         axes.plot(x, y, color=colour, marker="o", markersize=4, linewidth=2.6 if stock else 2)
-        axes.annotate(name, (x[-1], y[-1]), (8, -3), textcoords="offset points", color=colour, fontsize=10,
+        label_y = max(y[-1], label_y + 0.055 * experts)  # labels of curves that end together stand apart
+        axes.annotate(name, (x[-1], label_y), (8, -3), textcoords="offset points", color=colour, fontsize=10,
                       fontweight="bold" if stock else "normal", annotation_clip=False)  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.set_ylim(0, experts * 1.04)
     axes.set_xlabel("sequences decoded together")
-    axes.set_ylabel(f"distinct experts read per layer and step (of {experts})")
+    axes.set_ylabel(f"experts read per layer and step, of {experts}")
     one, many = (dict(series["stock"])[batch] for batch in (batches[0], batches[-1]))
     title = f"Batching wakes the experts: {one:.0f} read for one token, {many:.0f} for {batches[-1]}"
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=24)

@@ -49,6 +49,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # some writers make files that only their owner may read
         temporary.replace(target)
     except OSError as error:
         raise CarpoolError(f"cannot write {path}: {error.strerror or error}") from error
