@@ -200,15 +200,11 @@ def test_token_local_policies_look_at_one_row(row: Row, data: st.DataObject) -> 
 @every_policy
 @given(data=st.data())
 def test_groups_do_not_hear_each_other(row: Row, data: st.DataObject) -> None:
-    """With `group="request"` a request does not depend on the others (but for prompts that run in its step)."""
+    """With `group="request"` a request does not depend on the others, prompts that run in its step included."""
     trial = data.draw(trials(row, rows=(3, 5, 8, 17)))
-    batch = trial.case.batch
-    heard_N = batch.exempt_N & batch.real_N
-    if any(guard.name == "decode_only" for guard in trial.plan.guards):
-        heard_N = heard_N | trial.case.given.get("prefill_N", torch.zeros_like(heard_N))
-    others_N = (batch.group_N != 0) & ~heard_N
+    others_N = trial.case.batch.group_N != 0
     before, after = trial.run(), trial.run(other_content(trial.case, others_N, 1))
-    assert_same(before.routing, after.routing, ~others_N & (batch.group_N == 0))
+    assert_same(before.routing, after.routing, ~others_N)
     assert torch.equal(before.coreset_GE[0], after.coreset_GE[0])
 
 
@@ -226,12 +222,11 @@ def test_steps_do_not_mix(row: Row, data: st.DataObject) -> None:
 
 
 def free_of(outcome: Outcome) -> torch.Tensor:
-    """Experts that exempt rows read in the step of each group, `[G, E]`, by loops."""
+    """Experts that exempt rows of each group read, `[G, E]`, by loops."""
     inputs, batch = outcome.inputs, outcome.inputs.batch
     free_GE = torch.zeros_like(outcome.coreset_GE)
     for group in set(batch.group_N.tolist()):
-        step = batch.step_N[batch.group_N == group][0]
-        for index in (batch.exempt_N & batch.real_N & (batch.step_N == step)).nonzero().flatten():
+        for index in (batch.exempt_N & batch.real_N & (batch.group_N == group)).nonzero().flatten():
             free_GE[group, inputs.native_ids_NK[index].long()] = True
     return free_GE
 

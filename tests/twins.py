@@ -71,9 +71,8 @@ class World:
         return sorted(range(self.num_experts), key=key, reverse=True)
 
     def free(self, group: int) -> set[int]:
-        """What exempt rows read in the step that the group runs in."""
-        steps = {self.step[row] for row in self.rows if self.group[row] == group}
-        exempt = [row for row in self.rows if self.exempt[row] and self.real[row] and self.step[row] in steps]
+        """What exempt rows of the group read."""
+        exempt = [row for row in self.rows if self.exempt[row] and self.real[row] and self.group[row] == group]
         return {expert for row in exempt for expert in self.native[row]}
 
     def native_weight(self, row: int, expert: int) -> float:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from carpool.errors import CarpoolError
 from carpool.fixed import MAX_ROWS
-from carpool.lazy import lazy_property
 
 GroupKind = Literal["batch", "request", "block", "position"]
 
@@ -29,7 +28,7 @@ class Batch:
         real_N: rows that stand for a token; padding, dummy and profiling rows are not real: they keep their
             native routing and what they hold changes nothing.
         voter_N: real rows with a say in their group's coreset (finished sequences have none).
-        exempt_N: rows that keep native routing; the experts they read are free for the rest of their step.
+        exempt_N: rows that keep native routing; the experts they read are free for the rest of their group.
         prefill_N: rows of a prompt, for `decode_only`; None if the host exempts them itself or has none.
         step_N: int64 in `[0, num_steps)`, the engine step a row runs in; rows of one step read experts together.
         num_steps: static.
@@ -86,12 +85,6 @@ class Batch:
     def step_any(self, mask_NX: Tensor) -> Tensor:
         """Whether any row of a step has the mask set, `[S, X]`."""
         return _sum_by(mask_NX.to(torch.int64), self.step_N, self.num_steps) > 0
-
-    @lazy_property
-    def step_G(self) -> Tensor:
-        """The step each group runs in, `[G]`."""
-        steps = torch.zeros(self.num_groups, dtype=torch.int64, device=self.group_N.device)
-        return steps.scatter(0, self.group_N, self.step_N)
 
 
 def _sum_by(values_NX: Tensor, index_N: Tensor, count: int) -> Tensor:

@@ -33,6 +33,7 @@ class Inputs:
         batch: groups, voters, exempt rows.
         stats: this layer's statistics, by name.
         hidden_NH: the router's input, for policies that ask for it.
+        also_free_GE: free experts that a group has from the group around it, for policies that split groups.
     """
 
     spec: RouteSpec
@@ -42,6 +43,7 @@ class Inputs:
     batch: Batch
     stats: Mapping[str, Tensor]
     hidden_NH: Tensor | None = None
+    also_free_GE: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -87,9 +89,11 @@ class Inputs:
 
     @lazy_property
     def free_GE(self) -> Tensor:
-        """Experts that exempt rows of the group's step read anyway: they cost nothing."""
+        """Experts that exempt rows of the group read anyway: they cost nothing. Those of other groups do not count, or
+        a request in a group of its own would depend on whose prompt runs beside it."""
         exempt_N1 = (self.batch.exempt_N & self.batch.real_N).unsqueeze(-1)
-        return self.batch.step_any(self.native_NE & exempt_N1)[self.batch.step_G]
+        free_GE = self.batch.group_any(self.native_NE & exempt_N1)
+        return free_GE if self.also_free_GE is None else free_GE | self.also_free_GE
 
     def votes(self, mask_NE: Tensor) -> Tensor:
         """Experts for which any voter of the group has the mask set, `[G, E]`."""

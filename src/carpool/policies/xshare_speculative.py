@@ -76,7 +76,8 @@ class XShareSpeculative(Policy):
         # one set per request and group (R = groups times requests), so that no group sees another's rows
         request_N = batch.group_N * batch.num_requests + batch.request_N
         num_sets = batch.num_groups * batch.num_requests
-        requests = replace(inputs, batch=replace(batch, group_N=request_N, num_groups=num_sets))
+        free_RE = inputs.free_GE.repeat_interleave(batch.num_requests, dim=0)
+        requests = replace(inputs, batch=replace(batch, group_N=request_N, num_groups=num_sets), also_free_GE=free_RE)
         mass_RE = requests.utility(inputs.weights_NE)
         set_RE = requests.top_by_utility(mass_RE, request_size, requests.votes(warm_NE))
 
