@@ -50,6 +50,10 @@ def test_layers_differ_only_in_what_they_set(tmp_path):
         ({"policy": None}, "None"),
         ({"policy": "nope(1)"}, "unknown policy or guard 'nope'"),
         ({"layers": []}, "must be objects"),
+        ({"schema": True}, "schema True"),
+        ({"curve": 5}, "'curve' must be a list"),
+        ({"layers": {"00": {}}}, "'00' is no layer index"),
+        ({"layers": {"1": {"budget": float("inf")}}}, "finite"),
         ({"layers": {"x": {}}}, "'x' is no layer index"),
         ({"layers": {"1": 3}}, "settings of layer 1"),
         ({"layers": {"1": {"size": 3}}}, "sets 'size'"),
@@ -65,6 +69,16 @@ def test_bad_content_is_refused(tmp_path, content, says):
         PolicyFile.load(write(tmp_path, **content))
     assert says in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_file_for_another_model_is_refused(tmp_path):
+    loaded = PolicyFile.load(write(tmp_path, layers={"7": {"budget": 4}}, model={"fingerprint": "ab"}))
+    loaded.check_layers([6, 7])
+    loaded.check_model("ab")
+    with pytest.raises(CarpoolError, match="sets layer 7, which is no MoE layer"):
+        loaded.check_layers([0, 1, 2])
+    with pytest.raises(CarpoolError, match="of another model"):
+        loaded.check_model("cd")
 
 
 def test_missing_file(tmp_path):

@@ -85,7 +85,7 @@ class Protect(Guard):
     def check(self, num_experts: int, top_k: int) -> None:
         require(
             max(self.experts) < num_experts,
-            f"protect: expert {max(self.experts)} of a layer with {num_experts} experts",
+            f"protect: expert {max(self.experts)} of a layer with {num_experts} experts (0 to {num_experts - 1})",
         )
 
     def coreset(self, policy: Policy, inputs: Inputs, coreset_GE: Tensor) -> Tensor:

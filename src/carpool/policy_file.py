@@ -12,6 +12,7 @@ A policy file is JSON. Both hosts load it; the statistics lie beside it and are 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,24 @@ class PolicyFile:
             guards = (*(guard for guard in guards if not isinstance(guard, Floor)), Floor(settings.pop("floor")))
         return Plan(replace(self.plan.policy, **settings), guards)
 
+    def check_layers(self, layers: list[int]) -> None:
+        """Raises CarpoolError if a layer with settings is none of the model's MoE layers (their indices)."""
+        foreign = sorted(set(self.layers) - set(layers))
+        if foreign:
+            raise CarpoolError(
+                f"the policy file sets layer {foreign[0]}, which is no MoE layer of this model "
+                f"(they are {min(layers)} to {max(layers)})"
+            )
+
+    def check_model(self, fingerprint: str) -> None:
+        """Raises CarpoolError if the file was made for a model with another fingerprint."""
+        made_for = self.model.get("fingerprint", fingerprint)
+        if made_for != fingerprint:
+            raise CarpoolError(
+                f"the policy file is of another model (routers {str(made_for)[:12]}, not {fingerprint[:12]}); "
+                "make one for this model"
+            )
+
     @classmethod
     def load(cls, path: Path | str) -> PolicyFile:
         """Raises CarpoolError: no such file, not a policy file, a bad setting, or other statistics than it names."""
@@ -62,13 +81,15 @@ class PolicyFile:
             raise CarpoolError(
                 f"{path}: unknown key {sorted(unknown)[0]!r}; a policy file has {', '.join(sorted(KEYS))}"
             )
-        if content.get("schema") != SCHEMA:
+        if type(content.get("schema")) is not int or content["schema"] != SCHEMA:
             raise CarpoolError(
                 f"{path}: schema {content.get('schema')!r}, this version of Carpool reads schema {SCHEMA}"
             )
         layers, model = content.get("layers", {}), content.get("model", {})
         if not isinstance(layers, dict) or not isinstance(model, dict):
             raise CarpoolError(f"{path}: 'layers' and 'model' must be objects")
+        if not isinstance(content.get("curve", []), list):
+            raise CarpoolError(f"{path}: 'curve' must be a list")
         loaded = cls(
             plan=parse(content.get("policy")),  # type: ignore[arg-type]
             layers={_layer_index(path, key): _settings(path, key, value) for key, value in layers.items()},
@@ -117,14 +138,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _layer_index(path: Path, key: str) -> int:
-    if not key.isdecimal() or len(key) > 6:
-        raise CarpoolError(f"{path}: {key!r} is no layer index")
+    if not key.isdecimal() or len(key) > 6 or key != str(int(key)):
+        raise CarpoolError(f"{path}: {key!r} is no layer index; write it as 0, 1, 2, ...")
     return int(key)
 
 
 def _settings(path: Path, key: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CarpoolError(f"{path}: the settings of layer {key} must be an object of parameters")
+    for name, setting in value.items():
+        if isinstance(setting, float) and not math.isfinite(setting):
+            raise CarpoolError(f"{path}: layer {key} sets {name} to {setting}; give a finite number")
     return value
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from carpool.errors import CarpoolError
@@ -30,7 +31,7 @@ def command(name: str) -> Callable[[Callable], Callable]:
             try:
                 function(*args, **kwargs)
             except CarpoolError as error:
-                errors.print(f"[bold red]carpool {name}:[/] {error}", highlight=False, soft_wrap=True)
+                errors.print(f"[bold red]carpool {name}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
                 raise typer.Exit(2) from None
 
         return guarded

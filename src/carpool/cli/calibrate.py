@@ -102,4 +102,4 @@ def _show(console: Console, stats: Statistics, output: Path) -> None:
             highlight=False,
             soft_wrap=True,
         )
-    console.print(f"wrote {output}", highlight=False, soft_wrap=True)
+    console.print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)

@@ -99,7 +99,7 @@ def evaluate(
                 "stats": None if stats is None else stats.name, "allow_unchanged": allow_unchanged,
             },
         )  # fmt: skip
-        console.print(f"wrote {json_path}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {json_path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:
@@ -194,4 +194,4 @@ def _check(
         )  # fmt: skip
     if json_path is not None:
         write_text(json_path, json.dumps({**provenance(), "checks": [asdict(one) for one in found]}, indent=1) + "\n")
-        console.print(f"wrote {json_path}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {json_path}", highlight=False, markup=False, soft_wrap=True)

@@ -61,7 +61,7 @@ class AllowList(Policy):
         if self.experts is not None:
             require(
                 self.experts[-1] < num_experts,
-                f"allow_list: expert {self.experts[-1]} of a layer with {num_experts} experts",
+                f"allow_list: expert {self.experts[-1]} of a layer with {num_experts} experts (0 to {num_experts - 1})",
             )
         if self.size is not None:
             resolve_budget("size", self.size, num_experts)

@@ -30,26 +30,23 @@ def prepare(
     """
     if stats is not None and policies.statistics is not None:
         raise CarpoolError("the policy file names its own statistics; leave out stats=...")
-    made_for = policies.model.get("fingerprint")
-    if made_for is not None and made_for != fingerprint(model):
-        raise CarpoolError(
-            f"the policy file is of another model (routers {str(made_for)[:12]}, not {fingerprint(model)[:12]})"
-        )
+    policies.check_layers([layer.index for layer in layers])
+    if policies.model:
+        policies.check_model(fingerprint(model))
     plans = [policies.plan_for(layer.index) for layer in layers]
     for layer, plan in zip(layers, plans, strict=True):
         plan.check(layer.num_experts, layer.top_k)
-    required = policies.plan.policy.required_stats()
-    if not required:
+    if not any(plan.policy.required_stats() for plan in plans):
         return [(plan, {}) for plan in plans]
     loaded = _load(model, policies, layers, stats)
     prepared: list[Prepared] = []
     for layer, plan in zip(layers, plans, strict=True):
         tensors = loaded.for_layer(layer.index)
-        missing = [name for name in required if name not in tensors]
+        missing = [name for name in plan.policy.required_stats() if name not in tensors]
         if missing:
             raise CarpoolError(
                 f"{plan.policy} needs the statistic {missing[0]!r}, which the file lacks for layer {layer.index}; "
-                "run `carpool calibrate` again"
+                "see docs/statistics.md for what makes it"
             )
         device = layer.weight_EH.device
         given = plan.policy.prepare({name: tensor.to(device) for name, tensor in tensors.items()})

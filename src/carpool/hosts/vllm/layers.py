@@ -90,18 +90,14 @@ def load_statistics(policies: PolicyFile, layers: list[Layer], gates: dict[str, 
     Raises:
         CarpoolError: unreadable, damaged or of another model; or a policy file of another model or other layers.
     """
-    foreign = sorted(set(policies.layers) - {layer.index for layer in layers})
-    if foreign:
-        raise CarpoolError(f"the policy file sets layer {foreign[0]}, which is no MoE layer of this model")
-    made_for = policies.model.get("fingerprint")
-    if policies.statistics is None and made_for is None:
+    policies.check_layers([layer.index for layer in layers])
+    if policies.statistics is None and not policies.model:
         return None
     weights = [(layer.index, gate) for layer in layers if (gate := gates[layer.name]) is not None]
     if len(weights) < len(layers):
         raise CarpoolError("the gates of this model cannot be read, so statistics and policy files cannot be checked")
     mine = fingerprint(weights)
-    if made_for not in (None, mine):
-        raise CarpoolError(f"the policy file is of another model (routers {str(made_for)[:12]}, not {mine[:12]})")
+    policies.check_model(mine)
     if policies.statistics is None:
         return None
     statistics = Statistics.load(policies.statistics)
