@@ -46,7 +46,7 @@ def prepare(
         if missing:
             raise CarpoolError(
                 f"{plan.policy} needs the statistic {missing[0]!r}, which the file lacks for layer {layer.index}; "
-                "see docs/statistics.md for what makes it"
+                "run `carpool calibrate` again (docs/statistics.md says what makes which)"
             )
         device = layer.weight_EH.device
         given = plan.policy.prepare({name: tensor.to(device) for name, tensor in tensors.items()})
