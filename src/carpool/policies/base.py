@@ -223,3 +223,15 @@ def require(condition: bool, message: str) -> None:
     """Raises CarpoolError with the message unless the condition holds."""
     if not condition:
         raise CarpoolError(message)
+
+
+def require_count(name: str, value: Any, least: int) -> None:
+    """Raises CarpoolError unless the value is a number of experts, `least` or more (or a tensor that holds one)."""
+    good = isinstance(value, Tensor) or (type(value) is int and value >= least)
+    require(good, f"{name}={value!r}: give a number of experts, {least} or more")
+
+
+def require_within(name: str, value: int | Tensor, top_k: int) -> None:
+    """Raises CarpoolError if a number of experts per token exceeds the model's."""
+    fits = isinstance(value, Tensor) or value <= top_k
+    require(fits, f"{name}={value!r} exceeds the model's {top_k} experts per token")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from carpool.policies.base import Inputs, Number, Policy, drop, require, resolve_budget
+from carpool.policies.base import Inputs, Number, Policy, drop, require, require_count, require_within, resolve_budget
 from carpool.policies.registry import register
 from carpool.routing import Routing
 
@@ -32,15 +32,10 @@ class TopK(Policy):
     kind = "token"
 
     def __post_init__(self) -> None:
-        require(
-            isinstance(self.k, Tensor) or (type(self.k) is int and self.k >= 1),
-            f"k={self.k!r}: give a number of experts, 1 or more",
-        )
+        require_count("k", self.k, 1)
 
     def check(self, num_experts: int, top_k: int) -> None:
-        require(
-            isinstance(self.k, Tensor) or self.k <= top_k, f"k={self.k!r} exceeds the model's {top_k} experts per token"
-        )
+        require_within("k", self.k, top_k)
 
     def allowed(self, inputs: Inputs, coreset_GE: Tensor) -> Tensor:
         """Bool `[N, E]`."""

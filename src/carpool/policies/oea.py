@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from carpool.policies.base import Inputs, Policy, require
+from carpool.policies.base import Inputs, Policy, require_count, require_within
 from carpool.policies.registry import register
 
 
@@ -33,16 +33,10 @@ class OEA(Policy):
     paper = "OEA, arXiv 2511.02237"
 
     def __post_init__(self) -> None:
-        require(
-            isinstance(self.k0, Tensor) or (type(self.k0) is int and self.k0 >= 1),
-            f"k0={self.k0!r}: give a number of experts, 1 or more",
-        )
+        require_count("k0", self.k0, 1)
 
     def check(self, num_experts: int, top_k: int) -> None:
-        require(
-            isinstance(self.k0, Tensor) or self.k0 <= top_k,
-            f"k0={self.k0!r} exceeds the model's {top_k} experts per token",
-        )
+        require_within("k0", self.k0, top_k)
 
     def coreset(self, inputs: Inputs) -> Tensor:
         """Bool `[G, E]`."""

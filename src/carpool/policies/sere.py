@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from carpool.fixed import ordered_int, with_ties
-from carpool.policies.base import Inputs, Policy, merge_duplicates, require
+from carpool.policies.base import Inputs, Policy, merge_duplicates, require, require_count, require_within
 from carpool.policies.registry import register
 from carpool.routing import Routing
 
@@ -46,10 +46,7 @@ class SERE(Policy):
     paper = "SERE, arXiv 2602.07616"
 
     def __post_init__(self) -> None:
-        require(
-            isinstance(self.top, Tensor) or (type(self.top) is int and self.top >= 1),
-            f"top={self.top!r}: give a number of experts, 1 or more",
-        )
+        require_count("top", self.top, 1)
         require(
             isinstance(self.threshold, Tensor) or (type(self.threshold) in (int, float) and self.threshold >= 0),
             f"threshold={self.threshold!r}: give a similarity of 0 or more",
@@ -57,10 +54,7 @@ class SERE(Policy):
         require(self.metric in METRICS, f"metric={self.metric!r}: use one of {', '.join(METRICS)}")
 
     def check(self, num_experts: int, top_k: int) -> None:
-        require(
-            isinstance(self.top, Tensor) or self.top <= top_k,
-            f"top={self.top!r} exceeds the model's {top_k} experts per token",
-        )
+        require_within("top", self.top, top_k)
 
     def required_stats(self) -> tuple[str, ...]:
         return (f"similarity_{self.metric}",)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from carpool.policies.base import Inputs, Number, Policy, require, resolve_budget
+from carpool.policies.base import Inputs, Number, Policy, require, require_count, require_within, resolve_budget
 from carpool.policies.registry import register
 
 
@@ -45,17 +45,11 @@ class XShare(Policy):
             self.utility in ("mass", "squared", "topk_mass"),
             f"utility={self.utility!r}: use 'mass', 'squared' or 'topk_mass'",
         )
-        require(
-            isinstance(self.warmup, Tensor) or (type(self.warmup) is int and self.warmup >= 0),
-            f"warmup={self.warmup!r}: give a number of experts, 0 or more",
-        )
+        require_count("warmup", self.warmup, 0)
 
     def check(self, num_experts: int, top_k: int) -> None:
         resolve_budget("budget", self.budget, num_experts)
-        require(
-            isinstance(self.warmup, Tensor) or self.warmup <= top_k,
-            f"warmup={self.warmup!r} exceeds the model's {top_k} experts per token",
-        )
+        require_within("warmup", self.warmup, top_k)
 
     def limit(self, num_experts: int, top_k: int) -> Number:
         return resolve_budget("budget", self.budget, num_experts)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from carpool.errors import CarpoolError
-from carpool.policies.base import Inputs, Policy, require, resolve_budget
+from carpool.policies.base import Inputs, Policy, require, require_count, require_within, resolve_budget
 from carpool.policies.registry import register
 
 
@@ -41,10 +41,7 @@ class XShareExpertParallel(Policy):
     paper = "XShare, arXiv 2602.07265"
 
     def __post_init__(self) -> None:
-        require(
-            isinstance(self.warmup, Tensor) or (type(self.warmup) is int and self.warmup >= 0),
-            f"warmup={self.warmup!r}: give a number of experts, 0 or more",
-        )
+        require_count("warmup", self.warmup, 0)
 
     def check(self, num_experts: int, top_k: int) -> None:
         if not isinstance(self.budget_per_device, float):
@@ -54,10 +51,7 @@ class XShareExpertParallel(Policy):
                 0 < self.budget_per_device <= 1,
                 f"budget_per_device={self.budget_per_device!r}: a float is a share of a device's experts, in (0, 1]",
             )
-        require(
-            isinstance(self.warmup, Tensor) or self.warmup <= top_k,
-            f"warmup={self.warmup!r} exceeds the model's {top_k} experts per token",
-        )
+        require_within("warmup", self.warmup, top_k)
 
     def coreset(self, inputs: Inputs) -> Tensor:
         """Bool `[G, E]`."""
