@@ -145,7 +145,8 @@ def main() -> None:
         tokens = batch_at(step, streams, mixture, train)
         captured.clear()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=arguments.bf16):
-            loss, balance = backward(model, tokens, captured, train["balance"])
+            weight = train["balance"] if step < decay_from else train["balance_in_decay"]
+            loss, balance = backward(model, tokens, captured, weight)
         torch.nn.utils.clip_grad_norm_(model.parameters(), train["clip"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
