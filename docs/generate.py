@@ -1,118 +1,48 @@
-"""What the documentation takes from code and committed results: tables and the README's first figure.
+"""Make anew what the documentation takes from code and committed results (`docs/generators/`, one file a subject).
 
-    carpool evaluate --policy "xshare(budget=16)" --policy "xshare(budget=24)" --policy "oea(k0=2)" \\
-        --batch 1,2,4,8,16,32,64 --tokens 6144 --allow-unchanged --json docs/results/batches.json
-    carpool demo --output docs/results
-    python docs/generate.py
+carpool demo --output docs/results
+python docs/generate.py
 """
 
 from __future__ import annotations
 
-import ast
-import json
+import importlib
 import re
+import sys
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
-ROOT = Path(__file__).parent.parent
-DEMO = ROOT / "docs/results/carpool-demo.json"
-BATCHES = ROOT / "docs/results/batches.json"
-PROBLEM = ROOT / "docs/results/batches.png"
-SOURCE = ROOT / "src/carpool"
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from generators import ROOT, Block  # noqa: E402
 
 
-def with_block(page: str, name: str, content: str) -> str:
+def with_block(page: str, block: Block) -> str:
     """The page with what stands between `<!-- name: ... -->` and `<!-- end -->` made anew."""
-    block = re.compile(rf"(<!-- {name}: [^>]* -->\n).*?(<!-- end -->)", re.S)
-    return block.sub(lambda found: f"{found[1]}\n{content}\n{found[2]}", page)
+    pattern = re.compile(rf"(<!-- {block.name}: [^>]* -->\n).*?(<!-- end -->)", re.S)
+    made, count = pattern.subn(lambda found: f"{found[1]}\n{block.content}\n{found[2]}", page)
+    if count != 1:
+        raise SystemExit(f"{block.page} has {count} places for the block {block.name!r}, not one")
+    return made
 
 
-def module_table() -> str:
-    """One line a module: its path and the first line of its docstring."""
-    lines = ["| module | what it is for |", "|---|---|"]
-    for path in sorted(SOURCE.rglob("*.py")):
-        if path.name != "__init__.py":
-            first = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n", 1)[0]
-            lines.append(f"| `{path.relative_to(SOURCE).as_posix()}` | {first} |")
-    return "\n".join(lines) + "\n"
+def generators() -> list[ModuleType]:
+    paths = sorted((HERE / "generators").glob("[!_]*.py"))
+    return [importlib.import_module(f"generators.{path.stem}") for path in paths]
 
 
-def demo_table(content: dict[str, Any]) -> str:
-    """Markdown rows of a demo's results, as they are in its JSON."""
-    lines = [
-        "| policy | union | of stock | pairs | displaced mass | KL, nats/token | top-1 agreement | perplexity ratio |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in content["results"]:
-        stock = row["policy"] == "stock"
-        kl, share = row["kl"], row["union_share"]["value"]
-        cells = [
-            f"`{row['policy']}`" if not stock else "stock",
-            f"{row['union']['value']:.1f}",
-            f"{share:.0%}",
-            f"{row['pairs']:.2f}",
-            f"{row['displaced_mass']['value']:.1%}",
-            "0" if stock else f"{kl['value']:.4f} [{kl['low']:.4f}, {kl['high']:.4f}]",
-            f"{row['top1_agreement']['value']:.1%}",
-            f"{row['perplexity_ratio']['value']:.3f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def draw_problem(content: dict[str, Any], path: Path) -> None:
-    """Experts read per layer against the batch size: what batching does, and what sharing makes of it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    experts, top_k = content["model"]["experts"], content["model"]["top_k"]
-    series: dict[str, list[tuple[int, float]]] = {}
-    for row in content["results"]:
-        series.setdefault(row["policy"], []).append((row["batch"], row["union"]["value"]))
-    batches = sorted({batch for points in series.values() for batch, _ in points})
-    figure, axes = plt.subplots(figsize=(8.6, 4.4), dpi=150)
-    law = [experts * (1 - (1 - top_k / experts) ** batch) for batch in batches]
-    axes.plot(batches, law, color="#b8bcc4", linestyle=":", linewidth=1.6)
-    axes.annotate("independent draws", (batches[2], law[2]), (-6, 8), textcoords="offset points", ha="right",
-                  color="#8a8f99", fontsize=9)  # fmt: skip
-    colours = iter(("#0f7b6c", "#2f9e8f", "#d9822b", "#7b5ea7"))
-    label_y = -1e9
-    for name, points in sorted(series.items(), key=lambda item: max(item[1])[1]):
-        x, y = zip(*sorted(points), strict=True)
-        stock = name == "stock"
-        colour = "#23262d" if stock else next(colours)
-        axes.plot(x, y, color=colour, marker="o", markersize=4, linewidth=2.6 if stock else 2)
-        label_y = max(y[-1], label_y + 0.055 * experts)  # labels of curves that end together stand apart
-        axes.annotate(name, (x[-1], label_y), (8, -3), textcoords="offset points", color=colour, fontsize=10,
-                      fontweight="bold" if stock else "normal", annotation_clip=False)  # fmt: skip
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(batches, [str(batch) for batch in batches])
-    axes.set_ylim(0, experts * 1.04)
-    axes.set_xlabel("sequences decoded together")
-    axes.set_ylabel(f"experts read per layer and step, of {experts}")
-    one, many = (dict(series["stock"])[batch] for batch in (batches[0], batches[-1]))
-    title = f"Batching wakes the experts: {one:.0f} read for one token, {many:.0f} for {batches[-1]}"
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=24)
-    axes.text(0, 1.03, "measured on the reference model, held-out text; shared: tokens of a batch use a common set",
-              transform=axes.transAxes, fontsize=9.5, color="#5b616b")  # fmt: skip
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e6e8ec")
-    axes.set_axisbelow(True)
-    figure.tight_layout()
-    figure.savefig(path)
+def blocks() -> list[Block]:
+    return [block for module in generators() for block in module.blocks()]
 
 
 def main() -> None:
-    """Make everything anew that its sources are there for."""
-    pages = {"docs/architecture.md": ("modules", module_table())}
-    if DEMO.exists():
-        pages["README.md"] = ("demo table", demo_table(json.loads(DEMO.read_text())))
-    for page, (name, content) in pages.items():
-        (ROOT / page).write_text(with_block((ROOT / page).read_text(), name, content))
-    if BATCHES.exists():
-        draw_problem(json.loads(BATCHES.read_text()), PROBLEM)
+    for block in blocks():
+        page = ROOT / block.page
+        page.write_text(with_block(page.read_text(), block))
+    for module in generators():
+        if hasattr(module, "draw"):
+            module.draw()
 
 
 if __name__ == "__main__":
