@@ -31,7 +31,7 @@ def dtype_of(family: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("family", SHARED)
 def test_shared_within_the_budget(family: str, tmp_path: Path) -> None:
-    llm = tiny.engine(tiny.write_model(family, tmp_path), {"policy": tiny.POLICY}, **dtype_of(family))
+    llm = tiny.engine(tiny.write_model(family, tmp_path), tiny.SHARING, **dtype_of(family))
     host, outcomes = tiny.host(llm), list[Any]()
     assert {(layer.spec.scoring, layer.spec.renormalize) for layer in host.layers} == {SHARED[family]}
     host.step.observer = lambda layer, logits_NE, outcome: outcomes.append(outcome)
@@ -56,4 +56,4 @@ def test_refused_by_name(family: str, tmp_path: Path) -> None:
     stock = tiny.engine(folder, None)
     assert len(tiny.generate(stock, tiny.prompts(1))) == 1
     with pytest.raises(CarpoolError, match=REFUSED[family]):
-        tiny.engine(folder, {"policy": tiny.POLICY})
+        tiny.engine(folder, tiny.SHARING)

@@ -39,7 +39,7 @@ def refused(given: dict[str, Any], message: str) -> None:
     from carpool.hosts.vllm.layers import build_layers
     from carpool.hosts.vllm.settings import Settings
 
-    runner, settings = tiny.runner(tiny.shared_engine()), Settings.of({"carpool": given})
+    runner, settings = tiny.runner(tiny.shared_engine()), Settings.of({"carpool": {"isolation": "batch"} | given})
     with pytest.raises(CarpoolError, match=message):
         build_layers(runner.get_model(), settings, runner.vllm_config, torch.device("cpu"))
 
@@ -63,7 +63,7 @@ def test_dense_models_and_bypassed_routers_are_refused(monkeypatch: pytest.Monke
     from carpool.hosts.vllm.layers import build_layers
     from carpool.hosts.vllm.settings import Settings
 
-    runner, settings = tiny.runner(stock), Settings.of({"carpool": {"policy": POLICY}})
+    runner, settings = tiny.runner(stock), Settings.of({"carpool": tiny.SHARING})
     with pytest.raises(CarpoolError, match="Linear has no mixture-of-experts layer"):
         build_layers(torch.nn.Linear(2, 2), settings, runner.vllm_config, torch.device("cpu"))
     # a router that the factory did not make (here: of an engine without the plugin)
@@ -72,7 +72,7 @@ def test_dense_models_and_bypassed_routers_are_refused(monkeypatch: pytest.Monke
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
     monkeypatch.setattr(MoERunner, "is_monolithic", property(lambda self: True))
-    refused({"policy": POLICY}, "routes inside its kernel")
+    refused(tiny.SHARING, "routes inside its kernel")
 
 
 def test_an_engine_that_bypasses_the_router_is_refused_at_the_first_step(shared: Any) -> None:
@@ -123,7 +123,7 @@ def test_sere_with_statistics_of_this_model_and_of_another(tmp_path: Path, share
     other = statistics(tmp_path / "other.safetensors", [gate + 1 for gate in gates])
     refused({"policy": "sere(top=1)", "stats": str(other)}, "of another model")
     runner = tiny.runner(shared)
-    settings = Settings.of({"carpool": {"policy": "sere(top=1)", "stats": str(path)}})
+    settings = Settings.of({"carpool": {"policy": "sere(top=1)", "stats": str(path), "isolation": "batch"}})
     layers = build_layers(runner.get_model(), settings, runner.vllm_config, torch.device("cpu"))
     calls, host = tiny.watch(shared), tiny.host(shared)
     for layer, loaded in zip(host.layers, layers, strict=True):

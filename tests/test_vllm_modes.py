@@ -19,7 +19,7 @@ def report(llm: Any) -> list[dict[str, Any]]:
 
 def test_a_compiled_engine_shares_and_follows_changes() -> None:
     """torch.compile traces through the router on a CPU: a policy that is traced is frozen, or silently gone."""
-    llm = tiny.engine(tiny.qwen3(), {"policy": tiny.POLICY}, enforce_eager=False)
+    llm = tiny.engine(tiny.qwen3(), tiny.SHARING, enforce_eager=False)
     given = tiny.prompts(6)
     for layer in report(llm):
         assert layer["rows"] == 0  # the profiling run does not count
@@ -63,7 +63,7 @@ def test_speculation_by_ngram_groups_the_rows_of_a_request() -> None:
 def test_the_policy_for_speculation_sees_requests_inside_the_batch(merge: str) -> None:
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
     policy = f"xshare_speculative(budget=10, request_budget=4, warmup=0, merge={merge!r})"
-    llm = tiny.engine(tiny.qwen3(), {"policy": policy}, speculative_config=ngram)
+    llm = tiny.engine(tiny.qwen3(), {"policy": policy, "isolation": "batch"}, speculative_config=ngram)
     sizes, requests = list[int](), set[int]()
 
     def observe(layer: Any, logits_NE: Any, outcome: Any) -> None:
@@ -82,7 +82,7 @@ def test_the_policy_for_speculation_sees_requests_inside_the_batch(merge: str) -
 def test_a_draft_model_is_left_alone() -> None:
     folder = str(tiny.qwen3())
     llm = tiny.engine(
-        tiny.qwen3(), {"policy": tiny.POLICY},
+        tiny.qwen3(), tiny.SHARING,
         speculative_config={"method": "draft_model", "model": folder, "num_speculative_tokens": 2},
     )  # fmt: skip
     runner = tiny.runner(llm)
@@ -96,7 +96,7 @@ def test_a_draft_model_is_left_alone() -> None:
 
 def test_two_ranks_decide_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")
-    llm = tiny.engine(tiny.qwen3(), {"policy": tiny.POLICY}, tensor_parallel_size=2)
+    llm = tiny.engine(tiny.qwen3(), tiny.SHARING, tensor_parallel_size=2)
     shared = tiny.generate(llm, tiny.prompts(6))
     first, second = llm.collective_rpc("carpool_report")
     assert first == second

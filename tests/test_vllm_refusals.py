@@ -14,13 +14,14 @@ import vllm_models as tiny
 from carpool import CarpoolError, RouteSpec, parse
 from carpool.hosts.vllm.conformance import check
 from carpool.hosts.vllm.knobs import Knobs
-from carpool.hosts.vllm.rows import opted_out
+from carpool.hosts.vllm.rows import opted_out, tenant_of
 from carpool.hosts.vllm.settings import Settings
 from carpool.hosts.vllm.specs import route_spec
 
 tiny.set_environment()
 pytest.importorskip("vllm")
 POLICY = "xshare(budget=8)"
+SHARING = {"policy": POLICY, "isolation": "batch"}
 
 
 def test_no_key_no_settings() -> None:
@@ -42,6 +43,13 @@ def test_no_key_no_settings() -> None:
         ({"policy": "xshare(budget=__import__('os'))"}, "not a literal"),
         ({"policy": POLICY, "budget": 8}, "has no key 'budget'"),
         ({"policy": POLICY, "group": "block:8"}, "no grouping of an engine"),
+        ({"policy": POLICY}, r'rows of all requests .* write "isolation": "batch"'),
+        ({"policy": POLICY, "group": "batch"}, 'write "isolation": "batch"'),
+        ({"policy": POLICY, "group": "batch", "isolation": "request"}, 'write "isolation": "batch"'),
+        ({"policy": POLICY, "group": "batch", "isolation": "tenant"}, 'write "isolation": "batch"'),
+        ({"policy": POLICY, "group": "tenant"}, 'write "isolation": "tenant"'),
+        ({"policy": POLICY, "isolation": "none"}, "use one of request, tenant, batch"),
+        ({"policy": POLICY, "isolation": True}, "give a str"),
         ({"policy": POLICY, "group": "everyone"}, "unknown grouping"),
         ({"policy": POLICY, "allow_untested_engine": 1}, "give a bool"),
         ({"file": "/nowhere/policy.json"}, "/nowhere/policy.json"),
@@ -56,7 +64,9 @@ def test_malformed_configurations(given: Any, message: str) -> None:
 def test_a_policy_file_and_the_defaults_of_serving(tmp_path: Path) -> None:
     path = tmp_path / "policy.json"
     path.write_text('{"schema": 1, "policy": "xshare(budget=8)", "layers": {"1": {"budget": 4}}}')
-    settings = Settings.of({"carpool": {"file": str(path)}})
+    with pytest.raises(CarpoolError, match='write "isolation": "batch"'):
+        Settings.of({"carpool": {"file": str(path)}})
+    settings = Settings.of({"carpool": {"file": str(path), "isolation": "batch"}})
     assert settings is not None
     assert str(settings.plan_for(0)) == "xshare(budget=8) | decode_only() | min_batch(2) | short_circuit()"
     assert str(settings.plan_for(1)).startswith("xshare(budget=4)")
@@ -82,7 +92,7 @@ def engine_config(**changes: Any) -> Any:
 def test_refused_engines(changes: dict[str, Any], message: str) -> None:
     from carpool.hosts.vllm.engine import check_engine
 
-    settings = Settings.of({"carpool": {"policy": POLICY}})
+    settings = Settings.of({"carpool": SHARING})
     assert settings is not None
     check_engine(engine_config(), settings)
     with pytest.raises(CarpoolError, match=message):
@@ -95,7 +105,7 @@ def test_untested_versions_need_the_override(monkeypatch: pytest.MonkeyPatch) ->
     from carpool.hosts.vllm.engine import check_engine
 
     monkeypatch.setattr(vllm, "__version__", "0.99.1")
-    strict, brave = (Settings.of({"carpool": {"policy": POLICY, "allow_untested_engine": b}}) for b in (False, True))
+    strict, brave = (Settings.of({"carpool": SHARING | {"allow_untested_engine": b}}) for b in (False, True))
     assert strict is not None
     assert brave is not None
     with pytest.raises(CarpoolError, match=r"vLLM 0\.99\.1 was not tested"):
@@ -108,7 +118,7 @@ def test_a_changed_seam_is_refused_whatever_the_override(monkeypatch: pytest.Mon
 
     from carpool.hosts.vllm.engine import check_engine
 
-    settings = Settings.of({"carpool": {"policy": POLICY, "allow_untested_engine": True}})
+    settings = Settings.of({"carpool": SHARING | {"allow_untested_engine": True}})
     assert settings is not None
     monkeypatch.setattr(layer, "create_fused_moe_router", lambda k: k)
     with pytest.raises(CarpoolError, match="no parameter 'top_k'"):
@@ -121,12 +131,81 @@ def test_batch_invariance_excludes_group_wide_policies(monkeypatch: pytest.Monke
     from carpool.hosts.vllm.engine import check_engine
 
     monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", True, raising=False)
-    group, token = (Settings.of({"carpool": {"policy": policy}}) for policy in (POLICY, "topk(k=2)"))
-    assert group is not None
-    assert token is not None
-    with pytest.raises(CarpoolError, match="VLLM_BATCH_INVARIANT"):
-        check_engine(engine_config(), group)
-    check_engine(engine_config(), token)
+    drafting = engine_config(speculative_config=object())
+    for isolation in ("request", "tenant", "batch"):
+        group, token = (
+            Settings.of({"carpool": {"policy": policy, "isolation": isolation}}) for policy in (POLICY, "topk(k=2)")
+        )
+        assert group is not None
+        assert token is not None
+        check_engine(drafting, token)
+        for config in (engine_config(), drafting):
+            if isolation == "request" and config is not drafting:
+                check_engine(config, group)  # a group of a single row does nothing
+                continue
+            with pytest.raises(CarpoolError, match="VLLM_BATCH_INVARIANT"):
+                check_engine(config, group)
+
+
+@pytest.mark.parametrize(
+    ("mode", "value"),
+    [
+        ("weight_transfer_config", object()),
+        ("aux_output_config", SimpleNamespace(enable_return_routed_experts=True)),
+    ],
+)
+def test_exact_log_probabilities_exclude_sharing_between_requests(mode: str, value: Any) -> None:
+    from carpool.hosts.vllm.engine import check_engine
+
+    config = engine_config(**{mode: value})
+    for policy, isolation, fits in (
+        (POLICY, "batch", False), (POLICY, "tenant", False), (POLICY, "request", True), ("topk(k=2)", "batch", True),
+    ):  # fmt: skip
+        settings = Settings.of({"carpool": {"policy": policy, "isolation": isolation}})
+        assert settings is not None
+        if fits:
+            check_engine(config, settings)
+        else:
+            with pytest.raises(CarpoolError, match="log-probabilities that do not depend on the batch"):
+                check_engine(config, settings)
+
+
+def test_the_modes_of_exact_log_probabilities_are_vllms() -> None:
+    """A renamed option would let them pass."""
+    from vllm.config import VllmConfig
+    from vllm.config.aux_output import AuxOutputConfig
+
+    assert "weight_transfer_config" in VllmConfig.__dataclass_fields__
+    assert "aux_output_config" in VllmConfig.__dataclass_fields__
+    assert "enable_return_routed_experts" in AuxOutputConfig.__dataclass_fields__
+
+
+@pytest.mark.parametrize(
+    ("given", "group"),
+    [
+        ({"isolation": "batch"}, "batch"), ({"isolation": "tenant"}, "tenant"), ({"isolation": "request"}, "request"),
+        ({"isolation": "batch", "group": "tenant"}, "tenant"), ({"group": "request"}, "request"),
+    ],
+)  # fmt: skip
+def test_the_grouping_follows_the_isolation(given: dict[str, Any], group: str) -> None:
+    settings = Settings.of({"carpool": {"policy": POLICY} | given})
+    assert settings is not None
+    assert str(settings.group) == group
+
+
+def test_token_local_policies_need_no_acknowledgement() -> None:
+    assert Settings.of({"carpool": {"policy": "topk(k=2)"}}) is not None
+
+
+@pytest.mark.parametrize(
+    ("extra", "tenant"),
+    [(None, None), ({}, None), ({"carpool_tenant": ""}, None), ({"carpool_tenant": ["a"]}, None),
+     ({"carpool_tenant": 1.5}, None), ({"carpool_tenant": True}, None), ({"carpool_tenant": "a"}, (str, "a")),
+     ({"carpool_tenant": 7}, (int, 7))],
+)  # fmt: skip
+def test_tenants(extra: Any, tenant: Any) -> None:
+    assert tenant_of(SimpleNamespace(extra_args=extra)) == tenant
+    assert tenant_of(None) is None
 
 
 def router(**changes: Any) -> Any:
@@ -244,4 +323,4 @@ def test_a_vllm_that_moved_a_constructor_runs_until_it_is_asked_to_share(monkeyp
     register()
     arm._configured(None, SimpleNamespace(additional_config={}))
     with pytest.raises(CarpoolError, match=r"this vLLM has no vllm\.v1\.worker\.moved\.Worker"):
-        arm._configured(None, SimpleNamespace(additional_config={"carpool": {"policy": POLICY}}))
+        arm._configured(None, SimpleNamespace(additional_config={"carpool": SHARING}))

@@ -12,7 +12,7 @@ import vllm_models as tiny
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 BUDGET = tiny.BUDGET
-CARPOOL = {"policy": tiny.POLICY}
+CARPOOL = tiny.SHARING
 
 
 @functools.cache

@@ -70,7 +70,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--served-model-name", "tiny",
         "--port", str(port), "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 24), "--max-model-len", "256",
         "--max-num-seqs", "16", "--block-size", "32", "--dtype", "float32",
-        "--additional-config", json.dumps({"carpool": {"policy": tiny.POLICY}}),
+        "--additional-config", json.dumps({"carpool": tiny.SHARING}),
     ]  # fmt: skip
     log = (folder / "log.txt").open("w")
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)

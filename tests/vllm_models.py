@@ -30,6 +30,7 @@ VOCABULARY = 512
 EXPERTS, TOP_K = 32, 4
 BUDGET = 8
 POLICY = f"xshare(budget={BUDGET})"
+SHARING = {"policy": POLICY, "isolation": "batch"}
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -108,7 +109,7 @@ def stock_engine() -> Any:
 @functools.cache
 def shared_engine() -> Any:
     """An engine with `POLICY`."""
-    return engine(qwen3(), {"policy": POLICY})
+    return engine(qwen3(), SHARING)
 
 
 @functools.cache

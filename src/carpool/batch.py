@@ -15,7 +15,7 @@ from torch import Tensor
 from carpool.errors import CarpoolError
 from carpool.fixed import MAX_ROWS
 
-GroupKind = Literal["batch", "request", "block", "position"]
+GroupKind = Literal["batch", "tenant", "request", "block", "position"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +80,11 @@ class Batch:
 
     def group_any(self, mask_NX: Tensor) -> Tensor:
         """Whether any row of a group has the mask set, `[G, X]`."""
-        return self.group_sum(mask_NX.to(torch.int64)) > 0
+        return _any_by(mask_NX, self.group_N, self.num_groups)
 
     def step_any(self, mask_NX: Tensor) -> Tensor:
         """Whether any row of a step has the mask set, `[S, X]`."""
-        return _sum_by(mask_NX.to(torch.int64), self.step_N, self.num_steps) > 0
+        return _any_by(mask_NX, self.step_N, self.num_steps)
 
 
 def _sum_by(values_NX: Tensor, index_N: Tensor, count: int) -> Tensor:
@@ -94,12 +94,19 @@ def _sum_by(values_NX: Tensor, index_N: Tensor, count: int) -> Tensor:
     return zeros.index_add(0, index_N, values_NX)
 
 
+def _any_by(mask_NX: Tensor, index_N: Tensor, count: int) -> Tensor:
+    if count == 1:
+        return mask_NX.any(0, keepdim=True)
+    return _sum_by(mask_NX.to(torch.int32), index_N, count) > 0
+
+
 @dataclass(frozen=True)
 class Grouping:
     """Which rows share a coreset: an argument of a run, not of a policy.
 
-    `batch`: all rows of a step. `request`: the rows of one request. `block:n`: `n` consecutive positions of one
-    request. `position`: rows at the same position, which is what a batch is in lockstep evaluation.
+    `batch`: all rows of a step. `tenant`: those of requests with the same key, in engines whose requests carry one.
+    `request`: the rows of one request. `block:n`: `n` consecutive positions of one request. `position`: rows at the
+    same position, which is what a batch is in lockstep evaluation.
     """
 
     kind: GroupKind
@@ -107,10 +114,10 @@ class Grouping:
 
     @classmethod
     def parse(cls, text: str | Grouping) -> Grouping:
-        """Raises CarpoolError unless the text is `batch`, `request`, `position` or `block:n` with n >= 1."""
+        """Raises CarpoolError unless the text is `batch`, `tenant`, `request`, `position` or `block:n` with n >= 1."""
         if isinstance(text, Grouping):
             return text
-        match = re.fullmatch(r"(batch|request|position)|block:([1-9]\d*)", str(text))
+        match = re.fullmatch(r"(batch|tenant|request|position)|block:([1-9]\d*)", str(text))
         if not match:
             raise CarpoolError(f"unknown grouping {text!r}; use 'batch', 'request', 'position' or 'block:n'")
         if match[2]:

@@ -35,6 +35,8 @@ class Layout:
     def __post_init__(self) -> None:
         if self.rows < 1:
             raise CarpoolError(f"batch {self.rows}: give a number of sequences, 1 or more")
+        if self.grouping.kind == "tenant":
+            raise CarpoolError("an evaluation's sequences have no tenants; group by batch, request or block:n")
         if self.prefill < 1:
             raise CarpoolError(f"prefill {self.prefill}: a sequence starts from a prompt of at least 1 token")
         if self.positions <= self.prefill:

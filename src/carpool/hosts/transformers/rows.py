@@ -92,6 +92,8 @@ def _finish(rules: RowRules, N: int, device: torch.device, given: dict[str, Any]
 def _groups(grouping: Grouping, request_N: Tensor, requests: int, positions_N: Tensor, S: int) -> dict[str, Any]:
     if grouping.kind == "batch":
         return {}
+    if grouping.kind == "tenant":
+        raise CarpoolError("a forward of a transformers model does not say whose its rows are; set run.batch")
     if grouping.kind == "request":
         return {"group_N": request_N, "num_groups": requests}
     # S consecutive positions touch at most this many blocks, so block numbers modulo it are distinct

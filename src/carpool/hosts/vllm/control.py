@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from carpool.errors import CarpoolError
 from carpool.grammar import parse
+from carpool.hosts.vllm.isolation import require_isolated
 from carpool.hosts.vllm.layers import prepare
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ class Control:
             The settings now in force.
 
         Raises:
-            CarpoolError: a text that cannot be read, a policy that does not fit the model or lacks statistics, or,
-                where CUDA graphs were recorded, another kind of policy. Nothing has changed then.
+            CarpoolError: a text that cannot be read, a policy that does not fit the model, its isolation or lacks
+                statistics, or, where CUDA graphs were recorded, another kind of policy. Nothing has changed then.
         """
         host = self._host
         try:
@@ -41,6 +42,7 @@ class Control:
                 raise CarpoolError("carpool_set: the model is not loaded yet")
             if policy is not None:
                 plan = parse(policy).for_serving()
+                require_isolated(plan, host.settings, host.worker.vllm_config)
                 stats = [prepare(layer, plan) for layer in host.layers]
                 host.use_plans([plan] * len(host.layers))
                 for layer, tensors in zip(host.layers, stats, strict=True):

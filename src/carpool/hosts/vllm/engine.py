@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from carpool.errors import CarpoolError
+from carpool.hosts.vllm.isolation import require_isolated
 from carpool.hosts.vllm.settings import Settings
 
 TESTED = ("0.32.",)  # versions whose seams were read and run
@@ -35,7 +36,7 @@ def check_engine(config: Any, settings: Settings) -> None:
         raise CarpoolError(
             "a KV connector may hand what a policy computed to other requests; remove kv_transfer_config"
         )
-    _check_batch_invariance(settings)
+    require_isolated(settings.policies.plan, settings, config)
 
 
 def _check_version(settings: Settings) -> None:
@@ -59,16 +60,6 @@ def _check_seams() -> None:
         missing = [parameter for parameter in needed if parameter not in parameters]
         if missing:
             raise CarpoolError(f"{name} of this vLLM has no parameter {missing[0]!r}; this version is not supported")
-
-
-def _check_batch_invariance(settings: Settings) -> None:
-    from vllm import envs
-
-    if envs.VLLM_BATCH_INVARIANT and settings.policies.plan.policy.kind == "group":
-        raise CarpoolError(
-            f"VLLM_BATCH_INVARIANT=1 promises results that do not depend on the batch, {settings.policies.plan.policy} "
-            "makes them depend on it; use a token-local policy or drop the promise"
-        )
 
 
 def _on_cpu() -> bool:

@@ -109,7 +109,7 @@ class Host:
         rows = Rows(
             runner.max_num_tokens,
             config.scheduler_config.max_num_seqs,
-            self.settings.group.kind == "request",
+            self.settings.group.kind,
             device,
         )
         self.layers = build_layers(runner.get_model(), self.settings, config, device)

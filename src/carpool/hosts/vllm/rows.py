@@ -12,7 +12,8 @@ import torch
 
 from carpool.batch import Batch
 
-OPT_OUT = "carpool"  # key in `SamplingParams.extra_args`
+OPT_OUT = "carpool"  # keys in `SamplingParams.extra_args`
+TENANT = "carpool_tenant"
 
 
 class Rows:
@@ -24,10 +25,11 @@ class Rows:
         sharing: rows of the running forward pass that a policy may change.
     """
 
-    def __init__(self, size: int, max_requests: int, by_request: bool, device: torch.device) -> None:
-        self.size, self.max_requests, self.by_request = size, max_requests, by_request
+    def __init__(self, size: int, max_requests: int, group: str, device: torch.device) -> None:
+        self.size, self.max_requests, self.group = size, max_requests, group
         self.expected = self.sharing = 0
         self._request_N = torch.zeros(size, dtype=torch.int64, device=device)
+        self._tenant_N = torch.zeros(size, dtype=torch.int64, device=device)
         self._zero_N = torch.zeros(size, dtype=torch.int64, device=device)
         self._real_N = torch.zeros(size, dtype=torch.bool, device=device)
         self._voter_N = torch.zeros(size, dtype=torch.bool, device=device)
@@ -52,12 +54,24 @@ class Rows:
         shares_N = torch.from_numpy(shares)
         self._request_N.zero_()
         self._request_N[:count].copy_(torch.from_numpy(np.repeat(np.arange(n), lengths)))
+        if self.group == "tenant":
+            self._tenant_N.zero_()
+            self._tenant_N[:count].copy_(torch.from_numpy(np.repeat(self._tenants(runner), lengths)))
         self._real_N.zero_()
         self._voter_N.zero_()
         self._exempt_N.fill_(True)
         self._real_N[:count] = True
         self._voter_N[:count].copy_(shares_N)
         self._exempt_N[:count].copy_(~shares_N)
+
+    @staticmethod
+    def _tenants(runner: Any) -> np.ndarray[Any, Any]:
+        """Each request's group, the number of its tenant's first request; without a tenant it is alone."""
+        names = runner.input_batch.req_ids[: runner.input_batch.num_reqs]
+        first: dict[Any, int] = {}
+        tenants = (tenant_of(runner.requests[name].sampling_params) for name in names)
+        numbers = (i if tenant is None else first.setdefault(tenant, i) for i, tenant in enumerate(tenants))
+        return np.fromiter(numbers, np.int64, len(names))
 
     def clear(self) -> None:
         """No request is running: whatever is forwarded now (profiling, warm-up, graph capture) is padding."""
@@ -71,8 +85,8 @@ class Rows:
         zero_N, request_N = self._zero_N[:num_rows], self._request_N[:num_rows]
         num_requests = min(self.max_requests, num_rows)  # a request has a row at least
         return Batch(
-            group_N=request_N if self.by_request else zero_N,
-            num_groups=num_requests if self.by_request else 1,
+            group_N={"batch": zero_N, "request": request_N, "tenant": self._tenant_N[:num_rows]}[self.group],
+            num_groups=1 if self.group == "batch" else num_requests,
             real_N=self._real_N[:num_rows],
             voter_N=self._voter_N[:num_rows],
             exempt_N=self._exempt_N[:num_rows],
@@ -89,3 +103,14 @@ def opted_out(sampling_params: Any) -> bool:
     """
     extra = getattr(sampling_params, "extra_args", None) or {}
     return extra.get(OPT_OUT, "on") != "on"
+
+
+def tenant_of(sampling_params: Any) -> tuple[type, str | int] | None:
+    """Whose request it is, by `extra_args={"carpool_tenant": "name"}`; None without a text or whole number there.
+
+    What cannot be a key makes the request a group of its own: nobody shares with a stranger by mistake.
+    """
+    tenant = (getattr(sampling_params, "extra_args", None) or {}).get(TENANT)
+    if isinstance(tenant, bool) or not isinstance(tenant, str | int) or tenant == "":
+        return None
+    return type(tenant), tenant

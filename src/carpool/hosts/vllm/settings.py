@@ -9,12 +9,15 @@ from typing import Any
 from carpool.batch import Grouping
 from carpool.errors import CarpoolError
 from carpool.grammar import Plan, parse
+from carpool.policies import Policy
 from carpool.policy_file import PolicyFile
 
 KEY = "carpool"
-EXAMPLE = '{"carpool": {"policy": "xshare(budget=32)"}}'
-TYPES: dict[str, type] = {"policy": str, "file": str, "stats": str, "group": str, "allow_untested_engine": bool}
-GROUPINGS = ("batch", "request")
+EXAMPLE = '{"carpool": {"policy": "xshare(budget=32)", "isolation": "batch"}}'
+TYPES: dict[str, type] = {
+    "policy": str, "file": str, "stats": str, "group": str, "isolation": str, "allow_untested_engine": bool,
+}  # fmt: skip
+GROUPINGS = ("request", "tenant", "batch")  # from narrow to wide; as isolation: the widest that is allowed
 
 
 @dataclass(frozen=True)
@@ -23,17 +26,30 @@ class Settings:
 
     Attributes:
         policies: plan of every layer, and the statistics file where a policy needs one.
-        group: rows that share a coreset, `batch` or `request`.
+        group: rows that share a coreset, one of `GROUPINGS`.
+        isolation: the widest grouping in which requests may depend on each other.
         allow_untested_engine: go on with a version of vLLM that was not tested.
     """
 
     policies: PolicyFile
     group: Grouping
+    isolation: str = GROUPINGS[0]
     allow_untested_engine: bool = False
 
     def plan_for(self, layer: int) -> Plan:
         """The plan of one layer with the defaults of serving."""
         return self.policies.plan_for(layer).for_serving()
+
+    def require_isolation(self, policy: Policy) -> None:
+        """Raises CarpoolError if a group-wide policy would let requests depend on each other further than allowed."""
+        group = self.group.kind
+        if policy.kind == "token" or GROUPINGS.index(group) <= GROUPINGS.index(self.isolation):
+            return
+        whose = {"batch": "of all requests of a batch", "tenant": "of a tenant's requests"}[group]
+        raise CarpoolError(
+            f"{policy} with group={group!r} lets the rows {whose} choose experts for each other, so what one request "
+            f'receives depends on the others: write "isolation": "{group}" to accept that, or use a token-local policy'
+        )
 
     @classmethod
     def of(cls, additional_config: Any) -> Settings | None:
@@ -41,7 +57,8 @@ class Settings:
 
         Raises:
             CarpoolError: unknown keys, wrong types, neither or both of `policy` and `file`, a policy that cannot be
-                read, a file that cannot be read, a grouping that an engine does not have.
+                read, a file that cannot be read, a grouping that an engine does not have or that is wider than
+                the isolation.
         """
         if not isinstance(additional_config, dict) or KEY not in additional_config:
             return None
@@ -55,7 +72,10 @@ class Settings:
                 raise CarpoolError(f"{KEY}: {name} is {value!r}; give a {TYPES[name].__name__}")
         if ("policy" in given) == ("file" in given):
             raise CarpoolError(f"{KEY}: give either 'policy' or 'file', as in {EXAMPLE}")
-        return cls(_policies(given), _grouping(given), given.get("allow_untested_engine", False))
+        policies, isolation = _policies(given), _isolation(given)
+        settings = cls(policies, _grouping(given), isolation, given.get("allow_untested_engine", False))
+        settings.require_isolation(policies.plan.policy)
+        return settings
 
 
 def _policies(given: dict[str, Any]) -> PolicyFile:
@@ -67,8 +87,16 @@ def _policies(given: dict[str, Any]) -> PolicyFile:
     return PolicyFile.load(given["file"])
 
 
+def _isolation(given: dict[str, Any]) -> str:
+    isolation: str = given.get("isolation", GROUPINGS[0])
+    if isolation not in GROUPINGS:
+        raise CarpoolError(f"{KEY}: isolation={isolation!r}; use one of {', '.join(GROUPINGS)}")
+    return isolation
+
+
 def _grouping(given: dict[str, Any]) -> Grouping:
-    group = Grouping.parse(given.get("group", "batch"))
+    # without a word about either, the methods' own grouping, so that it is refused and not silently inert
+    group = Grouping.parse(given.get("group", given.get("isolation", "batch")))
     if group.kind not in GROUPINGS:
         raise CarpoolError(f"{KEY}: group={str(group)!r} is no grouping of an engine; use {' or '.join(GROUPINGS)}")
     return group
