@@ -25,6 +25,9 @@ class NumberTokenizer:
     def __call__(self, text: str, **settings: Any) -> dict[str, list[int]]:
         return {"input_ids": [int(word) for word in text.split()]}
 
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
 
 def numbers(domain: str, length: int, start: int = 0) -> Document:
     """A text that counts, so that a window of it tells where it came from."""

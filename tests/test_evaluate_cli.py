@@ -43,7 +43,11 @@ def test_evaluate_writes_everything(texts, tmp_path):
     oea = content["results"][1]
     assert oea["changed_rows"] > 0
     assert len(oea["union_by_layer"]) == 2
-    assert oea["kl"]["low"] <= oea["kl"]["value"] <= oea["kl"]["high"]
+    assert oea["kl"]["low"] is None  # two batches say nothing about their spread
+    details = oea["details"]
+    assert set(details["expert_use"]) == {"code", "prose"}
+    assert sum(details["displaced_histogram"]) == oea["decoded_tokens"] * 2
+    assert details["worst_rows"][0]["text"].split()
 
 
 def test_check_lockstep(texts):

@@ -16,7 +16,7 @@ TEXTS = [noise(domain, 90, seed) for seed, domain in enumerate(("a", "b", "a", "
 
 
 def settings(*policies, **changes):
-    given = {"grouping": Grouping.parse("batch"), "batch_sizes": (4,), "sequence": 9, "prefill": 3, "batches": 3}
+    given = {"grouping": Grouping.parse("batch"), "batch_sizes": (4,), "sequence": 9, "prefill": 3, "batches": 4}
     return Settings(tuple(map(parse, policies)), **(given | changes))
 
 

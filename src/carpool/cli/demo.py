@@ -70,7 +70,8 @@ def demo(
         f"tokens of {', '.join(sequences.domains)}",
     )
     write(
-        json_path, results, model=model_facts(model, None), texts=text_facts(paths), seed=settings.seed,
+        json_path, results, decode=tokenizer.decode,
+        model=model_facts(model, None), texts=text_facts(paths), seed=settings.seed,
         arguments={**numbers, "batches": settings.batches}, findings=said,
         series=[{"label": s.label, "control": s.control, "policies": list(map(str, s.plans))} for s in series],
     )  # fmt: skip

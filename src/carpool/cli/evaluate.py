@@ -52,6 +52,10 @@ def evaluate(
     check_lockstep: Annotated[
         bool, typer.Option("--check-lockstep", help="Compare with real decoding instead; needs memory for float64.")
     ] = False,
+    interference: Annotated[
+        bool, typer.Option("--interference", help="Measure what its neighbours in the batch do to a sequence instead.")
+    ] = False,
+    co_batches: Annotated[int, typer.Option(help="With --interference: sets of neighbours of every sequence.")] = 16,
 ) -> None:
     """Decode a text in lockstep, stock and under policies, and compare experts read with quality."""
     from carpool.batch import Grouping
@@ -69,6 +73,10 @@ def evaluate(
         batch_sizes=batch_sizes(batch),
         sequence=sequence, prefill=prefill, tokens=tokens, batches=batches, seed=seed, allow_unchanged=allow_unchanged,
     )  # fmt: skip
+    if interference:
+        from carpool.cli.interference import for_interference, report_interference
+
+        settings = for_interference(settings, co_batches)
     if json_path is not None:
         require_writable(json_path)
     paths = text or embedded_texts()
@@ -80,6 +88,18 @@ def evaluate(
     if check_lockstep:
         _check(console, loaded, settings, sequences.ids_ST[:, :-1], statistics, json_path)
         return
+    arguments = {
+        "policies": [str(plan) for plan in settings.plans], "group": group, "batch": batch, "tokens": tokens,
+        "batches": batches, "sequence": sequence, "prefill": prefill,
+        "stats": None if stats is None else stats.name, "allow_unchanged": allow_unchanged,
+    }  # fmt: skip
+    facts = {"texts": text_facts(paths), "seed": seed, "arguments": arguments}
+    if interference:
+        report_interference(
+            console, loaded, settings, sequences, co_batches, statistics, json_path, tokenizer.decode,
+            model=model_facts(loaded, model), **facts,
+        )  # fmt: skip
+        return
     with progress("evaluating", settings.num_rows) as advance:
         by_batch = study(loaded, settings, sequences, stats=statistics, advance=advance)
     for found in by_batch:
@@ -90,15 +110,10 @@ def evaluate(
         write(
             json_path,
             [result for found in by_batch for result in found],
+            decode=tokenizer.decode,
             model=model_facts(loaded, model),
-            texts=text_facts(paths),
-            seed=seed,
-            arguments={
-                "policies": [str(plan) for plan in settings.plans], "group": group, "batch": batch, "tokens": tokens,
-                "batches": batches, "sequence": sequence, "prefill": prefill,
-                "stats": None if stats is None else stats.name, "allow_unchanged": allow_unchanged,
-            },
-        )  # fmt: skip
+            **facts,
+        )
         console.print(f"wrote {json_path}", highlight=False, markup=False, soft_wrap=True)
 
 

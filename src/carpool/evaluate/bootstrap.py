@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 DRAWS = 2000
 LEVEL = 0.95
+FEWEST = 4  # batches; resampling fewer says nothing
 
 Array = NDArray[np.float64]
 
@@ -56,10 +57,10 @@ def interval(draws_R: Array, level: float = LEVEL) -> tuple[float | None, float 
 
 
 def estimate(numerator_M: Array, denominator_M: Array, counts_RM: Array, *, exponential: bool = False) -> Estimate:
-    """A ratio of sums (or e to the power of it) with its interval; none with fewer than two batches."""
+    """A ratio of sums (or e to the power of it) with its interval; none with fewer than `FEWEST` batches."""
     value, draws_R = ratio(numerator_M, denominator_M), ratio_draws(numerator_M, denominator_M, counts_RM)
     if exponential:
         value, draws_R = float(np.exp(value)), np.exp(draws_R)
-    if len(numerator_M) < 2:
+    if len(numerator_M) < FEWEST:
         return Estimate(value)
     return Estimate(value, *interval(draws_R))

@@ -9,6 +9,7 @@ decoded, `L` MoE layers, `V` vocabulary, `C` rows of a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from carpool.grammar import Plan
 from carpool.pipeline import Outcome
 
 CHUNK = 1 << 19  # logits that are compared at a time; 2 MiB in float32 stay in a cache
+Observer = Callable[[int, Batch, Outcome], None]
 LAYER_FIELDS = ("union", "natural_union", "coreset", "pairs", "displaced", "changed", "overflow")
 
 
@@ -73,6 +75,7 @@ def forward(
     *,
     num_layers: int,
     stats: Any = None,
+    observe: Observer | None = None,
 ) -> Pass:
     """Run the sequences of `M = S / B` batches under a plan.
 
@@ -80,6 +83,7 @@ def forward(
         ids_ST: inputs, int64 `[M * B, T]`.
         num_layers: MoE layers of the model; fewer that report mean that a router was bypassed.
         stats: statistics for policies that need some.
+        observe: told what every layer did, too.
 
     Raises:
         CarpoolError: the policy did not run in every layer.
@@ -90,7 +94,13 @@ def forward(
     device = next(model.parameters()).device
     watch = Watch(layout, copies)
     batch = layout.batch(copies, device)
-    with torch.inference_mode(), share(model, plan, group=layout.grouping, stats=stats, batch=batch, observe=watch):
+
+    def seen(layer: int, batch: Batch, outcome: Outcome) -> None:
+        watch(layer, batch, outcome)
+        if observe is not None:
+            observe(layer, batch, outcome)
+
+    with torch.inference_mode(), share(model, plan, group=layout.grouping, stats=stats, batch=batch, observe=seen):
         logits_RV = decoded_logits(model, ids_ST.to(device), layout)
     if len(watch.sums) != num_layers:
         raise CarpoolError(

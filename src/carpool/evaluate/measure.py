@@ -12,6 +12,7 @@ from torch import Tensor
 
 from carpool.errors import CarpoolError
 from carpool.evaluate.bootstrap import Array
+from carpool.evaluate.details import Details
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.lockstep import LAYER_FIELDS, Pass, compare, decoded_logits, forward
 from carpool.evaluate.sequences import Sequences
@@ -48,6 +49,7 @@ class Measured:
         layers: by field of `LAYER_FIELDS`, sums over the decoding steps of each batch, `[M, L]`.
         kl_M, agree_M: sums over the decoded tokens of each batch.
         nll_MD, tokens_MD: negative log-likelihood and decoded tokens by domain.
+        details: which experts each domain reads, and the rows that lose most.
     """
 
     plan: Plan | None
@@ -58,6 +60,7 @@ class Measured:
     agree_M: Array
     nll_MD: Array
     tokens_MD: Array
+    details: Details
 
     @property
     def name(self) -> str:
@@ -100,7 +103,7 @@ def measure(
     """
     for plan in plans:
         plan.check(moe.experts, moe.top_k)
-    tallies = [_Tally(plan, layout, sequences) for plan in (None, *plans)]
+    tallies = [_Tally(plan, layout, sequences, moe) for plan in (None, *plans)]
     decoded = layout.rows * layout.decoded
     vocabulary = model.config.get_text_config().vocab_size
     stacked = min(ROWS_PER_PASS // (layout.rows * layout.positions), LOGITS_PER_PASS // (decoded * vocabulary))
@@ -109,7 +112,10 @@ def measure(
             stock = None
             for tally in tallies:
                 plan = tally.plan or moe.stock
-                run = forward(model, plan, ids_SX[:, :-1], layout, num_layers=moe.layers, stats=stats)
+                tally.details.begin(layout, domain_S)
+                run = forward(
+                    model, plan, ids_SX[:, :-1], layout, num_layers=moe.layers, stats=stats, observe=tally.details
+                )
                 if stock is None:
                     stock = run
                     if not tally.layers:
@@ -166,8 +172,9 @@ def _require_changed(result: Measured, stock: Measured, moe: MoE) -> None:
 
 
 class _Tally:
-    def __init__(self, plan: Plan | None, layout: Layout, sequences: Sequences) -> None:
+    def __init__(self, plan: Plan | None, layout: Layout, sequences: Sequences, moe: MoE) -> None:
         self.plan, self.layout, self.domains = plan, layout, sequences.domains
+        self.details = Details.empty(len(sequences.domains), moe.layers, moe.experts)
         self.layers: list[Tensor] = []
         self.tokens: list[Array] = []
 
@@ -175,6 +182,7 @@ class _Tally:
         layout = self.layout
         targets_R = ids_SX[:, layout.prefill + 1 :].flatten().to(run.logits_RV.device)
         found = compare(stock.logits_RV, run.logits_RV, targets_R)
+        self.details.finish(ids_SX[:, :-1], found.kl_R)
         by_sequence = [x.view(-1, layout.decoded).sum(1).cpu() for x in (found.kl_R, found.agree_R, found.nll_R)]
         one_hot_SD = torch.nn.functional.one_hot(domain_S, len(self.domains)).double()
         columns = torch.cat(
@@ -201,4 +209,5 @@ class _Tally:
             agree_M=tokens_MX[:, 1],
             nll_MD=tokens_MX[:, 2 : 2 + count],
             tokens_MD=tokens_MX[:, 2 + count :],
+            details=self.details,
         )

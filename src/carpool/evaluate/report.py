@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,10 +13,12 @@ from typing import Any
 
 import carpool
 from carpool.evaluate.bootstrap import DRAWS, LEVEL
+from carpool.evaluate.details import Details
 from carpool.evaluate.metrics import Result
 from carpool.files import sha256_file, write_text
 
 SCHEMA = 1
+Decode = Callable[[list[int]], str]
 
 
 def provenance() -> dict[str, Any]:
@@ -53,8 +55,8 @@ def text_facts(paths: Sequence[Path]) -> list[dict[str, str]]:
     return [{"name": path.name, "sha256": sha256_file(path)} for path in paths]
 
 
-def as_dict(result: Result) -> dict[str, Any]:
-    """One row of the results."""
+def as_dict(result: Result, decode: Decode | None = None) -> dict[str, Any]:
+    """One row of the results; `decode` shows the worst rows' tokens as text."""
     one = result.measured
     layout = one.layout
     estimates = ("union", "union_share", "displaced_mass", "kl", "top1_agreement", "perplexity", "perplexity_ratio")
@@ -76,10 +78,28 @@ def as_dict(result: Result) -> dict[str, Any]:
         },
         "union_by_layer": result.union_by_layer,
         "stock_union_by_layer": result.stock_union_by_layer,
+        "details": _details(one.details, one.domains, decode),
     }
 
 
-def write(path: Path, results: Sequence[Result], **facts: Any) -> None:
+def _details(details: Details, domains: Sequence[str], decode: Decode | None) -> dict[str, Any]:
+    worst = [
+        {
+            "displaced_mass": row.displaced,
+            "kl": row.kl,
+            "domain": domains[row.domain],
+            "text": None if decode is None else decode(list(row.context)),
+        }
+        for row in details.worst
+    ]
+    return {
+        "expert_use": dict(zip(domains, details.use_DLE.tolist(), strict=True)),
+        "displaced_histogram": details.histogram_B.tolist(),
+        "worst_rows": worst,
+    }
+
+
+def write(path: Path, results: Sequence[Result], *, decode: Decode | None = None, **facts: Any) -> None:
     """Write an evaluation in one piece; `facts` (model, texts, seed, arguments, ...) go beside the results."""
     content = {
         "schema": SCHEMA,
@@ -87,6 +107,7 @@ def write(path: Path, results: Sequence[Result], **facts: Any) -> None:
         **provenance(),
         **facts,
         "intervals": {"level": LEVEL, "method": "paired bootstrap over batches", "draws": DRAWS},
-        "results": [as_dict(result) for result in results],
     }
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    head = json.dumps(content, indent=1, allow_nan=False).removesuffix("\n}")
+    rows = ",\n  ".join(json.dumps(as_dict(result, decode), allow_nan=False) for result in results)
+    write_text(path, f'{head},\n "results": [\n  {rows}\n ]\n}}\n')  # a line a result
