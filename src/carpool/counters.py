@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from carpool.batch import Batch
 from carpool.pipeline import Outcome
@@ -14,6 +15,27 @@ FIELDS = (
     "calls", "steps", "rows", "rows_exempt", "rows_changed", "rows_nonfinite",
     "natural_union", "union", "coreset", "pairs", "floor_overflow", "displaced_mass",
 )  # fmt: skip
+
+
+def measured(batch: Batch, outcome: Outcome) -> Tensor:
+    """One call of a layer in numbers, float64 in the order of `FIELDS`.
+
+    Args:
+        batch: the rows as the host gave them to `route`.
+        outcome: what `route` made of them.
+    """
+    real_N = batch.real_N
+    guarded = outcome.inputs.batch  # non-finite rows are no longer real, `decode_only` has exempted prompt rows
+    kept_NK = outcome.routing.weights_NK != 0
+    coreset_GE = outcome.coreset_GE & (outcome.inputs.voters_G1 > 0)
+    one = torch.ones((), dtype=torch.float64, device=real_N.device)
+    values = (
+        one, one * batch.num_steps, real_N.sum(), (guarded.real_N & guarded.exempt_N).sum(),
+        outcome.changed_N.sum(), (outcome.nonfinite_N & real_N).sum(), outcome.natural_SE.sum(),
+        outcome.union_SE.sum(), coreset_GE.sum(),
+        (kept_NK & real_N.unsqueeze(-1)).sum(), outcome.overflow_SE.sum(), (outcome.displaced_N * real_N).sum(),
+    )  # fmt: skip
+    return torch.stack([value.double() for value in values])
 
 
 @dataclass(frozen=True)
@@ -53,18 +75,11 @@ class Counters:
 
     def add(self, layer: int, batch: Batch, outcome: Outcome) -> None:
         """Add one call of a layer; in place and without a sync."""
-        real_N = batch.real_N
-        guarded = outcome.inputs.batch  # non-finite rows are no longer real, `decode_only` has exempted prompt rows
-        kept_NK = outcome.routing.weights_NK != 0
-        coreset_GE = outcome.coreset_GE & (outcome.inputs.voters_G1 > 0)
-        one = torch.ones((), dtype=torch.float64, device=self._totals_LF.device)
-        values = (
-            one, one * batch.num_steps, real_N.sum(), (guarded.real_N & guarded.exempt_N).sum(),
-            outcome.changed_N.sum(), (outcome.nonfinite_N & real_N).sum(), outcome.natural_SE.sum(),
-            outcome.union_SE.sum(), coreset_GE.sum(),
-            (kept_NK & real_N.unsqueeze(-1)).sum(), outcome.overflow_SE.sum(), (outcome.displaced_N * real_N).sum(),
-        )  # fmt: skip
-        self._totals_LF[layer] += torch.stack([value.double() for value in values])
+        self.add_measured(layer, measured(batch, outcome))
+
+    def add_measured(self, layer: int, values_F: Tensor) -> None:
+        """Add what `measured` made of one call."""
+        self._totals_LF[layer] += values_F
 
     def reset(self) -> None:
         self._totals_LF.zero_()

@@ -35,6 +35,7 @@ class Outcome:
         unfloored_NE: the same before the floor.
         changed_N: rows whose routing differs from the native one.
         nonfinite_N: rows with NaN or infinite logits; they kept their native routing.
+        lost: share of a displaced pair's weight that counts as displaced, `[N, E]` or `[E]`; None: all of it.
     """
 
     routing: Routing
@@ -44,12 +45,16 @@ class Outcome:
     unfloored_NE: Tensor
     changed_N: Tensor
     nonfinite_N: Tensor
+    lost: Tensor | None = None
 
     @lazy_property
     def displaced_N(self) -> Tensor:
-        """Displaced mass of each row, a share of its native weight in [0, 1]."""
+        """Displaced mass of each row, a share of its native weight in [0, 1]; a pair that is left to a surrogate counts
+        by what the surrogate leaves unexplained."""
         native_NE = self.inputs.native_weight_NE
-        return (native_NE * ~self.allowed_NE).sum(-1) / native_NE.sum(-1).clamp_min(TINY)
+        displaced_NE = native_NE * ~self.allowed_NE
+        displaced_NE = displaced_NE if self.lost is None else displaced_NE * self.lost
+        return displaced_NE.sum(-1) / native_NE.sum(-1).clamp_min(TINY)
 
     @lazy_property
     def computed_NE(self) -> Tensor:
@@ -65,6 +70,15 @@ class Outcome:
     def union_SE(self) -> Tensor:
         """Experts that each step reads."""
         return self.inputs.batch.step_any(self.computed_NE)
+
+    @lazy_property
+    def surrogates_SE(self) -> Tensor:
+        """Experts whose surrogates each step reads."""
+        ids_NK, weights_NK = self.routing.surrogate_ids_NK, self.routing.surrogate_weights_NK
+        used_NE = torch.zeros_like(self.allowed_NE)
+        if ids_NK is not None and weights_NK is not None:
+            used_NE = used_NE.to(torch.int64).scatter_add(-1, ids_NK.long(), (weights_NK != 0).to(torch.int64)) > 0
+        return self.inputs.batch.step_any(used_NE)
 
     @lazy_property
     def overflow_SE(self) -> Tensor:
@@ -96,14 +110,41 @@ def route(
         stats: this layer's statistics, as `plan.policy.prepare` returned them.
         hidden_NH: the router's input, for policies that ask for it.
     """
+    scores_NE, weights_NE = scored(spec, logits_NE)
+    native = spec.native(logits_NE.nan_to_num()) if native is None else native
+    return decide(
+        plan, spec, logits_NE, scores_NE, weights_NE, batch, native=native, stats=stats or {}, hidden_NH=hidden_NH
+    )
+
+
+def scored(spec: RouteSpec, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores that experts are ranked and mixed by, finite, `[N, E]` each."""
+    scores_NE, weights_NE = spec.scores(logits_NE.nan_to_num())  # keeps the order of a row with masked (-inf) experts
+    return scores_NE, weights_NE.float()
+
+
+def decide(
+    plan: Plan,
+    spec: RouteSpec,
+    logits_NE: Tensor,
+    scores_NE: Tensor,
+    weights_NE: Tensor,
+    batch: Batch,
+    *,
+    native: Routing,
+    stats: Mapping[str, Tensor],
+    hidden_NH: Tensor | None,
+) -> Outcome:
+    """`route` from given scores (`scored`): all that depends on the plan.
+
+    A host may compile this. The scores stay outside, so that the experts chosen do not depend on how a compiler
+    rounds an exponential.
+    """
     nonfinite_N = ~logits_NE.isfinite().all(-1)
-    logits_NE = logits_NE.nan_to_num()  # keeps the order of a row with masked (-inf) experts
     batch = batch.dropping(nonfinite_N)
     for guard in plan.guards:
         batch = guard.batch(batch)
-    native = spec.native(logits_NE) if native is None else native
-    scores_NE, weights_NE = spec.scores(logits_NE)
-    inputs = Inputs(spec, scores_NE, weights_NE.float(), native.ids_NK, batch, stats or {}, hidden_NH)
+    inputs = Inputs(spec, scores_NE, weights_NE, native.ids_NK, batch, stats, hidden_NH)
 
     # a group without a voter has nobody to choose for it
     mute_G1 = inputs.voters_G1 == 0
@@ -125,5 +166,8 @@ def route(
     routing = Routing(
         torch.where(changed_N1, shared.ids_NK.to(native.ids_NK.dtype), native.ids_NK),
         torch.where(changed_N1, shared.weights_NK.to(native.weights_NK.dtype), native.weights_NK),
+        shared.surrogate_ids_NK,  # weight 0 in rows that are unchanged: nothing of theirs is displaced
+        shared.surrogate_weights_NK,
     )
-    return Outcome(routing, inputs, coreset_GE, allowed_NE, unfloored_NE, changed_N, nonfinite_N)
+    lost = plan.policy.lost(inputs)
+    return Outcome(routing, inputs, coreset_GE, allowed_NE, unfloored_NE, changed_N, nonfinite_N, lost)

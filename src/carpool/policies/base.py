@@ -18,6 +18,7 @@ from carpool.fixed import ordered_int, rank_descending, to_fixed, with_ties
 from carpool.lazy import lazy_property
 from carpool.routing import RouteSpec, Routing
 
+BLOCKED = 1 << 50  # above every key of preference: what it is taken from comes after all others
 Number = int | float | Tensor  # a 0-d device tensor stands for a number that changes at run time
 
 
@@ -63,14 +64,23 @@ class Inputs:
         return torch.zeros_like(self.scores_NE, dtype=torch.bool).scatter(-1, self.native_ids_NK.long(), True)
 
     @lazy_property
-    def rank_NE(self) -> Tensor:
-        """Each row's order of preference, 0 first: its native experts, then those in the model's allowed expert
-        groups, then the rest; by score within each, ties by the fixed rule."""
+    def preference_NE(self) -> Tensor:
+        """Each row's order of preference as distinct int64 keys, the largest first: its native experts, then those in
+        the model's allowed expert groups, then the rest; by score within each, ties by the fixed rule."""
         tier_NE = self.native_NE.to(torch.int64) << 33
         kept_NE = self.spec.in_kept_groups(self.scores_NE)
         if kept_NE is not None:
             tier_NE = tier_NE | (kept_NE.to(torch.int64) << 32)
-        return rank_descending(with_ties(tier_NE | ordered_int(self.scores_NE)))
+        return with_ties(tier_NE | ordered_int(self.scores_NE))
+
+    @lazy_property
+    def rank_NE(self) -> Tensor:
+        """Each row's rank of its native experts by preference, 0 first; `K` for all others, which nobody compares."""
+        ids_NK = self.native_ids_NK.long()
+        keys_NK = self.preference_NE.gather(-1, ids_NK)
+        # K is small: counting beats sorting, and a compiler fuses it
+        rank_NK = (keys_NK.unsqueeze(-2) > keys_NK.unsqueeze(-1)).sum(-1)
+        return torch.full_like(keys_NK[:, :1], self.top_k).expand(self.scores_NE.shape).scatter(-1, ids_NK, rank_NK)
 
     @lazy_property
     def voter_N1(self) -> Tensor:
@@ -129,6 +139,11 @@ class Policy:
     needs: ClassVar[tuple[str, ...]] = ()
     needs_hidden: ClassVar[bool] = False  # whether `Inputs.hidden_NH` must be given
 
+    @property
+    def surrogates(self) -> bool:
+        """Whether its routings leave pairs to surrogates, whose output the host has to add."""
+        return False
+
     def check(self, num_experts: int, top_k: int) -> None:
         """Raises CarpoolError if the parameters are impossible for a layer with `E` experts, `K` a token."""
 
@@ -152,6 +167,11 @@ class Policy:
     def allowed(self, inputs: Inputs, coreset_GE: Tensor) -> Tensor:
         """The experts a row may use, bool `[N, E]`; default: its group's coreset."""
         return self.by_row(inputs, coreset_GE)
+
+    def lost(self, inputs: Inputs) -> Tensor | None:
+        """Share of a displaced pair's weight that counts as displaced, `[N, E]` or `[E]` in [0, 1]; None: all of it.
+        Less than 1 where a surrogate takes the pair over."""
+        return None
 
     @staticmethod
     def by_row(inputs: Inputs, values_GE: Tensor) -> Tensor:
@@ -180,15 +200,26 @@ def drop(inputs: Inputs, allowed_NE: Tensor) -> Routing:
     """The row's native experts that are allowed, nothing in place of the others (but never no expert at all)."""
     kept_NE = allowed_NE & inputs.native_NE
     none_N1 = ~kept_NE.any(-1, keepdim=True)
-    best_NE = inputs.rank_NE == torch.where(allowed_NE, inputs.rank_NE, inputs.num_experts).amin(-1, keepdim=True)
+    allowed_keys_NE = torch.where(allowed_NE, inputs.preference_NE, -1)
+    best_NE = inputs.preference_NE == allowed_keys_NE.amax(-1, keepdim=True)
     return _take(inputs, kept_NE | (best_NE & none_N1), inputs.top_k)
 
 
+def leave(inputs: Inputs, allowed_NE: Tensor, left_NE: Tensor) -> Routing:
+    """Backfill over what is allowed and what is `left` to surrogates, mixed by the model's rule over both: a row whose
+    displaced experts are all left keeps the weights that its router gave."""
+    both = _take(inputs, allowed_NE | left_NE, inputs.top_k)
+    own_NK = allowed_NE.gather(-1, both.ids_NK.long())
+    best_N1 = torch.where(allowed_NE, inputs.preference_NE, -1).argmax(-1, keepdim=True).int()
+    return Routing(
+        torch.where(own_NK, both.ids_NK, best_N1), both.weights_NK * own_NK, both.ids_NK, both.weights_NK * ~own_NK
+    )
+
+
 def _take(inputs: Inputs, allowed_NE: Tensor, count: int) -> Routing:
-    blocked = inputs.num_experts
-    order_NE = torch.where(allowed_NE, inputs.rank_NE, inputs.rank_NE + blocked)
-    first = order_NE.topk(count, dim=-1, largest=False, sorted=True)
-    kept_NK = first.values < blocked
+    order_NE = torch.where(allowed_NE, inputs.preference_NE, inputs.preference_NE - BLOCKED)
+    first = order_NE.topk(count, dim=-1, sorted=True)
+    kept_NK = first.values >= 0
     ids_NK = torch.where(kept_NK, first.indices, first.indices[:, :1])
     return Routing(ids_NK.int(), inputs.spec.mix(inputs.weights_NE, ids_NK, kept_NK))
 
