@@ -130,12 +130,11 @@ def skip_assign(world: World, row: int, policy: Any, allowed: set[int], coreset:
 
 
 def listed(world: World, policy: Any) -> set[int]:
-    """The layer's list: given, a mask, or the highest EASY-EP scores."""
+    """The layer's list: given, or the highest EASY-EP scores."""
     if policy.experts is not None:
         return set(policy.experts)
-    if policy.size is None:
-        return {expert for expert, allow in enumerate(world.stats["allow"]) if allow}
-    scores = {expert: int(single(score) * 2**40) for expert, score in enumerate(world.stats["easy_ep"])}
+    name = "easy_ep" if policy.domain is None else "easy_ep/" + policy.domain
+    scores = {expert: int(single(score) * 2**40) for expert, score in enumerate(world.stats[name])}
     return top_by(scores, count(policy.size, world.num_experts))
 
 

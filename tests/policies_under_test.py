@@ -53,11 +53,9 @@ def sensitivity(num_experts: int, generator: torch.Generator) -> dict[str, Tenso
 
 
 def allow_lists(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Scores with ties, and a mask of about a third of the experts."""
-    scores_E = (torch.rand(num_experts, generator=generator) * 8).round() / 8
-    allow_E = torch.rand(num_experts, generator=generator) < 0.3
-    allow_E[0] = True
-    return {"easy_ep": scores_E, "allow": allow_E}
+    """Scores with ties, over all domains and of one."""
+    scores_2E = (torch.rand(2, num_experts, generator=generator) * 8).round() / 8
+    return {"easy_ep": scores_2E[0], "easy_ep/code": scores_2E[1]}
 
 
 def three_devices(num_rows: int, num_experts: int) -> dict[str, Any]:
@@ -253,7 +251,7 @@ ROWS = (
             "allow_list([0, 2], fill='drop')",
             f"allow_list(size={half(E)})",
             "allow_list(size=0.25, fill='drop')",
-            "allow_list()",
+            "allow_list(size=0.5, domain='code')",
         ],
         identity=lambda E, K: [f"allow_list({list(range(E))})", "allow_list(size=1.0)", f"allow_list(size={E})"],
         twin=more_twins.ALLOW_LIST,

@@ -29,10 +29,11 @@ def test_highest_scores() -> None:
     assert coreset(routed("allow_list(size=0.5)", stats=SCORES)) == {0, 2, 5}
 
 
-def test_a_mask() -> None:
-    assert coreset(routed("allow_list()", stats={"allow": torch.tensor([1, 0, 0, 1, 0, 0])})) == {0, 3}
-    with pytest.raises(CarpoolError, match="no expert"):
-        parse("allow_list()").policy.prepare({"allow": torch.zeros(6)})
+def test_scores_of_a_domain() -> None:
+    scores = {**SCORES, "easy_ep/code": torch.tensor([0.0, 0.4, 0.0, 0.5, 0.1, 0.0])}
+    assert coreset(routed("allow_list(size=2, domain='code')", stats=scores)) == {1, 3}
+    assert coreset(routed("allow_list(size=2)", stats=scores)) == {0, 2}
+    assert parse("allow_list(size=2, domain='code')").policy.required_stats() == ("easy_ep/code",)
 
 
 def test_an_expert_outside_the_list_is_never_chosen() -> None:
@@ -60,6 +61,9 @@ def test_what_others_read_is_not_free_for_a_token_policy() -> None:
         ("allow_list([-1])", "expert ids"),
         ("allow_list([6])", "expert 6"),
         ("allow_list([1], size=2)", "not both"),
+        ("allow_list()", "one of them"),
+        ("allow_list([1], domain='code')", "together with size"),
+        ("allow_list(size=2, domain=3)", "name of a domain"),
         ("allow_list(size=7)", "size=7"),
         ("allow_list([1], fill='skip')", "fill='skip'"),
     ],

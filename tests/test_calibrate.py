@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from carpool import CarpoolError
 from carpool.calibrate import calibrate, run, token_sequences
+from carpool.calibrate.capture import Experts, capture
+from carpool.calibrate.sensitivity import sensitivity
 from carpool.cli.app import app
 from carpool.hosts.transformers import find_layers, fingerprint
 from carpool.stats import SIMILARITIES, Statistics
@@ -91,11 +93,11 @@ def test_seed_draws_the_sample_for_cka(monkeypatch):
 def test_experts_of_a_bf16_model_run_in_fp32():
     model = tiny_model("qwen3_moe", dtype=torch.bfloat16)
     layer = find_layers(model)[0]
-    experts = run.Experts(layer)
+    experts = Experts(layer)
     hidden_NH = torch.randn(5, 32)
     with experts.ready() as call, torch.no_grad():
         outputs = list(experts.each(call, hidden_NH))
-        exact = list(run.Experts(find_layers(model.float())[0]).each(layer.experts, hidden_NH))
+        exact = list(Experts(find_layers(model.float())[0]).each(layer.experts, hidden_NH))
     assert outputs[3].dtype == torch.float32
     torch.testing.assert_close(outputs, exact)
 
@@ -178,13 +180,14 @@ def words(count, length):
 
 def test_sequences_are_full_and_shared_between_domains():
     documents = [Document("a", words(2000, 4)), Document("b", words(20, 5)), Document("b", words(150, 5))]
-    sequences_BT = token_sequences(documents, Words(), tokens=400, sequence=40, seed=0)
+    sequences_BT, domains = token_sequences(documents, Words(), tokens=400, sequence=40, seed=0)
     assert sequences_BT.shape == (10, 40)
     assert (sequences_BT[:, 0] == 1).all()  # each begins as the model's inputs do
     assert not (sequences_BT[:, 1:] == 1).any()
     from_b = (sequences_BT == 3 + 5).any(1)
     assert int(from_b.sum()) == 4  # all that b has to give; the rest comes from a
-    assert torch.equal(sequences_BT, token_sequences(documents, Words(), 400, 40, seed=0))
+    assert [domain == "b" for domain in domains] == from_b.tolist()
+    assert torch.equal(sequences_BT, token_sequences(documents, Words(), 400, 40, seed=0).ids_BT)
 
 
 def test_too_little_text_is_refused():
@@ -225,7 +228,7 @@ def test_command_writes_checked_statistics(command, tmp_path):
     assert set(stats.layers) == {0, 1}
     assert set(stats.layers[0]) == {*SIMILARITIES, "coverage"}
     few = [e for layer in stats.layers.values() for e in layer["coverage"].tolist() if e < 32]
-    assert ("warning: these experts" in output) == bool(few)
+    assert ("warning:" in output) == bool(few)
 
 
 def test_command_names_experts_without_tokens(command):
@@ -236,9 +239,96 @@ def test_command_names_experts_without_tokens(command):
     code, output = command("--text", "same.txt", "--tokens", "256", "--sequence", "64")
     assert code == 0
     stats = Statistics.load("stats.safetensors")
-    unseen = [f"{i}:{e} (0)" for i, t in stats.layers.items() for e, n in enumerate(t["coverage"].tolist()) if n == 0]
+    unseen = [f"{i}:{e}" for i, t in stats.layers.items() for e, n in enumerate(t["coverage"].tolist()) if n == 0]
     assert unseen
-    assert unseen[0] in output
+    assert "no token reached these experts (layer:expert), so nothing is known of their use: " in output
+    assert ", ".join(unseen[:12]) in output
+
+
+def test_command_scores_domains_and_layers(command, tmp_path):
+    (tmp_path / "more.jsonl").write_text(json.dumps({"text": words(3000, 7)}))
+    arguments = ("--text", "text.txt", "--text", "more.jsonl", "--tokens", "512", "--sequence", "64")
+    code, output = command(*arguments, "--energy", "--sensitivity")
+    assert code == 0, output
+    assert "domains with scores of their own, for `carpool allow-list --domain`: 'text', 'more'" in output
+    tensors = Statistics.load("stats.safetensors").layers
+    for layer in tensors.values():
+        assert int(layer["coverage/text"].sum()) == int(layer["coverage/more"].sum()) == 256 * 2
+        assert torch.equal(layer["coverage/text"] + layer["coverage/more"], layer["coverage"])
+        for name in ("easy_ep", "easy_ep/text", "easy_ep/more"):
+            assert layer[name].sum().item() == pytest.approx(1, abs=1e-5)
+        assert not torch.allclose(layer["easy_ep/text"], layer["easy_ep/more"])
+    assert sum(layer["sensitivity"].item() for layer in tensors.values()) == pytest.approx(1)
+
+
+def test_no_residual_stream_where_the_blocks_output_is_normalised():
+    model = tiny_model("flex_olmo")
+    assert all(routed.residual_NH is None for routed in capture(model, find_layers(model), IDS_BT[:4]))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"])
+def test_residual_stream(family):
+    """What a decoder layer returns, less its MoE block's output; nothing if that is not how the layer adds."""
+    model = tiny_model(family)
+    layers = find_layers(model)
+    seen = {}
+    hooks = []
+    for layer in layers:
+        parent = model.get_submodule(layer.name.rpartition(".")[0])
+        for key, module in (("block", layer.block), ("layer", parent)):
+            hooks.append(
+                module.register_forward_hook(
+                    lambda _m, _a, out, at=(layer.index, key): seen.update(
+                        {at: out[0] if isinstance(out, tuple) else out}
+                    )
+                )
+            )
+    found = capture(model, layers, IDS_BT[:4])
+    for hook in hooks:
+        hook.remove()
+    for layer, routed in zip(layers, found, strict=True):
+        after, block = (seen[layer.index, key].reshape(-1, 32) for key in ("layer", "block"))
+        torch.testing.assert_close(routed.residual_NH, after - block, atol=1e-4, rtol=1e-4)
+    hook = layers[0].block.register_forward_hook(lambda _m, _a, out: doubled(out))
+    parent = model.get_submodule(layers[0].name.rpartition(".")[0])
+    scaled = parent.register_forward_hook(lambda _m, _a, out: doubled(out))
+    assert capture(model, layers, IDS_BT[:4])[0].residual_NH is None
+    hook.remove()
+    scaled.remove()
+
+
+def doubled(out):
+    return (out[0] * 2, *out[1:]) if isinstance(out, tuple) else out * 2
+
+
+def test_sensitivity_is_the_divergence_without_a_layers_experts():
+    model = tiny_model("qwen2_moe")  # with a shared expert, which stays
+    layers = find_layers(model)
+    told = []
+    found = sensitivity(model, layers, IDS_BT, progress=told.append)
+    assert sum(told) == 3 * IDS_BT.numel()
+    with torch.no_grad():
+        stock = model(IDS_BT).logits.double().log_softmax(-1)
+        expected = []
+        for layer in layers:
+            experts, kept = layer.experts, layer.experts.down_proj.data.clone()
+            experts.down_proj.data.zero_()
+            other = model(IDS_BT).logits.double().log_softmax(-1)
+            experts.down_proj.data.copy_(kept)
+            expected.append((stock.exp() * (stock - other)).sum(-1).mean().item())
+    for layer, kl in zip(layers, expected, strict=True):
+        assert found[layer.index]["sensitivity_kl"].item() == pytest.approx(kl, rel=1e-4)
+        assert found[layer.index]["sensitivity"].item() == pytest.approx(kl / sum(expected), rel=1e-4)
+
+
+def test_sensitivity_needs_experts_that_run():
+    with pytest.raises(CarpoolError, match="experts were not called"):
+        sensitivity(bypassed(), find_layers(bypassed()), IDS_BT)
+    model = tiny_model("qwen3_moe")
+    for layer in find_layers(model):
+        layer.experts.down_proj.data.zero_()
+    with pytest.raises(CarpoolError, match="changes nothing"):
+        sensitivity(model, find_layers(model), IDS_BT)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from carpool.calibrate.capture import Seen
+from carpool.calibrate.easy_ep import EasyEP
 from carpool.calibrate.energy import LEAST_NORM, RIDGE, Energy
 
 N, E, K, H = 40, 6, 3, 5
+DOMAINS = ("a", "b")
 
 
-def measured(seed: int = 0) -> dict[str, Tensor]:
+def measured(seed: int = 0) -> Seen:
     generator = torch.Generator().manual_seed(seed)
     hidden_NH = torch.randn(N, H, generator=generator)
     scale_E = torch.rand(E, generator=generator) + 0.5
@@ -26,23 +29,19 @@ def measured(seed: int = 0) -> dict[str, Tensor]:
     ids_NK = torch.stack([row.unique()[:2] for row in ids_NK])
     weights_NK = weights_NE.gather(1, ids_NK)
     residual_NH = torch.randn(N, H, generator=generator)
-    return {
-        "hidden_NH": hidden_NH,
-        "outputs_NEH": outputs_NEH,
-        "ids_NK": ids_NK,
-        "weights_NK": weights_NK,
-        "residual_NH": residual_NH,
-    }
+    domain_N = torch.randint(0, 2, (N,), generator=generator)
+    return Seen(hidden_NH, outputs_NEH, ids_NK, weights_NK, residual_NH, domain_N)
 
 
 def norm(values: list[float]) -> float:
     return math.sqrt(sum(value * value for value in values))
 
 
-def twin(given: dict[str, Tensor]) -> dict[str, list]:
+def twin(given: Seen) -> dict[str, list]:
     """Loops over tokens and experts."""
-    hidden, outputs, ids, weights, residual = (given[name].double().tolist() for name in given)
-    gate, norms, squares, count, score = ([0.0] * E for _ in range(5))
+    hidden, outputs, ids, weights, residual, domain = (tensor.double().tolist() for tensor in given)
+    gate, norms, squares, count = ([0.0] * E for _ in range(4))
+    score, covered = ([[0.0] * E for _ in DOMAINS] for _ in range(2))
     logs, ratios = [], []
     for n in range(N):
         routed = [sum(w * outputs[n][int(e)][h] for e, w in zip(ids[n], weights[n], strict=True)) for h in range(H)]
@@ -54,7 +53,8 @@ def twin(given: dict[str, Tensor]) -> dict[str, list]:
             norms[e] += length
             squares[e] += length**2
             count[e] += 1
-            score[e] += w * length * max(0.0, 1 - cosine)
+            score[int(domain[n])][e] += w * length * max(0.0, 1 - cosine)
+            covered[int(domain[n])][e] += 1
             logs.append(math.log(max(length, LEAST_NORM)))
         ratios.append([w / max(weights[n]) for w in sorted(weights[n], reverse=True)])
     inputs = np.array([[*row, 1.0] for row in hidden])
@@ -71,7 +71,11 @@ def twin(given: dict[str, Tensor]) -> dict[str, list]:
         "gate_sum": gate,
         "norm_mean": [a / max(1, c) for a, c in zip(norms, count, strict=True)],
         "norm_square_mean": [a / max(1, c) for a, c in zip(squares, count, strict=True)],
-        "easy_ep": [value / sum(score) for value in score],
+        "easy_ep": [sum(own[e] / sum(own) for own in score) / len(DOMAINS) for e in range(E)],
+        "easy_ep/a": [value / sum(score[0]) for value in score[0]],
+        "easy_ep/b": [value / sum(score[1]) for value in score[1]],
+        "coverage/a": covered[0],
+        "coverage/b": covered[1],
         "norm_weight": solved[:H].T.tolist(),
         "norm_bias": solved[H].tolist(),
         "norm_scale": statistics.fmean(logs) + 3 * statistics.pstdev(logs),
@@ -79,12 +83,12 @@ def twin(given: dict[str, Tensor]) -> dict[str, list]:
     }
 
 
-def chunked(given: dict[str, Tensor], sizes: list[int]) -> dict[str, Tensor]:
-    energy = Energy(E, given["ids_NK"].shape[1], H)
-    parts = [given[name].split(sizes) for name in given]
-    for hidden_NH, outputs_NEH, ids_NK, weights_NK, residual_NH in zip(*parts, strict=True):
-        energy.update(hidden_NH, outputs_NEH, ids_NK, weights_NK, residual_NH)
-    return energy.result()
+def chunked(given: Seen, sizes: list[int]) -> dict[str, Tensor]:
+    collectors = Energy(E, given.ids_NK.shape[1], H), EasyEP(E, DOMAINS)
+    for part in zip(*(tensor.split(sizes) for tensor in given), strict=True):
+        for collector in collectors:
+            collector.update(Seen(*part))
+    return collectors[0].result() | collectors[1].result()
 
 
 @pytest.mark.parametrize("sizes", [[N], [1, 7, N - 8]])
@@ -93,17 +97,17 @@ def test_twin(sizes: list[int]) -> None:
     result, expected = chunked(given, sizes), twin(given)
     assert set(result) == set(expected)
     for name, tensor in result.items():
-        assert tensor.dtype == torch.float32
+        assert tensor.dtype == (torch.int64 if name.startswith("coverage") else torch.float32)
         # a ratio on the edge of two bins may fall into either
         close = 1.1e-3 if name == "ratio_quantiles" else 1e-5
-        assert torch.allclose(tensor, torch.tensor(expected[name]), rtol=1e-4, atol=close), name
+        assert torch.allclose(tensor.double(), torch.tensor(expected[name]).double(), rtol=1e-4, atol=close), name
 
 
 def test_without_the_residual_stream_there_is_no_easy_ep() -> None:
-    given = measured()
-    energy = Energy(E, 2, H)
-    energy.update(given["hidden_NH"], given["outputs_NEH"], given["ids_NK"], given["weights_NK"])
-    assert "easy_ep" not in energy.result()
+    scores = EasyEP(E, DOMAINS)
+    scores.update(measured())
+    scores.update(measured()._replace(residual_NH=None))
+    assert set(scores.result()) == {"coverage/a", "coverage/b"}
 
 
 def test_the_predictor_finds_a_linear_law() -> None:
@@ -115,7 +119,8 @@ def test_the_predictor_finds_a_linear_law() -> None:
     outputs_NEH = outputs_NEH * (hidden_NH @ law_HE + offset_E).exp().unsqueeze(-1)
     outputs_NEH[:, 3] = 0
     energy = Energy(E, 1, H)
-    energy.update(hidden_NH, outputs_NEH, torch.zeros(400, 1), torch.ones(400, 1))
+    ids_N1 = torch.zeros(400, 1, dtype=torch.int64)
+    energy.update(Seen(hidden_NH, outputs_NEH, ids_N1, torch.ones(400, 1), None, ids_N1[:, 0]))
     result = energy.result()
     heard = [0, 1, 2, 4, 5]
     assert torch.allclose(result["norm_weight"][heard], law_HE.T[heard], atol=5e-3)
@@ -129,7 +134,7 @@ def test_calibration_gives_what_base_needs() -> None:
 
     from carpool import parse, share
     from carpool.calibrate import calibrate
-    from carpool.calibrate.run import Experts, capture
+    from carpool.calibrate.capture import Experts, capture
     from carpool.hosts.transformers import find_layers
 
     model = tiny_model("qwen3_moe").eval()

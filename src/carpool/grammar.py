@@ -74,6 +74,10 @@ def parse(text: str | Policy | Plan) -> Plan:
     for part in rest:
         if not isinstance(part, Guard):
             raise CarpoolError(f"{part} is a second policy; only guards ({', '.join(GUARDS)}) may follow the first")
+    names = [part.name for part in rest]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise CarpoolError(f"{twice} is given twice in {_short(text)}: write each guard once")
     return Plan(first, tuple(rest))  # type: ignore[arg-type]
 
 

@@ -28,9 +28,18 @@ SIMILARITIES = {  # name: lowest possible value
     "similarity_routed": float("-inf"),
 }
 ASYMMETRIC = ("similarity_routed",)
-OTHER_DTYPES = (torch.float32, torch.float64, torch.int64, torch.bool)
+OTHER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int8, torch.bool)
 TOLERANCE = 1e-5
 AGAIN = "run `carpool calibrate` for this model"
+FLAGS = {  # of `carpool calibrate`, by how a statistic's name begins
+    "sensitivity": " --sensitivity",
+    **dict.fromkeys(("easy_ep", "coverage/", "norm_", "gate_sum", "ratio_"), " --energy"),
+}
+
+
+def made_by(name: str) -> str:
+    """The command that measures a statistic."""
+    return "carpool calibrate" + next((flag for start, flag in FLAGS.items() if name.startswith(start)), "")
 
 
 def fingerprint(layers: Iterable[tuple[int, Tensor]]) -> str:
@@ -223,7 +232,7 @@ def _check_similarity(where: str, name: str, similarity_EE: Tensor) -> None:
 def _by_layer(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     layers: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        prefix, index, name = key.split(".") if key.count(".") == 2 else ("", "", key)
+        prefix, index, name = key.split(".", 2) if key.count(".") > 1 else ("", "", key)
         if prefix != "layers" or not (index.isascii() and index.isdigit()):
             raise CarpoolError(f"tensor {key!r} is none of carpool's; {AGAIN}")
         layers.setdefault(int(index), {})[name] = tensor

@@ -1,4 +1,4 @@
-"""What experts put out and how it can be foreseen: norms, gate sums, EASY-EP scores, weight ratios, norm predictor.
+"""What experts put out and how it can be foreseen: norms, gate sums, weight ratios, norm predictor.
 
 `N` tokens of a chunk, `E` experts, `K` experts per token, `H` hidden size. Sums are fp64 throughout.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from carpool.calibrate.capture import Layer, Seen
 
 RATIO_BINS = 1000  # of a histogram over [0, 1]: quantiles are exact to 0.001
 QUANTILES = 11  # 0, 0.1, ..., 1
@@ -26,28 +28,22 @@ class Energy:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.gate_E = zeros(num_experts)  # sums over the tokens of an expert: of its weight,
-        self.norm_E = zeros(num_experts)  # of its output's norm,
-        self.square_E = zeros(num_experts)  # of the norm squared,
-        self.score_E = zeros(num_experts)  # and of weight times norm times the token's contribution
+        self.norm_E = zeros(num_experts)  # of its output's norm
+        self.square_E = zeros(num_experts)  # and of the norm squared
         self.coverage_E = zeros(num_experts)
         self.log_sums = zeros(2)  # of log norms and of their squares, over (token, native expert) pairs
         self.inputs_DD = zeros(hidden_size + 1, hidden_size + 1)  # x x^T, with a last x of 1 for the intercept
         self.targets_DE = zeros(hidden_size + 1, num_experts)  # x log ||E_e(x)||
         self.ratios_KB = zeros(top_k, RATIO_BINS + 1)  # counts of w_(j) / w_(1)
         self.tokens = 0
-        self._contributions = True
 
-    def update(
-        self,
-        hidden_NH: Tensor,
-        outputs_NEH: Tensor,
-        ids_NK: Tensor,
-        weights_NK: Tensor,
-        residual_NH: Tensor | None = None,
-    ) -> None:
-        """Add a chunk: the router's inputs, every expert's output, the native routing, and the residual stream that
-        the experts' sum is added to (for EASY-EP; None if the host cannot tell)."""
-        ids_NK, weights_NK, outputs_NEH = ids_NK.long(), weights_NK.double(), outputs_NEH.double()
+    @classmethod
+    def of(cls, layer: Layer) -> Energy:
+        return cls(layer.num_experts, layer.top_k, layer.weight_EH.shape[1], layer.weight_EH.device)
+
+    def update(self, seen: Seen) -> None:
+        """Add a chunk."""
+        ids_NK, weights_NK, outputs_NEH = seen.ids_NK, seen.weights_NK.double(), seen.outputs_NEH.double()
         norm_NE = outputs_NEH.norm(dim=-1)
         norm_NK = norm_NE.gather(1, ids_NK)
         experts_S = ids_NK.flatten()
@@ -58,18 +54,11 @@ class Energy:
             (self.coverage_E, torch.ones_like(norm_NK)),
         ):
             total_E.index_add_(0, experts_S, values_NK.flatten())
-        if residual_NH is None:
-            self._contributions = False
-        else:
-            index_NKH = ids_NK.unsqueeze(-1).expand(-1, -1, outputs_NEH.shape[-1])
-            routed_NH = (outputs_NEH.gather(1, index_NKH) * weights_NK.unsqueeze(-1)).sum(1)
-            share_N1 = contribution(residual_NH.double(), routed_NH).unsqueeze(-1)
-            self.score_E.index_add_(0, experts_S, (weights_NK * norm_NK * share_N1).flatten())
 
         log_NE = norm_NE.clamp_min(LEAST_NORM).log()
         log_NK = log_NE.gather(1, ids_NK)
         self.log_sums += torch.stack([log_NK.sum(), log_NK.square().sum()])
-        inputs_ND = torch.nn.functional.pad(hidden_NH.double(), (0, 1), value=1.0)
+        inputs_ND = torch.nn.functional.pad(seen.hidden_NH.double(), (0, 1), value=1.0)
         self.inputs_DD += inputs_ND.T @ inputs_ND
         self.targets_DE += inputs_ND.T @ log_NE
 
@@ -84,7 +73,6 @@ class Energy:
         """Float32, by name:
 
         `gate_sum [E]`, `norm_mean [E]` and `norm_square_mean [E]` over an expert's tokens (0 without any);
-        `easy_ep [E]` (left out if a residual stream was missing), summing to 1;
         `norm_weight [E, H]`, `norm_bias [E]`: the predictor; `norm_scale []`: mean and three standard deviations of the
         logarithms of the native experts' output norms;
         `ratio_quantiles [K, 11]`: deciles of the weight of the j-th heaviest native expert over the heaviest's.
@@ -102,8 +90,6 @@ class Energy:
             "norm_scale": mean + 3 * (square - mean.square()).clamp_min(0).sqrt(),
             "ratio_quantiles": self._quantiles(),
         }
-        if self._contributions:
-            result["easy_ep"] = self.score_E / self.score_E.sum().clamp_min(LEAST_NORM)
         return {name: tensor.float().contiguous().cpu() for name, tensor in result.items()}
 
     def _predictor(self) -> Tensor:
@@ -119,9 +105,3 @@ class Energy:
         wanted_Q = (torch.arange(QUANTILES, device=reached_KB.device) * self.tokens + steps - 1) // steps
         wanted_KQ = wanted_Q.clamp_min(1).double().expand(len(reached_KB), -1).contiguous()
         return torch.searchsorted(reached_KB, wanted_KQ) / RATIO_BINS
-
-
-def contribution(residual_NH: Tensor, routed_NH: Tensor) -> Tensor:
-    """EASY-EP's weight of a token, `[N]`: 1 minus the cosine between the residual stream before and after the routed
-    experts' sum is added (shared experts left out), at least 0."""
-    return (1 - torch.cosine_similarity(residual_NH, residual_NH + routed_NH, dim=-1)).clamp_min(0)

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from carpool.calibrate.capture import Collector, Experts, Layer, Routed, Seen, calm, capture
+from carpool.calibrate.easy_ep import EasyEP
 from carpool.calibrate.energy import Energy
 from carpool.calibrate.similarity import CKA, Similarity
 from carpool.errors import CarpoolError
@@ -23,28 +24,7 @@ CHUNK_NUMBERS = 1 << 22  # numbers in the expert outputs held at once (32 MB in 
 CKA_TOKENS = 512
 MIXTURE_TOLERANCE = 1e-2  # relative, between the experts one by one and together
 
-
-class Layer(Protocol):
-    """What calibration needs to know of an MoE layer; `hosts.transformers.MoELayer` has it."""
-
-    @property
-    def index(self) -> int: ...
-    @property
-    def weight_EH(self) -> Tensor: ...
-    @property
-    def experts(self) -> nn.Module: ...
-    @property
-    def num_experts(self) -> int: ...
-    @property
-    def top_k(self) -> int: ...
-
-
-class Routed(NamedTuple):
-    """What one layer's experts were called with."""
-
-    hidden_NH: Tensor
-    ids_NK: Tensor
-    weights_NK: Tensor
+MakeCollector = Callable[[Layer], Collector]
 
 
 def calibrate(
@@ -52,23 +32,28 @@ def calibrate(
     layers: Sequence[Layer],
     sequences_BT: Tensor,
     *,
+    domains: Sequence[str] = (),
     data: Sequence[tuple[str, str]] = (),
     seed: int = 0,
     energy: bool = False,
+    collectors: Sequence[MakeCollector] = (),
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Statistics:
     """Statistics of all MoE layers from one pass of the model over the sequences.
 
     Every expert runs on all tokens in fp32, layer by layer, on the hidden states of native routing. Memory beyond
-    the model: `BATCH_TOKENS` hidden states of every layer, `CHUNK_NUMBERS` of expert outputs, and `[E, n^2]` for CKA.
+    the model: `BATCH_TOKENS` hidden states of every layer (and their residual streams), `CHUNK_NUMBERS` of expert
+    outputs, and `[E, n^2]` for CKA.
 
     Args:
         model: a transformers model.
         layers: its MoE layers.
         sequences_BT: token ids without padding.
+        domains: the domain of every sequence; default: one domain named `text`.
         data: `(file name, sha256)` of the text, for the record.
         seed: of the sample for CKA.
-        energy: also measure output norms, gate sums and the norm predictor (see `carpool.calibrate.energy`).
+        energy: also measure output norms, gate sums, the norm predictor and EASY-EP's scores by domain.
+        collectors: what else to measure, made once a layer; see `carpool.calibrate.capture.Collector`.
         progress: told the number of tokens done after each step.
 
     Raises:
@@ -78,38 +63,40 @@ def calibrate(
     import carpool
 
     num_experts, top_k = _widths(layers)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if int(sequences_BT.max()) >= vocabulary:
-        raise CarpoolError(f"token {int(sequences_BT.max())} is outside the model's vocabulary of {vocabulary}")
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and sequences_BT.shape[1] > longest:
-        raise CarpoolError(f"sequences of {sequences_BT.shape[1]} tokens exceed the model's {longest}: shorten them")
+    require_fitting(model, sequences_BT)
     total = sequences_BT.numel()
     sample = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:CKA_TOKENS]
     sampled_N = torch.zeros(total, dtype=torch.bool).index_fill(0, sample, True)
+    domains = domains or ["text"] * len(sequences_BT)
+    names = list(dict.fromkeys(domains))
+    domain_BT = torch.tensor([names.index(domain) for domain in domains]).unsqueeze(1).expand_as(sequences_BT)
 
     runners = [Experts(layer) for layer in layers]
     similarities = [Similarity(num_experts, layer.weight_EH.device) for layer in layers]
-    energies = [_energy(layer) if energy else None for layer in layers]
+    makers: list[MakeCollector] = [Energy.of, lambda layer: EasyEP.of(layer, names)] if energy else []
+    collected = [[make(layer) for make in (*makers, *collectors)] for layer in layers]
     samples: list[list[Tensor]] = [[] for _ in layers]
     rows = max(1, BATCH_TOKENS // sequences_BT.shape[1])
     done = 0
-    with torch.inference_mode(), _calm(model):
-        for ids_BT in sequences_BT.split(rows):
+    with torch.inference_mode(), calm(model):
+        for ids_BT, of_BT in zip(sequences_BT.split(rows), domain_BT.split(rows), strict=True):
             picked_N = sampled_N[done : done + ids_BT.numel()]
             for position, routed in enumerate(capture(model, layers, ids_BT)):
                 samples[position].append(routed.hidden_NH[picked_N.to(routed.hidden_NH.device)])
-                _measure(runners[position], routed, similarities[position], energies[position])
+                _measure(runners[position], routed, of_BT.flatten(), similarities[position], collected[position])
             done += ids_BT.numel()
             progress(done)
         results = {
             layer.index: similarity.result() | {"similarity_cka": _cka(runner, torch.cat(hidden))}
             for layer, similarity, runner, hidden in zip(layers, similarities, runners, samples, strict=True)
         }
-        for layer, sums in zip(layers, energies, strict=True):
-            results[layer.index] |= sums.result() if sums else {}
+        for layer, mine in zip(layers, collected, strict=True):
+            for collector in mine:
+                results[layer.index] |= collector.result()
+    everywhere = set.intersection(*(set(tensors) for tensors in results.values()))
     return Statistics(
-        layers=results,
+        layers={index: {name: tensors[name] for name in tensors if name in everywhere}
+                for index, tensors in results.items()},
         fingerprint=fingerprint((layer.index, layer.weight_EH) for layer in layers),
         architecture=type(model).__name__,
         num_experts=num_experts,
@@ -121,86 +108,31 @@ def calibrate(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         carpool_version=carpool.__version__,
         torch_version=torch.__version__,
-    )
+    )  # fmt: skip
 
 
-class Experts:
-    """A layer's experts, run one at a time on all rows in fp32 whatever they are stored in."""
-
-    def __init__(self, layer: Layer) -> None:
-        """Raises CarpoolError if the experts are quantised."""
-        self.layer = layer
-        stored = {p.dtype for p in [*layer.experts.parameters(), *layer.experts.buffers()] if p.dtype != torch.float32}
-        if not stored <= {torch.bfloat16, torch.float16, torch.float64}:
-            kinds = ", ".join(sorted(map(str, stored)))
-            raise CarpoolError(f"layer {layer.index}: experts stored as {kinds}; calibrate the unquantised model")
-        self._cast = bool(stored)
-
-    @contextmanager
-    def ready(self) -> Iterator[Callable[[Tensor, Tensor, Tensor], Tensor]]:
-        """The experts as a function of fp32 `(hidden_NH, ids_NK, weights_NK)`; cast once for the whole block."""
-        module = self.layer.experts
-        if not self._cast:
-            yield module
-            return
-        state = {name: tensor.float() for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
-        yield lambda *args: torch.func.functional_call(module, state, args)
-
-    def each(self, run: Callable[[Tensor, Tensor, Tensor], Tensor], hidden_NH: Tensor) -> Iterator[Tensor]:
-        """Every expert's output `[N, H]` in turn, unweighted."""
-        ones_N1 = torch.ones(len(hidden_NH), 1, device=hidden_NH.device)
-        for expert in range(self.layer.num_experts):
-            output_NH = run(hidden_NH, torch.full_like(ones_N1, expert, dtype=torch.int64), ones_N1)
-            yield output_NH
+def require_fitting(model: Any, sequences_BT: Tensor) -> None:
+    """Raises CarpoolError if the sequences hold ids that the model does not know, or are too long for it."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if int(sequences_BT.max()) >= vocabulary:
+        raise CarpoolError(f"token {int(sequences_BT.max())} is outside the model's vocabulary of {vocabulary}")
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and sequences_BT.shape[1] > longest:
+        raise CarpoolError(f"sequences of {sequences_BT.shape[1]} tokens exceed the model's {longest}: shorten them")
 
 
-def capture(model: Any, layers: Sequence[Layer], ids_BT: Tensor) -> list[Routed]:
-    """Run the model once and return what each layer's experts were called with, in the order of `layers`.
-
-    Raises:
-        CarpoolError: a layer's experts were not called exactly once with a row per token.
-    """
-    calls: list[list[Routed]] = [[] for _ in layers]
-
-    def record(position: int) -> Callable[[nn.Module, tuple, dict], None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            hidden, ids, weights = (*args, *kwargs.values())[:3]
-            calls[position].append(Routed(hidden.reshape(-1, hidden.shape[-1]), ids, weights))
-
-        return hook
-
-    handles = [
-        layer.experts.register_forward_pre_hook(record(position), with_kwargs=True)
-        for position, layer in enumerate(layers)
-    ]
-    try:
-        # the head's logits over the whole vocabulary are not needed
-        model.base_model(input_ids=ids_BT.to(layers[0].weight_EH.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for layer, seen in zip(layers, calls, strict=True):
-        shapes = [list(call.ids_NK.shape) for call in seen]
-        if shapes != [[ids_BT.numel(), layer.top_k]]:
-            raise CarpoolError(
-                f"layer {layer.index}: its experts were called with choices of shape {shapes}, not once with "
-                f"{[ids_BT.numel(), layer.top_k]}: something bypasses or rewrites this model's routing"
-            )
-    return [seen[0] for seen in calls]
-
-
-def _energy(layer: Layer) -> Energy:
-    return Energy(layer.num_experts, layer.top_k, layer.weight_EH.shape[1], layer.weight_EH.device)
-
-
-def _measure(experts: Experts, routed: Routed, similarity: Similarity, energy: Energy | None) -> None:
+def _measure(
+    experts: Experts, routed: Routed, domain_N: Tensor, similarity: Similarity, collectors: Sequence[Collector]
+) -> None:
     layer, (tokens, hidden_size) = experts.layer, routed.hidden_NH.shape
     rows = max(1, CHUNK_NUMBERS // (layer.num_experts * hidden_size))
     shape = (layer.num_experts, min(rows, tokens), hidden_size)
     buffer_ENH = torch.empty(shape, dtype=torch.float64, device=routed.hidden_NH.device)
+    domain_N = domain_N.to(routed.hidden_NH.device)
     with experts.ready() as run:
         for start in range(0, tokens, rows):
-            hidden_NH, ids_NK, weights_NK = (tensor[start : start + rows] for tensor in routed)
+            some = slice(start, start + rows)
+            hidden_NH, ids_NK, weights_NK = routed.hidden_NH[some], routed.ids_NK[some], routed.weights_NK[some]
             for expert, output_NH in enumerate(experts.each(run, hidden_NH.float())):
                 buffer_ENH[expert, : len(hidden_NH)] = output_NH
             outputs_NEH = buffer_ENH[:, : len(hidden_NH)].transpose(0, 1)
@@ -208,8 +140,10 @@ def _measure(experts: Experts, routed: Routed, similarity: Similarity, energy: E
                 together_NH = run(hidden_NH.float(), ids_NK, weights_NK.float())
                 _check_mixture(layer, outputs_NEH, together_NH, ids_NK, weights_NK)
             similarity.update(outputs_NEH, ids_NK, weights_NK)
-            if energy is not None:
-                energy.update(hidden_NH, outputs_NEH, ids_NK, weights_NK)
+            residual_NH = None if routed.residual_NH is None else routed.residual_NH[some]
+            seen = Seen(hidden_NH, outputs_NEH, ids_NK.long(), weights_NK, residual_NH, domain_N[some])
+            for collector in collectors:
+                collector.update(seen)
     wrong = (~similarity.gram_EE.diagonal().isfinite()).nonzero().flatten().tolist()
     if wrong:
         raise CarpoolError(f"layer {layer.index}: expert {wrong[0]} gives NaN or inf on this text")
@@ -242,19 +176,3 @@ def _widths(layers: Sequence[Layer]) -> tuple[int, int]:
     if len(widths) > 1:
         raise CarpoolError(f"the layers differ in experts and top-k, {sorted(widths)}; only equal layers are supported")
     return widths.pop()
-
-
-@contextmanager
-def _calm(model: Any) -> Iterator[None]:
-    """Evaluation mode and the plain expert kernel: others copy an expert's weights for every row."""
-    training, switch = model.training, getattr(model, "set_experts_implementation", None)
-    before = getattr(model.config, "_experts_implementation", None)
-    model.eval()
-    try:
-        if switch is not None and before is not None:
-            switch("eager")
-        yield
-    finally:
-        model.train(training)
-        if switch is not None and before is not None:
-            switch(before)

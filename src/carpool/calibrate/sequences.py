@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,14 @@ from carpool.texts import Document
 PIECE = 8  # characters of a piece of text per token of a sequence
 
 
-def token_sequences(documents: Sequence[Document], tokenizer: Any, tokens: int, sequence: int, seed: int) -> Tensor:
+class Windows(NamedTuple):
+    """Token sequences and the domain of each."""
+
+    ids_BT: Tensor
+    domains: tuple[str, ...]
+
+
+def token_sequences(documents: Sequence[Document], tokenizer: Any, tokens: int, sequence: int, seed: int) -> Windows:
     """Ids `[B, T]` of `ceil(tokens / T)` full sequences, the same number from every domain as far as its text goes.
 
     Documents are cut into pieces, shuffled by `seed`, and packed with an end-of-text token between them, so that
@@ -38,21 +45,24 @@ def token_sequences(documents: Sequence[Document], tokenizer: Any, tokens: int, 
     texts: dict[str, list[str]] = {}
     for document in documents:
         texts.setdefault(document.domain, []).append(document.text)
-    streams = [_windows(texts[domain], tokenizer, sequence, random.Random(f"{seed} {domain}")) for domain in texts]
-    windows: list[list[int]] = []
+    streams = {
+        domain: _windows(texts[domain], tokenizer, sequence, random.Random(f"{seed} {domain}")) for domain in texts
+    }
+    windows: list[tuple[list[int], str]] = []
     while streams and len(windows) < wanted:
-        for stream in list(streams):
-            window = next(stream, None)
+        for domain in list(streams):
+            window = next(streams[domain], None)
             if window is None:
-                streams.remove(stream)
+                del streams[domain]
             elif len(windows) < wanted:
-                windows.append(window)
+                windows.append((window, domain))
     if len(windows) * sequence < MIN_TOKENS:
         raise CarpoolError(
             f"the text gives {len(windows)} full sequences of {sequence} tokens, at least {MIN_TOKENS} tokens are "
             "needed: give more text or a shorter sequence"
         )
-    return torch.tensor(windows)
+    ids, domains = zip(*windows, strict=True)
+    return Windows(torch.tensor(ids), domains)
 
 
 def _windows(texts: Sequence[str], tokenizer: Any, sequence: int, order: random.Random) -> Iterator[list[int]]:

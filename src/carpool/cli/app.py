@@ -8,7 +8,6 @@ from collections.abc import Callable
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from carpool.errors import CarpoolError
 
@@ -39,18 +38,4 @@ def command(name: str) -> Callable[[Callable], Callable]:
     return register
 
 
-@command("policies")
-def list_policies() -> None:
-    """List policies: name, parameters, kind and paper."""
-    from dataclasses import MISSING, fields
-
-    from carpool.policies import policies
-
-    table = Table("name", "parameters", "kind", "paper", box=None, header_style="bold")
-    for name, policy in policies().items():
-        shown = [f.name if f.default is MISSING else f"{f.name}={f.default!r}" for f in fields(policy) if f.init]
-        table.add_row(name, ", ".join(shown), policy.kind, policy.paper)
-    Console().print(table)
-
-
-from carpool.cli import calibrate, demo, doctor, evaluate  # noqa: E402, F401 - they register their commands
+from carpool.cli import calibrate, demo, doctor, evaluate, policies, policy_files, report  # noqa: E402, F401 - they register

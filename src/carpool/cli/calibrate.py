@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from carpool.cli.app import command
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from carpool.stats import Statistics
 
 FEW_TOKENS = 32  # an expert's row of `routed` from fewer tokens is mostly noise
+SHOWN = 12  # experts that a warning names
 
 
 @command("calibrate")
@@ -32,14 +36,19 @@ def calibrate(
     sequence: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
     seed: Annotated[int, typer.Option(help="Seed of the choice of text.")] = 0,
     energy: Annotated[
-        bool, typer.Option(help="Also measure what `base` needs: output norms and their predictor.")
+        bool,
+        typer.Option(help="Also what `base` and `allow_list` need: output norms, their predictor, scores by domain."),
+    ] = False,
+    sensitivity: Annotated[
+        bool, typer.Option(help="Also what `layer_threshold` needs: one more forward pass, and one for each layer.")
     ] = False,
 ) -> None:
     """Measure how well each expert stands in for each other one, and write it beside its provenance."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from dataclasses import replace
 
     from carpool.calibrate import calibrate as run
     from carpool.calibrate import token_sequences
+    from carpool.calibrate.sensitivity import sensitivity as measure_sensitivity
     from carpool.files import require_writable, sha256_file
     from carpool.texts import load_texts
 
@@ -52,30 +61,37 @@ def calibrate(
     from carpool.hosts.transformers import find_layers, load_model
 
     loaded, tokenizer = load_model(model)
-    sequences_BT = token_sequences(documents, tokenizer, tokens, sequence, seed)
-    columns = (
-        TextColumn("calibrating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("tokens"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=sequences_BT.numel())
+    layers = find_layers(loaded)
+    windows = token_sequences(documents, tokenizer, tokens, sequence, seed)
+    total = windows.ids_BT.numel()
+    with _progress("calibrating", total) as bar:
         stats = run(
-            loaded,
-            find_layers(loaded),
-            sequences_BT,
-            data=data,
-            seed=seed,
-            energy=energy,
-            progress=lambda done: bar.update(task, completed=done),
-        )
+            loaded, layers, windows.ids_BT,
+            domains=windows.domains, data=data, seed=seed, energy=energy, progress=lambda done: bar(done, None),
+        )  # fmt: skip
+    if sensitivity:
+        with _progress("leaving layers out", total * (1 + len(layers))) as bar:
+            found = measure_sensitivity(loaded, layers, windows.ids_BT, progress=lambda more: bar(None, more))
+        stats = replace(stats, layers={index: {**tensors, **found[index]} for index, tensors in stats.layers.items()})
     stats.save(output)
-    _show(console, stats, output)
+    _show(console, stats)
+    if energy:
+        _show_domains(console, stats, list(dict.fromkeys(windows.domains)))
+    console.print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _show(console: Console, stats: Statistics, output: Path) -> None:
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int | None, int | None], None]]:
+    """A bar on stderr; yields a function that is told the tokens done, or how many more are."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done, more: bar.update(task, completed=done, advance=more)
+
+
+def _show(console: Console, stats: Statistics) -> None:
     """A line per layer: coverage, and the median (10th to 90th percentile) of every similarity between experts."""
     import torch
 
@@ -85,21 +101,48 @@ def _show(console: Console, stats: Statistics, output: Path) -> None:
     points = torch.tensor([0.5, 0.1, 0.9])
     heads = [name.removeprefix("similarity_") for name in SIMILARITIES]
     table = Table("layer", "fewest tokens", *heads, box=None, header_style="bold")
-    few: list[str] = []
+    few: dict[str, int] = {}
     for index, tensors in stats.layers.items():
         coverage_E = tensors["coverage"]
         spread = [tensors[name][other_EE].quantile(points).tolist() for name in SIMILARITIES]
         shown = [f"{median:.2f} ({low:.2f} to {high:.2f})" for median, low, high in spread]
         table.add_row(str(index), str(int(coverage_E.min())), *shown)
-        few += [f"{index}:{expert} ({n})" for expert, n in enumerate(coverage_E.tolist()) if n < FEW_TOKENS]
+        few |= {f"{index}:{expert}": n for expert, n in enumerate(coverage_E.tolist()) if n < FEW_TOKENS}
     console.print(f"similarity of two experts, median (10th to 90th percentile), over {stats.tokens:,} tokens:")
     console.print(table)
-    if few:
-        listed = ", ".join(few[:12]) + (f" and {len(few) - 12} more" if len(few) > 12 else "")
-        console.print(
-            f"[yellow]warning:[/] these experts (layer:expert) got fewer than {FEW_TOKENS} tokens, so that `routed` "
-            f"says little about replacing them: {listed}; give more or more varied text",
-            highlight=False,
-            soft_wrap=True,
+    unseen = [name for name, n in few.items() if n == 0]
+    if unseen:
+        _warn(
+            console,
+            f"no token reached these experts (layer:expert), so nothing is known of their use: {_listed(unseen)}; "
+            "give more or more varied text",
         )
-    console.print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)
+    if len(few) > len(unseen):
+        _warn(
+            console,
+            f"these experts (layer:expert) got fewer than {FEW_TOKENS} tokens, so that `routed` says little about "
+            f"replacing them: {_listed([f'{name} ({n})' for name, n in few.items() if n])}; give more or more varied "
+            "text",
+        )
+
+
+def _show_domains(console: Console, stats: Statistics, domains: list[str]) -> None:
+    """Which domains `allow_list` can name."""
+    names = ", ".join(repr(domain) for domain in domains)
+    if "easy_ep" in next(iter(stats.layers.values())):
+        said = f"domains with scores of their own, for `carpool allow-list --domain`: {names}"
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
+    else:
+        _warn(
+            console,
+            f"the residual stream of {stats.architecture} was not found (its layers scale or normalise what experts "
+            "add), so there are no EASY-EP scores and no `allow_list(size=...)`",
+        )
+
+
+def _warn(console: Console, said: str) -> None:
+    console.print(f"[yellow]warning:[/] {escape(said)}", highlight=False, soft_wrap=True)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -28,10 +28,11 @@ class AllowList(Policy):
         experts: the allowed experts. Lists that differ by layer come from a policy file.
         size: instead of `experts`: the layer's `size` experts with the highest score in the statistics; an int
             counts experts, a float in (0, 1] is a share of `E`. The paper keeps a half or a quarter.
+        domain: with `size`, the domain whose scores count; default: the mean over all domains of the statistics.
         fill: `backfill` gives a token its next best allowed experts, `drop` only the native ones that are allowed
             (and its best allowed one if there are none).
 
-    Statistics: with `size`, `easy_ep [E]`; with neither parameter, `allow [E]` (a mask).
+    Statistics: with `size`, `easy_ep [E]`, or `easy_ep/DOMAIN [E]` (`carpool calibrate --energy`).
 
     Reading of the paper: an expert outside the list is never chosen, also where its score is the only one that is
     left of the groups a row may use (the released mask lets it through there).
@@ -42,15 +43,17 @@ class AllowList(Policy):
     experts: tuple[int, ...] | None = None
     size: int | float | None = None
     fill: Literal["backfill", "drop"] = "backfill"
+    domain: str | None = None
 
     name = "allow_list"
     paper = "EASY-EP, arXiv 2504.06792"
     kind = "token"
 
     def __post_init__(self) -> None:
-        require(
-            self.experts is None or self.size is None, "allow_list takes either experts=[...] or size=..., not both"
-        )
+        one = (self.experts is None) != (self.size is None)
+        require(one, "allow_list takes either experts=[...] or size=..., one of them and not both")
+        good = self.domain is None or (isinstance(self.domain, str) and self.domain != "" and self.size is not None)
+        require(good, f"domain={self.domain!r}: give the name of a domain of the statistics, together with size=...")
         require(self.fill in ("backfill", "drop"), f"fill={self.fill!r}: use 'backfill' or 'drop'")
         if self.experts is not None:
             good = isinstance(self.experts, list | tuple) and all(type(e) is int and e >= 0 for e in self.experts)
@@ -67,19 +70,15 @@ class AllowList(Policy):
             resolve_budget("size", self.size, num_experts)
 
     def required_stats(self) -> tuple[str, ...]:
-        if self.size is not None:
-            return ("easy_ep",)
-        return () if self.experts is not None else ("allow",)
+        if self.size is None:
+            return ()
+        return ("easy_ep",) if self.domain is None else (f"easy_ep/{self.domain}",)
 
     def prepare(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`allow [E]` bool."""
-        if self.experts is not None:
-            return {}
         if self.size is None:
-            allow_E = stats["allow"].bool()
-            require(bool(allow_E.any()), "allow_list: the statistics allow no expert in a layer")
-            return {"allow": allow_E}
-        scores_E = stats["easy_ep"]
+            return {}
+        (scores_E,) = (stats[name] for name in self.required_stats())
         size = resolve_budget("size", self.size, scores_E.shape[-1])
         return {"allow": rank_descending(with_ties(ordered_int(scores_E))) < size}
 

@@ -17,7 +17,7 @@ from carpool.hosts.vllm.specs import route_spec
 from carpool.pipeline import route
 from carpool.policy_file import PolicyFile
 from carpool.routing import Routing
-from carpool.stats import Statistics, fingerprint
+from carpool.stats import Statistics, fingerprint, made_by
 
 GATES = ("gate", "router")
 REHEARSED = 8  # rows
@@ -67,7 +67,7 @@ def prepare(layer: Layer, plan: Plan) -> dict[str, Tensor]:
     missing = [name for name in plan.policy.required_stats() if name not in layer.statistics]
     if missing:
         raise CarpoolError(
-            f"{plan.policy} needs the statistics {missing[0]!r}; make them with `carpool calibrate` and name the file "
+            f"{plan.policy} needs the statistics {missing[0]!r}; make them with `{made_by(missing[0])}` and name the file "
             'with "stats"'
         )
     stats = {name: tensor.to(layer.device) for name, tensor in plan.policy.prepare(layer.statistics).items()}

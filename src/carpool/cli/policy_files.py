@@ -1,0 +1,122 @@
+"""`carpool allow-list` and `carpool threshold`: policy files made from statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from carpool.cli.app import command
+from carpool.errors import CarpoolError
+
+SHOWN = 12  # experts that a warning names
+
+
+@command("allow-list")
+def allow_list(
+    stats: Annotated[Path, typer.Argument(help="Statistics of `carpool calibrate --energy`.")],
+    size: Annotated[str, typer.Option(help="Experts of a list: a number of them (32) or a share (0.5).")] = "0.5",
+    domain: Annotated[str | None, typer.Option(help="Domain to make the list for; default: all, equally.")] = None,
+    fill: Annotated[str, typer.Option(help="backfill (next best listed expert) or drop.")] = "backfill",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Policy file to write.")] = Path("policy.json"),
+) -> None:
+    """Write a policy file with the experts that a domain needs, a list for each layer (EASY-EP)."""
+    from carpool.calibrate.skipping import fixed_lists
+    from carpool.files import require_writable
+    from carpool.policies import AllowList
+    from carpool.policy_file import Plan, PolicyFile
+    from carpool.stats import Statistics
+
+    console = Console()
+    require_writable(output)
+    given = Statistics.load(stats)
+    lists, unseen = fixed_lists(given, _number(size), domain)
+    first = next(iter(lists.values()))
+    fixed: Any = AllowList(experts=tuple(first), fill=fill)  # type: ignore[arg-type]
+    layers = {index: {"experts": experts} for index, experts in lists.items()}
+    PolicyFile(Plan(fixed), layers=layers, model=_model(given)).save(output)
+    if unseen:
+        listed = ", ".join(unseen[:SHOWN]) + (f" and {len(unseen) - SHOWN} more" if len(unseen) > SHOWN else "")
+        console.print(
+            f"[yellow]warning:[/] on the list without any token that reached them (layer:expert): {listed}; "
+            "calibrate on more text, or make the list shorter",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    said = f"{len(first)} of {given.num_experts} experts in {len(lists)} layers for {domain or 'all domains'}"
+    console.print(f"{said}; wrote {output}", highlight=False, markup=False, soft_wrap=True)
+
+
+@command("threshold")
+def threshold(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or hub name of a transformers model; default: the reference model.")
+    ] = None,
+    skip: Annotated[float, typer.Option(help="Share of (token, expert) pairs to skip, 0 to 1.")] = 0.3,
+    text: Annotated[
+        list[Path] | None, typer.Option("--text", help=".txt, or .jsonl with a field text; may be repeated.")
+    ] = None,
+    policy: Annotated[str, typer.Option(help="layer_threshold, tail_mass or top_p.")] = "layer_threshold",
+    stats: Annotated[
+        Path | None, typer.Option(help="Statistics of `carpool calibrate --sensitivity`, for layer_threshold.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of each pass over the text.")] = 4096,
+    sequence: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of text.")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Policy file to write.")] = Path("policy.json"),
+) -> None:
+    """Find the threshold that skips a share of the experts' work (MoDES, NAEE, top-p); write a policy file."""
+    from carpool.calibrate import token_sequences
+    from carpool.calibrate.skipping import STEPS, find_threshold
+    from carpool.cli.evaluate import load, progress
+    from carpool.files import require_writable
+    from carpool.hosts.transformers import find_layers, fingerprint
+    from carpool.policy_file import PolicyFile
+    from carpool.texts import load_texts
+
+    console = Console()
+    require_writable(output)
+    if policy != "layer_threshold" and stats is not None:
+        raise CarpoolError(f"{policy} needs no statistics; leave out --stats")
+    if policy == "layer_threshold":
+        if stats is None:
+            raise CarpoolError("layer_threshold needs --stats FILE, made with `carpool calibrate --sensitivity`")
+        if stats.resolve().parent != output.resolve().parent:
+            raise CarpoolError(f"{stats} is not beside {output}: a policy file and its statistics lie in one folder")
+    documents = load_texts(text or [])
+    loaded, tokenizer, given = load(model, stats)
+    windows = token_sequences(documents, tokenizer, tokens, sequence, seed)
+    with progress("searching", windows.ids_BT.numel() * (STEPS.bit_length() + 2)) as advance:
+        found = find_threshold(loaded, policy, skip, windows.ids_BT, stats=given, progress=advance)
+    layers = find_layers(loaded)
+    PolicyFile(
+        found.plan,
+        model={
+            "fingerprint": fingerprint(loaded), "num_layers": len(layers),
+            "num_experts": layers[0].num_experts, "top_k": layers[0].top_k,
+        },
+        statistics=stats,
+        curve=tuple({"threshold": value, "skipped": share} for value, share in found.tried),
+    ).save(output)  # fmt: skip
+    console.print(
+        f"{found.plan} skips {found.skipped:.1%} of the pairs over {windows.ids_BT.numel():,} tokens "
+        f"(asked for {skip:.1%}); wrote {output}",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _number(text: str) -> int | float:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise CarpoolError(f"--size {text!r}: give a number of experts (32) or a share of them (0.5)")
+
+
+def _model(stats: Any) -> dict[str, Any]:
+    return {
+        "fingerprint": stats.fingerprint, "num_layers": len(stats.layers),
+        "num_experts": stats.num_experts, "top_k": stats.top_k,
+    }  # fmt: skip
