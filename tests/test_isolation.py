@@ -1,15 +1,29 @@
-"""A request in a group of its own does not depend on the others, whatever runs beside it."""
+"""Nobody outside a row's group changes its routing by a bit: captured logits, replayed alone and among co-batches."""
 
 from __future__ import annotations
 
+import functools
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from policies_under_test import ROWS, Row
+from torch import Tensor
 
-from carpool import Batch, RouteSpec, parse, route
+from carpool import Batch, Outcome, RouteSpec, parse, route
+from carpool.hosts.vllm.rows import Rows
+from carpool.policies import policy_class
 
 EXPERTS, TOP_K = 12, 3
+REFERENCE = Path(__file__).parents[1] / "demo/src/carpool_demo"
 POLICIES = ["xshare(budget=3)", "xshare(4, utility='squared') | floor(0.3)", "oea(1)", "des_vote(size=4)", "lynx(3)",
             "random(3)", "xshare(budget=3) | short_circuit | protect([2])"]  # fmt: skip
+GUARDS = ("", " | floor(0.2)", " | decode_only | min_batch(2) | short_circuit")
 
 
 @pytest.mark.parametrize("text", POLICIES)
@@ -25,3 +39,157 @@ def test_prompts_of_other_requests_are_not_heard(text: str, seed: int) -> None:
     assert torch.equal(first.routing.ids_NK[:3], second.routing.ids_NK[:3])
     assert torch.equal(first.routing.weights_NK[:3], second.routing.weights_NK[:3])
     assert torch.equal(first.coreset_GE[0], second.coreset_GE[0])
+
+
+@functools.cache
+def captured() -> Tensor:
+    """Router logits of the reference model on its texts, `[layers * rows, E]`."""
+    from carpool.hosts.transformers import find_layers, load_model
+    from carpool.texts import load_texts
+
+    model, tokenizer = load_model(str(REFERENCE / "model"))
+    texts = load_texts(sorted((REFERENCE / "texts").glob("*.jsonl")))
+    by_domain = {text.domain: text.text for text in texts}
+    ids_ST = torch.tensor([tokenizer(text[:2000])["input_ids"][:64] for text in by_domain.values()])
+    seen: list[Tensor] = []
+    hooks = [
+        layer.router.register_forward_hook(
+            lambda module, args, output, layer=layer: seen.append(layer.routed(output)[0])
+        )
+        for layer in find_layers(model)
+    ]
+    with torch.inference_mode():
+        model(input_ids=ids_ST)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == 4
+    return torch.cat([logits_NE.float() for logits_NE in seen]).clone()
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request of an engine's batch: its tenant, its rows, and whether they are a prompt or opted out."""
+
+    logits_NE: Tensor
+    tenant: Any = None
+    prompt: bool = False
+    off: bool = False
+
+    def extra_args(self) -> dict[str, Any] | None:
+        given = {} if self.tenant is None else {"carpool_tenant": self.tenant}
+        return given | ({"carpool": "off"} if self.off else {}) or None
+
+
+def engine_batch(requests: list[Request], group: str, padding: int = 0) -> tuple[Tensor, Batch]:
+    """Logits and rows as vLLM's host describes them."""
+    lengths = [len(request.logits_NE) for request in requests]
+    names = [f"r{i}" for i in range(len(requests))]
+    parameters = [SimpleNamespace(extra_args=request.extra_args()) for request in requests]
+    runner = SimpleNamespace(
+        input_batch=SimpleNamespace(
+            num_reqs=len(requests), req_ids=names,
+            spec_token_ids=[[0] * (0 if request.prompt else len(request.logits_NE) - 1) for request in requests],
+            num_computed_tokens_cpu=np.array([0 if request.prompt else 9 for request in requests]),
+            num_prompt_tokens=np.full(len(requests), 9),
+        ),
+        query_start_loc=SimpleNamespace(np=np.concatenate(([0], np.cumsum(lengths)))),
+        requests={name: SimpleNamespace(sampling_params=p) for name, p in zip(names, parameters, strict=True)},
+    )  # fmt: skip
+    rows = Rows(256, 64, group, torch.device("cpu"))
+    rows.fill(runner, sum(lengths) + padding)
+    logits_NE = torch.cat([*(request.logits_NE for request in requests), captured()[:padding]])
+    return logits_NE, rows.batch(len(logits_NE))
+
+
+def trouble(logits_NE: Tensor, rng: random.Random) -> Tensor:
+    """What a co-batch may hold: now and then huge, tied, NaN or infinite logits."""
+    kind = rng.randrange(8)
+    made = logits_NE.clone()
+    if kind == 0:
+        made *= 1e4
+    elif kind == 1:
+        made.zero_()
+    elif kind in (2, 3):
+        made[0, rng.randrange(made.shape[1])] = (torch.nan, torch.inf)[kind - 2]
+    return made
+
+
+def strangers(rng: random.Random, count: int) -> list[Request]:
+    made = []
+    for _ in range(count):
+        start, length = rng.randrange(len(captured()) - 8), rng.choice((1, 1, 1, 2, 4))
+        logits_NE = trouble(captured()[start : start + length], rng)
+        tenant = rng.choice((None, "other", "another", 5, 1.5, ""))
+        made.append(Request(logits_NE, tenant, prompt=rng.random() < 0.2, off=rng.random() < 0.1))
+    return made
+
+
+def run(row: Row, text: str, logits_NE: Tensor, batch: Batch) -> Outcome:
+    plan = parse(text)
+    experts = logits_NE.shape[1]
+    stats = plan.policy.prepare(row.stats(experts, torch.Generator().manual_seed(0)))
+    extras = {name: value for name, value in row.extras(len(logits_NE), experts).items() if name == "device_E"}
+    hidden_NH = logits_NE.nan_to_num().clamp(-8, 8)[:, :4] if row.hidden else None
+    return route(plan, RouteSpec(top_k=8), logits_NE, replace(batch, **extras), stats=stats, hidden_NH=hidden_NH)
+
+
+def replay(row: Row, group: str, co_batches: int) -> int:
+    """Compare; returns the number of victims' rows that were changed by the policy, so that nothing passes inert."""
+    rng, changed = random.Random(f"{row.name} {group}"), 0
+    texts = row.texts(64, 8)
+    for turn in range(co_batches):
+        text = texts[turn % len(texts)] + GUARDS[turn // len(texts) % len(GUARDS)]
+        start = rng.randrange(len(captured()) - 16)
+        mine = [Request(captured()[start : start + 3], "mine")]
+        if group == "tenant":
+            mine += [Request(captured()[start + 4 + i : start + 6 + i], "mine", prompt=i == 2) for i in range(3)]
+        if group == "batch":  # token-local policies: a single row
+            mine = [Request(captured()[start : start + 1])]
+        alone_NE, alone = engine_batch(mine, group)
+        expected = run(row, text, alone_NE, alone)
+        everyone = [(request, True) for request in mine] + [(r, False) for r in strangers(rng, rng.randrange(1, 16))]
+        rng.shuffle(everyone)
+        order = [request for request, _ in everyone]
+        together_NE, together = engine_batch(order, group, padding=rng.choice((0, 0, 3)))
+        found = run(row, text, together_NE, together)
+        starts = np.cumsum([0, *(len(request.logits_NE) for request in order)])
+        where = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in (index(order, request) for request in mine)])
+        assert torch.equal(found.routing.ids_NK[where], expected.routing.ids_NK), text
+        assert torch.equal(found.routing.weights_NK[where], expected.routing.weights_NK), text
+        changed += int(expected.changed_N.sum())
+    return changed
+
+
+def index(order: list[Request], request: Request) -> int:
+    return next(i for i, other in enumerate(order) if other is request)
+
+
+CASES = [(row, group) for row in ROWS for group in ("batch", "tenant", "request")
+         if group != "batch" or policy_class(row.name).kind == "token"]  # fmt: skip
+CASES = [(row, group) for row, group in CASES if (row.name, group) != ("xshare_speculative", "request")]
+
+
+@pytest.mark.parametrize(("row", "group"), CASES, ids=lambda value: str(value))
+def test_co_batches_change_no_bit(row: Row, group: str) -> None:
+    assert replay(row, group, 24) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("row", "group"), CASES, ids=lambda value: str(value))
+def test_a_thousand_co_batches_change_no_bit(row: Row, group: str) -> None:
+    assert replay(row, group, 1000) > 0
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if policy_class(row.name).kind == "group"], ids=repr)
+def test_the_replay_notices_a_batch_wide_run(row: Row) -> None:
+    """The control: the same comparison fails where strangers do matter."""
+    with pytest.raises(AssertionError):
+        replay(row, "batch", 24)
+
+
+def test_a_tenants_requests_share_and_others_do_not() -> None:
+    one = captured()[:1]
+    tenants = ["a", "b", "a", None, None, 7, "7", 7, "", 1.5]
+    _, batch = engine_batch([Request(one, tenant) for tenant in tenants], "tenant")
+    assert batch.group_N.tolist() == [0, 1, 0, 3, 4, 5, 6, 5, 8, 9]
+    assert batch.num_groups == 10
