@@ -14,7 +14,7 @@ from torch import Tensor
 from carpool.errors import CarpoolError
 from carpool.fixed import MAX_EXPERTS
 
-Scoring = Literal["softmax", "softmax_after_topk", "sigmoid", "sqrtsoftplus"]
+Scoring = Literal["softmax", "softmax_after_topk", "sigmoid", "sqrtsoftplus", "probabilities"]
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,15 @@ class Routing:
         ids_NK: int32, in `[0, E)`; ids with non-zero weight are distinct within a row, a freed slot repeats
             the row's first kept id with weight 0.
         weights_NK: float, finite, in the model's own convention.
+        surrogate_ids_NK: int32 in `[0, E)`, experts that a row leaves to their surrogates (`carpool.surrogates`); None
+            where a policy leaves none. Slots of weight 0 mean nothing.
+        surrogate_weights_NK: what the surrogates' outputs are mixed by, in the convention of `weights_NK`.
     """
 
     ids_NK: Tensor
     weights_NK: Tensor
+    surrogate_ids_NK: Tensor | None = None
+    surrogate_weights_NK: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +43,7 @@ class RouteSpec:
     Attributes:
         top_k: experts per token, `K`.
         scoring: `softmax` over all experts, `softmax_after_topk` (over the selected logits), `sigmoid` or
-            `sqrtsoftplus` (both element-wise).
+            `sqrtsoftplus` (both element-wise), or `probabilities`: what the router shows are scores already (Gemma).
         renormalize: divide the selected weights by their sum plus `renormalize_eps`.
         scaling: factor on the final weights (`routed_scaling_factor`).
         bias_E: correction bias added to the scores for the *choice* only (DeepSeek-V3), or None.
@@ -93,9 +98,10 @@ class RouteSpec:
         if self.scoring == "sigmoid":
             weights_NE = logits_NE.double().sigmoid().to(logits_NE.dtype)
         elif self.scoring == "sqrtsoftplus":
-            weights_NE = torch.nn.functional.softplus(logits_NE.double()).sqrt().to(logits_NE.dtype)
+            softplus_NE = torch.nn.functional.softplus(logits_NE.double()).to(logits_NE.dtype)  # routers round twice
+            weights_NE = softplus_NE.double().sqrt().to(logits_NE.dtype)
         else:
-            weights_NE = logits_NE.softmax(-1)
+            weights_NE = logits_NE if self.scoring == "probabilities" else logits_NE.softmax(-1)
         choice_NE = logits_NE if self.scoring == "softmax_after_topk" else weights_NE
         return (choice_NE if self.bias_E is None else choice_NE + self.bias_E), weights_NE
 
