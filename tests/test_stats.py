@@ -186,7 +186,7 @@ def test_other_files_are_refused(tmp_path, content, message):
 def test_missing_files_and_folders_are_refused(tmp_path):
     with pytest.raises(CarpoolError, match="No such file"):
         Statistics.load(tmp_path / "none.safetensors")
-    with pytest.raises(CarpoolError, match="Is a directory"):
+    with pytest.raises(CarpoolError, match="not a regular file"):
         Statistics.load(tmp_path)
 
 

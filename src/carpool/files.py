@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,25 @@ def require_writable(path: str | Path) -> Path:
         raise CarpoolError(f"cannot write {path}: the folder {folder} does not exist")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CarpoolError(f"cannot write {path}: the folder {folder} is not writable")
+    return path
+
+
+def require_file(path: str | Path, what: str = "") -> Path:
+    """The path, if a regular file is there (a pipe would keep its reader waiting for ever).
+
+    Args:
+        what: of the file, for the message.
+
+    Raises:
+        CarpoolError: nothing is there, it cannot be looked at, or it is no regular file.
+    """
+    path, what = Path(path), what and f"{what} "
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError) as error:  # ValueError: a name that cannot be a path
+        raise CarpoolError(f"cannot read {what}{path}: {getattr(error, 'strerror', None) or error}") from None
+    if not regular:
+        raise CarpoolError(f"cannot read {what}{path}: it is not a regular file")
     return path
 
 
@@ -71,6 +91,7 @@ def sha256_file(path: str | Path) -> str:
     Raises:
         CarpoolError: the file cannot be read.
     """
+    require_file(path)
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -86,7 +107,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = require_file(path)
     try:
         with path.open("rb") as opened:
             header = int.from_bytes(opened.read(8), "little")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from carpool.errors import CarpoolError
-from carpool.files import sha256_file, write_text
+from carpool.files import require_file, sha256_file, write_text
 from carpool.grammar import Plan, parse
 from carpool.guards import Floor, Guard
 
@@ -124,6 +124,7 @@ class PolicyFile:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    require_file(path, "the policy file")
     try:
         if path.stat().st_size > MAX_BYTES:
             raise CarpoolError(f"{path} has {path.stat().st_size} bytes; a policy file has at most {MAX_BYTES}")
@@ -159,8 +160,10 @@ def _statistics(path: Path, entry: Any) -> Path | None:
     if not isinstance(name, str) or not name or Path(name).name != name:
         raise CarpoolError(f"{path}: 'statistics' must name a file in the same folder and its sha256")
     found = path.parent / name
-    if not found.is_file():
-        raise CarpoolError(f"{path} needs the statistics {found}, which is not there")
+    try:
+        require_file(found, "the statistics")
+    except CarpoolError as error:
+        raise CarpoolError(f"{path} names statistics that are not there: {error}") from None
     if sha256_file(found) != entry.get("sha256"):
         raise CarpoolError(f"{found} is not the file that {path} was made with (sha256 differs); calibrate again")
     return found
