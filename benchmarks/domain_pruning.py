@@ -23,7 +23,7 @@ from torch import Tensor
 from carpool import parse
 from carpool.batch import Grouping
 from carpool.calibrate import calibrate, token_sequences
-from carpool.cli.evaluate import progress
+from carpool.cli.common import progress
 from carpool.evaluate.report import provenance
 from carpool.evaluate.study import Settings, require_possible, sequences_for, study
 from carpool.files import sha256_file, write_text

@@ -1,8 +1,10 @@
 """Experts on the busiest device, stock against `xshare_expert_parallel`, for 2 to 32 devices. Counts, not times.
 
-    python benchmarks/expert_parallel_peaks.py --output peaks.json                        # simulated routing
-    python benchmarks/expert_parallel_peaks.py --model MODEL --text FILE --output peaks.json   # recorded routing
+    python benchmarks/expert_parallel_peaks.py --output docs/results/expert-parallel-simulated.json
+    python benchmarks/expert_parallel_peaks.py --reference --output docs/results/expert-parallel-recorded.json
 
+The first routes at random, the second records routing on the reference model and its texts; `--model MODEL --text FILE`
+records it on another.
 Every step routes `--batch` tokens drawn at random; experts lie in order on the devices. A simulated router draws
 logits from a normal distribution with a bias per expert, so that some experts are popular.
 """
@@ -19,6 +21,7 @@ from rich.progress import track
 from torch import Tensor
 
 from carpool import Batch, RouteSpec, parse, route
+from carpool.evaluate.report import provenance
 from carpool.files import write_text
 
 DEVICES = (2, 4, 8, 16, 32)
@@ -30,24 +33,25 @@ def simulated(rows: int, num_experts: int, generator: torch.Generator) -> Tensor
     return torch.randn(rows, num_experts, generator=generator) * 1.5 + bias_E
 
 
-def recorded(model_path: str, text: Path, tokens: int) -> tuple[list[Tensor], RouteSpec]:
-    """Router logits `[N, E]` of every layer over the start of the text, and the first layer's routing rule."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def recorded(model_path: str | None, texts: list[Path], tokens: int) -> tuple[list[Tensor], RouteSpec, str]:
+    """Router logits `[N, E]` of every layer over text of all files, the first layer's routing rule, and the model's
+    fingerprint."""
+    from carpool.calibrate import token_sequences
+    from carpool.hosts.transformers import find_layers, fingerprint, load_model
+    from carpool.texts import load_texts
 
-    from carpool.hosts.transformers.layers import find_layers
-
-    model = AutoModelForCausalLM.from_pretrained(model_path).eval()
+    model, tokenizer = load_model(model_path)
     layers = find_layers(model)
     seen: list[list[Tensor]] = [[] for _ in layers]
     for layer, found in zip(layers, seen, strict=True):
         layer.router.register_forward_hook(
             lambda module, args, output, layer=layer, found=found: found.append(layer.routed(output)[0])
         )
-    ids = AutoTokenizer.from_pretrained(model_path)(text.read_text(), return_tensors="pt").input_ids[0, :tokens]
+    windows = token_sequences(load_texts(texts), tokenizer, tokens, 256, 0)
     with torch.inference_mode():
-        for chunk in track(ids.split(256), "recording"):
-            model(chunk.unsqueeze(0))
-    return [torch.cat(found) for found in seen], layers[0].spec
+        for ids_BT in track(windows.ids_BT.split(4), "recording"):
+            model(input_ids=ids_BT, use_cache=False, logits_to_keep=1)
+    return [torch.cat(found)[:tokens] for found in seen], layers[0].spec, fingerprint(model)
 
 
 def measure(logits_NE: Tensor, spec: RouteSpec, text: str, devices: int, batch: int) -> dict[str, float]:
@@ -76,7 +80,8 @@ def measure(logits_NE: Tensor, spec: RouteSpec, text: str, devices: int, batch: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a transformers model, to record its routing")
-    parser.add_argument("--text", type=Path, help="the text to record it on")
+    parser.add_argument("--text", type=Path, nargs="+", help="the text to record it on")
+    parser.add_argument("--reference", action="store_true", help="record the reference model on its own texts")
     parser.add_argument("--experts", type=int, default=256, help="of the simulated layer (256: DeepSeek-R1)")
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--batch", type=int, default=64, help="tokens of a step")
@@ -84,14 +89,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    if (options.model is None) != (options.text is None):
+    if options.reference:
+        from carpool_demo import TEXTS
+
+        options.text = sorted(TEXTS.glob("*.jsonl"))
+    elif (options.model is None) != (options.text is None):
         parser.error("--model and --text go together")
     generator = torch.Generator().manual_seed(options.seed)
     rows = options.batch * options.steps
-    if options.model is None:
+    model: dict[str, str] = {}
+    if options.text is None:
         spec, layers = RouteSpec(options.top_k), [simulated(rows, options.experts, generator)]
     else:
-        layers, spec = recorded(options.model, options.text, rows)
+        layers, spec, named = recorded(options.model, options.text, rows)
+        model = {"name": Path(options.model or "reference model").name, "fingerprint": named}
         # tokens of one step come from all over the text, as those of co-batched requests do
         layers = [logits_NE[torch.randperm(len(logits_NE), generator=generator)] for logits_NE in layers]
     if len(layers[0]) < options.batch:
@@ -106,7 +117,9 @@ def main() -> None:
             measured = measure(logits_NE, spec, text, devices, options.batch)
             results.append({"devices": devices, "policy": text, "layer": layer, **measured})
     about = {
-        "routing": "simulated" if options.model is None else "recorded",
+        **provenance(),
+        "routing": "simulated" if options.text is None else "recorded",
+        **({"model": model} if model else {}),
         "experts": num_experts,
         "top_k": spec.top_k,
         "batch": options.batch,

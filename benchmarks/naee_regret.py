@@ -4,7 +4,7 @@
 
 NAEE tries every set of a layer's experts and keeps the one whose output is closest to the full layer's, which is
 possible for up to 16 experts. It is run on random layers, and on the layers of a trained model cut down to the experts
-that its text uses most (a layer of its own: the router's softmax over these alone). Loss is the distance of the outputs;
+that its text uses most (a layer of its own: the router's softmax over these alone). Loss is the distance of outputs;
 regret is loss over the best set's, minus 1. Sets reroute: a token uses its best kept experts.
 """
 

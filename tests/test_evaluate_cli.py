@@ -4,6 +4,7 @@ import json
 
 import pytest
 from lockstep_tools import NumberTokenizer, small_model, write_texts
+from tiny_models import tiny_config
 from typer.testing import CliRunner
 
 from carpool.cli import demo as demo_command
@@ -77,6 +78,14 @@ def test_bad_input_is_one_sentence(texts, arguments, message):
     assert done.exit_code == 2
     assert message in done.output.replace("\n", " ")
     assert "Traceback" not in done.output
+
+
+def test_an_impossible_budget_is_found_before_the_weights_are_read(tmp_path):
+    paths = write_texts(tmp_path)
+    tiny_config("qwen3_moe", architectures=["Qwen3MoeForCausalLM"]).save_pretrained(tmp_path)  # and nothing else
+    done = invoke("evaluate", tmp_path, "-p", "xshare(budget=100)", "--text", paths[0], *SMALL)
+    assert done.exit_code == 2
+    assert "asks for 100 of 8 experts" in done.output.replace("\n", " ")
 
 
 def test_demo(texts, tmp_path, monkeypatch):

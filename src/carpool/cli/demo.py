@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from carpool.cli.app import command
-from carpool.cli.evaluate import embedded_texts, load, model_facts, progress
+from carpool.cli.common import embedded_texts, load, model_facts, progress
 
 JSON, PICTURE = "carpool-demo.json", "carpool-demo.png"
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from carpool.cli.app import command
+from carpool.cli.common import embedded_texts, load, model_facts, progress
 from carpool.errors import CarpoolError
 
 if TYPE_CHECKING:
     from carpool.evaluate.check import Agreement
     from carpool.evaluate.study import Settings
-
-REQUIRED = (
-    "the reference model and its texts are not installed: pip install 'carpool[demo]', or name a model and --text"
-)
 
 
 @command("evaluate")
@@ -81,7 +75,7 @@ def evaluate(
         require_writable(json_path)
     paths = text or embedded_texts()
     documents = load_texts(paths)
-    loaded, tokenizer, statistics = load(model, stats)
+    loaded, tokenizer, statistics = load(model, stats, settings.plans)
     require_possible(loaded, settings, statistics)
     with progress("tokenizing", sum(len(document.text) for document in documents)) as advance:
         sequences = sequences_for(settings, documents, tokenizer, advance)
@@ -126,57 +120,6 @@ def batch_sizes(text: str) -> tuple[int, ...]:
     if min(sizes) < 1 or len(set(sizes)) < len(sizes):
         raise CarpoolError(f"--batch {text!r}: give batch sizes of 1 or more, each once")
     return sizes
-
-
-def embedded_texts() -> list[Path]:
-    """The texts of the demo distribution."""
-    try:
-        from carpool_demo import TEXTS
-    except ImportError:
-        raise CarpoolError(REQUIRED) from None
-    return sorted(TEXTS.glob("*.jsonl"))
-
-
-def load(model: str | None, stats: Path | None) -> tuple[Any, Any, Any]:
-    """Model, tokenizer and statistics; the reference model brings its own statistics."""
-    from transformers.utils import logging
-
-    from carpool.hosts.transformers import load_model
-    from carpool.stats import Statistics
-
-    logging.disable_progress_bar()
-    loaded, tokenizer = load_model(model)
-    if stats is None and model is None:
-        from carpool_demo import HERE
-
-        shipped = HERE / "stats.safetensors"
-        stats = shipped if shipped.exists() else None
-    return loaded, tokenizer, None if stats is None else Statistics.load(stats)
-
-
-def model_facts(loaded: Any, name: str | None) -> dict[str, Any]:
-    """What identifies a model in the results."""
-    from dataclasses import asdict
-
-    from carpool.evaluate.study import describe
-    from carpool.hosts.transformers import fingerprint
-
-    return {
-        "name": "reference model" if name is None else Path(name).name,
-        "architecture": type(loaded).__name__,
-        "fingerprint": fingerprint(loaded),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        **asdict(describe(loaded)),
-    }
-
-
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Any]:
-    """A progress bar on stderr with the remaining time; yields a function to call with what was added."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda amount: bar.advance(task, amount)
 
 
 def _check(

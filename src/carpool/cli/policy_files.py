@@ -69,7 +69,7 @@ def threshold(
     """Find the threshold that skips a share of the experts' work (MoDES, NAEE, top-p); write a policy file."""
     from carpool.calibrate import token_sequences
     from carpool.calibrate.skipping import STEPS, find_threshold
-    from carpool.cli.evaluate import load, progress
+    from carpool.cli.common import load, progress
     from carpool.files import require_writable
     from carpool.hosts.transformers import find_layers, fingerprint
     from carpool.policy_file import PolicyFile

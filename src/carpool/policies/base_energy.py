@@ -66,6 +66,10 @@ class BASE(Policy):
         require(inputs.hidden_NH is not None, "base needs the router's input; this host does not hand it on")
         hidden_NH = inputs.hidden_NH.float()  # type: ignore[union-attr]
         log_NE = torch.addmm(inputs.stats["energy_bias"], hidden_NH, inputs.stats["energy_weight"])
-        energy_NE = log_NE.exp().clamp_max(MAX_ENERGY) * inputs.native_weight_NE.square()
+        energy_NE = log_NE.exp().clamp_max(MAX_ENERGY) * self.weight_NE(inputs).square()
         size = resolve_budget("budget", self.budget, inputs.num_experts)
         return inputs.top_by_utility(inputs.utility(energy_NE), size)
+
+    def weight_NE(self, inputs: Inputs) -> Tensor:
+        """Each row's weight of its native experts, before renormalisation; 0 elsewhere."""
+        return inputs.native_weight_NE

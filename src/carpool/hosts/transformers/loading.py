@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from carpool.errors import CarpoolError
-from carpool.hosts.transformers.layers import find_layers
+from carpool.hosts.transformers.layers import MoELayer, find_layers
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def load_model(
-    path: str | Path | None = None, *, dtype: torch.dtype | str | None = None, device_map: Any = None
+    path: str | Path | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    check: Callable[[list[MoELayer]], None] = lambda layers: None,
 ) -> tuple[Any, Any]:
     """A causal language model with MoE layers, in evaluation mode, and its tokenizer.
 
@@ -24,6 +29,7 @@ def load_model(
             reference model (`carpool[demo]`).
         dtype: of the weights; default fp32, or the checkpoint's own where a `device_map` is given.
         device_map: passed on to transformers; default: the CPU.
+        check: is shown the model's MoE layers before any weight is read, and may raise.
 
     Raises:
         CarpoolError: no such folder or model, no configuration, weights or tokenizer in it, weights that do not fit,
@@ -36,7 +42,7 @@ def load_model(
     config = _try(source, "configuration", lambda: AutoConfig.from_pretrained(source, **where))
     with torch.device("meta"):  # the architecture alone, before gigabytes are read
         shell = _try(source, "configuration", lambda: AutoModelForCausalLM.from_config(config))
-    find_layers(shell)
+    check(find_layers(shell))
     tokenizer = _try(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(source, **where))
     if dtype is None:
         dtype = torch.float32 if device_map is None else "auto"
