@@ -13,7 +13,10 @@ from carpool.evaluate.series import Curve
 from carpool.files import atomic_path
 
 # distinct for colour-blind readers too; methods take them in the order they are listed
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4EAB", "#8C564B", "#4C9A2A", "#B2182B")
+COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4EAB", "#8C564B", "#4C9A2A", "#B2182B",
+    "#0B3C5D", "#A6761D",
+)  # fmt: skip
 INK, MUTED, PALE = "#1f2328", "#6e7781", "#d8dee4"
 LABEL_GAP = 0.042  # least distance of two labels, as a share of the axis' height
 
