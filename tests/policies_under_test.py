@@ -12,50 +12,14 @@ from typing import Any
 import more_twins
 import torch
 import twins
+from layer_statistics import allow_lists, no_stats, norm_predictor, sensitivity, similarities, unexplained
 from torch import Tensor
 
 Texts = Callable[[int, int], list[str]]  # from E and K
 
 
-def no_stats(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
-    return {}
-
-
 def no_extras(num_rows: int, num_experts: int) -> dict[str, Any]:
     return {}
-
-
-def similarities(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Every metric; `frobenius` with many ties, `routed` asymmetric."""
-
-    def matrix() -> Tensor:
-        return torch.rand(num_experts, num_experts, generator=generator)
-
-    raw = {name: matrix() for name in ("frobenius", "cosine", "cka", "routed")}
-    symmetric = {name: (value + value.T) / 2 for name, value in raw.items()}
-    symmetric["frobenius"] = (symmetric["frobenius"] * 8).round() / 8
-    symmetric["routed"] = raw["routed"]
-    ones = torch.eye(num_experts, dtype=torch.bool)
-    return {f"similarity_{name}": value.masked_fill(ones, 1.0) for name, value in symmetric.items()}
-
-
-def norm_predictor(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """For the harness's hidden states."""
-    return {
-        "norm_weight": torch.randn(num_experts, 4, generator=generator) / 4,
-        "norm_bias": torch.randn(num_experts, generator=generator) / 2,
-        "norm_scale": torch.tensor(1.0),
-    }
-
-
-def sensitivity(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
-    return {"sensitivity": torch.tensor(0.25)}
-
-
-def allow_lists(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Scores with ties, over all domains and of one."""
-    scores_2E = (torch.rand(2, num_experts, generator=generator) * 8).round() / 8
-    return {"easy_ep": scores_2E[0], "easy_ep/code": scores_2E[1]}
 
 
 def three_devices(num_rows: int, num_experts: int) -> dict[str, Any]:
@@ -220,6 +184,21 @@ ROWS = (
         knobs=("budget",),
         stats=norm_predictor,
         hidden=True,
+    ),
+    Row(
+        name="surrogate",
+        texts=lambda E, K: [
+            f"surrogate({half(E)})",
+            f"surrogate(budget={half(K)}, warmup=0, least=0.5)",
+            "surrogate(0.25, select='energy', warmup=0)",
+            f"surrogate({K}, select='squared')",
+            f"surrogate({half(E)}, least=2)",
+        ],
+        identity=lambda E, K: [f"surrogate({E})", "surrogate(1.0, warmup=0)", f"surrogate({E}, least=2)"],
+        twin=None,  # costs are floats, see test_surrogate
+        coreset_bound=xshare_bound,
+        knobs=("budget", "warmup"),
+        stats=unexplained,
     ),
     Row(
         name="top_p",

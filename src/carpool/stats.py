@@ -33,6 +33,7 @@ TOLERANCE = 1e-5
 AGAIN = "run `carpool calibrate` for this model"
 FLAGS = {  # of `carpool calibrate`, by how a statistic's name begins
     "sensitivity": " --sensitivity",
+    "surrogate_": " --surrogates 16",
     **dict.fromkeys(("easy_ep", "coverage/", "norm_", "gate_sum", "ratio_"), " --energy"),
 }
 

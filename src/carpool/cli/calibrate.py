@@ -42,6 +42,9 @@ def calibrate(
     sensitivity: Annotated[
         bool, typer.Option(help="Also what `layer_threshold` needs: one more forward pass, and one for each layer.")
     ] = False,
+    surrogates: Annotated[
+        int | None, typer.Option(help="Also what `surrogate` needs: linear maps of this rank in place of experts.")
+    ] = None,
 ) -> None:
     """Measure how well each expert stands in for each other one, and write it beside its provenance."""
     from dataclasses import replace
@@ -49,6 +52,7 @@ def calibrate(
     from carpool.calibrate import calibrate as run
     from carpool.calibrate import token_sequences
     from carpool.calibrate.sensitivity import sensitivity as measure_sensitivity
+    from carpool.calibrate.surrogates import SurrogateFit
     from carpool.files import require_writable, sha256_file
     from carpool.texts import load_texts
 
@@ -67,7 +71,9 @@ def calibrate(
     with _progress("calibrating", total) as bar:
         stats = run(
             loaded, layers, windows.ids_BT,
-            domains=windows.domains, data=data, seed=seed, energy=energy, progress=lambda done: bar(done, None),
+            domains=windows.domains, data=data, seed=seed, energy=energy,
+            collectors=[] if surrogates is None else [lambda layer: SurrogateFit(layer, surrogates)],
+            progress=lambda done: bar(done, None),
         )  # fmt: skip
     if sensitivity:
         with _progress("leaving layers out", total * (1 + len(layers))) as bar:
@@ -77,6 +83,8 @@ def calibrate(
     _show(console, stats)
     if energy:
         _show_domains(console, stats, list(dict.fromkeys(windows.domains)))
+    if surrogates is not None:
+        _show_surrogates(console, stats)
     console.print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -146,3 +154,13 @@ def _warn(console: Console, said: str) -> None:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def _show_surrogates(console: Console, stats: Statistics) -> None:
+    """Energy that the surrogates explain on tokens that they were not fitted to, by layer."""
+    shares = []
+    for index, tensors in stats.layers.items():
+        energy_E = tensors["surrogate_energy"] * tensors["coverage"]
+        explained = 1 - float((energy_E * tensors["surrogate_unexplained"]).sum() / energy_E.sum().clamp_min(1e-30))
+        shares.append(f"{explained:.0%} in layer {index}")
+    console.print(f"surrogates explain {', '.join(shares)} of the experts' output energy", highlight=False)

@@ -10,6 +10,7 @@ from carpool.policies.oea import OEA
 from carpool.policies.registry import policies, policy_class, register
 from carpool.policies.sere import SERE
 from carpool.policies.skipping import LayerThreshold, TailMass, TopP
+from carpool.policies.surrogate import Surrogate
 from carpool.policies.xshare import XShare
 from carpool.policies.xshare_parallel import XShareExpertParallel
 from carpool.policies.xshare_speculative import XShareSpeculative
@@ -26,6 +27,7 @@ __all__ = [
     "Lynx",
     "Policy",
     "RandomCoreset",
+    "Surrogate",
     "TailMass",
     "TopK",
     "TopP",

@@ -210,10 +210,11 @@ def leave(inputs: Inputs, allowed_NE: Tensor, left_NE: Tensor) -> Routing:
     displaced experts are all left keeps the weights that its router gave."""
     both = _take(inputs, allowed_NE | left_NE, inputs.top_k)
     own_NK = allowed_NE.gather(-1, both.ids_NK.long())
-    best_N1 = torch.where(allowed_NE, inputs.preference_NE, -1).argmax(-1, keepdim=True).int()
-    return Routing(
-        torch.where(own_NK, both.ids_NK, best_N1), both.weights_NK * own_NK, both.ids_NK, both.weights_NK * ~own_NK
-    )
+    # a row without any computed expert reads the best that it may, with weight 0
+    best_N1 = torch.where(allowed_NE, inputs.preference_NE, -1).argmax(-1, keepdim=True)
+    own_weights_NK = both.weights_NK * own_NK
+    ids_NK = torch.where(own_NK, both.ids_NK, best_N1)  # `route` makes them int32 again
+    return Routing(ids_NK, own_weights_NK, both.ids_NK, both.weights_NK - own_weights_NK)
 
 
 def _take(inputs: Inputs, allowed_NE: Tensor, count: int) -> Routing:

@@ -23,7 +23,7 @@ ATTRIBUTE = "_carpool_attachment"
 
 
 class Attachment:
-    """The hooks of one model: one on every router, and one before and after the model's forward.
+    """The hooks of one model: on every router and every experts module, and before and after the model's forward.
 
     Attributes:
         layers: the model's MoE layers.
@@ -41,6 +41,7 @@ class Attachment:
         ]
         for position, layer in enumerate(layers):
             self._handles.append(layer.router.register_forward_hook(_Reroute(self, position)))
+            self._handles.append(layer.experts.register_forward_hook(_Supplement(self, position), with_kwargs=True))
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -75,6 +76,16 @@ class _Reroute:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         run = self.attachment.run
         return output if run is None else run.reroute(self.position, args, output)
+
+
+class _Supplement:
+    def __init__(self, attachment: Attachment, position: int) -> None:
+        self.attachment = attachment
+        self.position = position
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        run = self.attachment.run
+        return output if run is None else run.supplement(self.position, (*args, *kwargs.values()), output)
 
 
 def attach(model: nn.Module) -> Attachment:

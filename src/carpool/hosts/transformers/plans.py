@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,11 +12,18 @@ from carpool.errors import CarpoolError
 from carpool.grammar import Plan
 from carpool.hosts.transformers.layers import MoELayer, fingerprint
 from carpool.policy_file import PolicyFile
+from carpool.surrogates import Surrogates
 
 if TYPE_CHECKING:
     from carpool.stats import Statistics
 
-Prepared = tuple[Plan, Mapping[str, Tensor]]
+
+class Prepared(NamedTuple):
+    """A layer's plan, what its policy made of the statistics, and the surrogates if it leaves pairs to some."""
+
+    plan: Plan
+    stats: Mapping[str, Tensor]
+    surrogates: Surrogates | None = None
 
 
 def prepare(
@@ -37,7 +44,9 @@ def prepare(
     for layer, plan in zip(layers, plans, strict=True):
         plan.check(layer.num_experts, layer.top_k)
     if not any(plan.policy.required_stats() for plan in plans):
-        return [(plan, {}) for plan in plans]
+        return [Prepared(plan, {}) for plan in plans]
+    from carpool.stats import made_by
+
     loaded = _load(model, policies, layers, stats)
     prepared: list[Prepared] = []
     for layer, plan in zip(layers, plans, strict=True):
@@ -46,26 +55,35 @@ def prepare(
         if missing:
             raise CarpoolError(
                 f"{plan.policy} needs the statistic {missing[0]!r}, which the file lacks for layer {layer.index}; "
-                "run `carpool calibrate` again (docs/statistics.md says what makes which)"
+                f"make the file with `{made_by(missing[0])}`" + _known_domains(missing[0], tensors)
             )
         device = layer.weight_EH.device
         given = plan.policy.prepare({name: tensor.to(device) for name, tensor in tensors.items()})
-        prepared.append((plan, given))
+        surrogates = Surrogates.of(tensors, device) if plan.policy.surrogates else None
+        prepared.append(Prepared(plan, given, surrogates))
     return prepared
 
 
 def _load(
     model: nn.Module, policies: PolicyFile, layers: list[MoELayer], stats: str | Path | Statistics | None
 ) -> Statistics:
-    from carpool.stats import Statistics
+    from carpool.stats import Statistics, made_by
 
     source = policies.statistics if stats is None else stats
     if source is None:
         policy = policies.plan.policy
+        name = policy.required_stats()[0]
         raise CarpoolError(
-            f"{policy} needs the statistic {policy.required_stats()[0]!r}; "
-            "make it with `carpool calibrate MODEL -o stats.safetensors` and pass stats='stats.safetensors'"
+            f"{policy} needs the statistic {name!r}; "
+            f"make it with `{made_by(name)} MODEL -o stats.safetensors` and pass stats='stats.safetensors'"
         )
     loaded = source if isinstance(source, Statistics) else Statistics.load(source)
     loaded.check(fingerprint(model), [layer.index for layer in layers], layers[0].num_experts)
     return loaded
+
+
+def _known_domains(name: str, tensors: Mapping[str, Tensor]) -> str:
+    """What could have been meant by a statistic of an unknown domain."""
+    kind, slash, _ = name.partition("/")
+    known = sorted(other.removeprefix(kind + "/") for other in tensors if other.startswith(kind + "/"))
+    return f" (its domains are {', '.join(map(repr, known))})" if slash and known else ""

@@ -22,6 +22,7 @@ from carpool.hosts.transformers.rows import RowRules, build_batch, on_device
 from carpool.pipeline import Outcome, route
 from carpool.policies.base import Policy
 from carpool.policy_file import PolicyFile
+from carpool.routing import Routing
 
 if TYPE_CHECKING:
     from carpool.stats import Statistics
@@ -56,6 +57,7 @@ class Run:
         self._checked: set[int] = set()
         self._current: Batch | None = None
         self._seen: set[int] = set()
+        self._left: dict[int, Routing] = {}  # by layer, what the next call of its experts leaves to surrogates
         self._counters, self._place = _counters(self.layers)
 
     def report(self) -> list[LayerReport]:
@@ -69,7 +71,7 @@ class Run:
 
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the model's forward: find out who the rows are."""
-        self._seen = set()
+        self._seen, self._left = set(), {}
         self._current = build_batch(self._rules, args, kwargs) if self.batch is None else self.batch
 
     def end(self) -> None:
@@ -78,6 +80,11 @@ class Run:
         if len(self._seen) != len(self.layers):
             missing = [layer for position, layer in enumerate(self.layers) if position not in self._seen]
             raise _never_fired(missing, "a forward")
+        if self._left:
+            raise CarpoolError(
+                f"{self.layers[min(self._left)].name} did not call its experts module after its router, so that the "
+                "surrogates' output could not be added; load the model without kernels that replace the block"
+            )
 
     def reroute(self, position: int, args: tuple[Any, ...], output: Any) -> tuple[Any, ...]:
         """A router's output with the plan's weights and ids in place of its own."""
@@ -88,12 +95,14 @@ class Run:
             self._checked.add(position)
         batch = self._rows(layer, logits_NE)
         hidden_NH = args[0].reshape(-1, args[0].shape[-1]) if args else None
-        plan, stats = self._prepared[position]
+        plan, stats, surrogates = self._prepared[position]
         outcome = route(plan, layer.spec, logits_NE, batch, native=native, stats=stats, hidden_NH=hidden_NH)
         which, place = self._place[position]
         with torch.no_grad():
             self._counters[which].add(place, batch, outcome)
         self._seen.add(position)
+        if surrogates is not None:
+            self._left[position] = outcome.routing
         if self._observe is not None:
             self._observe(position, batch, outcome)
         _, weights, ids = layer.unpack(output)
@@ -101,6 +110,32 @@ class Run:
         slots[weights] = outcome.routing.weights_NK.reshape(output[weights].shape)
         slots[ids] = outcome.routing.ids_NK.reshape(output[ids].shape)
         return tuple(slots)
+
+    def supplement(self, position: int, args: tuple[Any, ...], output: Any) -> Any:
+        """The output of a layer's experts with that of the surrogates added; `args[0]` is their input."""
+        routing = self._left.pop(position, None)
+        if routing is None:
+            return output
+        hidden, surrogates = args[0], self._prepared[position].surrogates
+        if surrogates is None or not isinstance(output, Tensor) or output.shape != hidden.shape:
+            raise CarpoolError(
+                f"{self.layers[position].name}: its experts do not return one sum a row, to which the surrogates' "
+                f"output could be added; use another policy than {self._prepared[position].plan}"
+            )
+        ids_NK, weights_NK = routing.surrogate_ids_NK, routing.surrogate_weights_NK
+        assert ids_NK is not None
+        assert weights_NK is not None
+        added_NH = surrogates(hidden.reshape(-1, hidden.shape[-1]), ids_NK, weights_NK)
+        return output + added_NH.to(output.dtype).reshape(output.shape)
+
+    def surrogate_shares(self) -> list[float]:
+        """Bytes of one surrogate over those of one expert, by layer; 0 without surrogates. Experts count at most two
+        bytes a number, or a model held in fp32 for accuracy would make its surrogates look small."""
+        shares = []
+        for layer, prepared in zip(self.layers, self._prepared, strict=True):
+            size = sum(p.numel() * min(p.element_size(), 2) for p in layer.experts.parameters()) / layer.num_experts
+            shares.append(0.0 if prepared.surrogates is None else prepared.surrogates.bytes / size)
+        return shares
 
     def _rows(self, layer: MoELayer, logits_NE: Tensor) -> Batch:
         batch = self._current if self.batch is None else self.batch

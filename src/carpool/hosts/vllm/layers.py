@@ -64,6 +64,11 @@ def prepare(layer: Layer, plan: Plan) -> dict[str, Tensor]:
             engine does not give.
     """
     plan.check(layer.num_experts, layer.spec.top_k)
+    if plan.policy.surrogates:
+        raise CarpoolError(
+            f"{plan.policy} leaves pairs to surrogates, whose output is not added in vLLM yet; use it in transformers, "
+            "or another policy here"
+        )
     missing = [name for name in plan.policy.required_stats() if name not in layer.statistics]
     if missing:
         raise CarpoolError(

@@ -1,0 +1,52 @@
+"""Per-layer statistics as `carpool calibrate` writes them, made up: from the number of experts and a generator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def no_stats(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {}
+
+
+def similarities(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Every metric; `frobenius` with many ties, `routed` asymmetric."""
+
+    def matrix() -> Tensor:
+        return torch.rand(num_experts, num_experts, generator=generator)
+
+    raw = {name: matrix() for name in ("frobenius", "cosine", "cka", "routed")}
+    symmetric = {name: (value + value.T) / 2 for name, value in raw.items()}
+    symmetric["frobenius"] = (symmetric["frobenius"] * 8).round() / 8
+    symmetric["routed"] = raw["routed"]
+    ones = torch.eye(num_experts, dtype=torch.bool)
+    return {f"similarity_{name}": value.masked_fill(ones, 1.0) for name, value in symmetric.items()}
+
+
+def norm_predictor(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """For the harness's hidden states."""
+    return {
+        "norm_weight": torch.randn(num_experts, 4, generator=generator) / 4,
+        "norm_bias": torch.randn(num_experts, generator=generator) / 2,
+        "norm_scale": torch.tensor(1.0),
+    }
+
+
+def sensitivity(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {"sensitivity": torch.tensor(0.25)}
+
+
+def allow_lists(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Scores with ties, over all domains and of one."""
+    scores_2E = (torch.rand(2, num_experts, generator=generator) * 8).round() / 8
+    return {"easy_ep": scores_2E[0], "easy_ep/code": scores_2E[1]}
+
+
+def unexplained(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Energies that differ by orders of magnitude; a few experts without a surrogate."""
+    share_E = torch.rand(num_experts, generator=generator) * 1.2
+    return {
+        "surrogate_energy": torch.randn(num_experts, generator=generator).exp(),
+        "surrogate_unexplained": share_E.clamp_max(1.0),
+    }
