@@ -1,0 +1,40 @@
+"""`carpool report`: results of evaluations as one HTML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from carpool.cli.app import command
+from carpool.errors import CarpoolError
+
+
+@command("report")
+def report(
+    results: Annotated[list[Path], typer.Argument(help="JSON files of `carpool evaluate --json` or `carpool demo`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("report.html"),
+    like: Annotated[
+        str | None, typer.Option(help="Model or configuration whose expert size the bandwidth section begins with.")
+    ] = None,
+    bandwidth: Annotated[float, typer.Option(help="Memory bandwidth the section begins with, GB/s.")] = 1000.0,
+) -> None:
+    """Show results as one HTML file that needs no network: frontier, layers, domains, worst tokens, comparison."""
+    from rich.console import Console
+
+    from carpool.files import require_writable, write_text
+    from carpool.report.load import load
+    from carpool.report.page import page
+
+    if not 0 < bandwidth < float("inf"):
+        raise CarpoolError(f"--bandwidth {bandwidth}: give GB/s above 0")
+    require_writable(output)
+    evaluations = load(results)
+    diagnosis = None
+    if like is not None:
+        from carpool.doctor import diagnose
+
+        diagnosis = diagnose(like)
+    write_text(output, page(evaluations, like=diagnosis, bandwidth=bandwidth))
+    Console().print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)

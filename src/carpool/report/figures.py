@@ -1,0 +1,244 @@
+"""The figures of a report, as plotly figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from carpool.evaluate.plot import COLOURS, INK, MUTED, PALE
+from carpool.report.load import Evaluation, Row
+
+LEAST_KL = 1e-6  # nats; stock's zero has no place on a logarithmic axis
+LOG_TICKS = "D2"  # 1, 2, 5
+DASHES = ("solid", "dash", "dot", "dashdot")
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+AXES = {
+    "union_share": ("distinct experts read in a layer and step, share of stock's", ".0%"),
+    "union": ("distinct experts read in a layer and step", ".1f"),
+    "pairs": ("experts computed for a token in a layer", ".1f"),
+}
+COSTS = {
+    "kl": "KL(stock ‖ policy), nats per decoded token",
+    "perplexity_ratio": "perplexity over stock's",
+    "displaced_mass": "displaced mass",
+}
+
+
+def frontier(evaluations: Sequence[Evaluation], batch: int) -> Any:
+    """Cost over experts read at one batch size; buttons change both axes."""
+    import plotly.graph_objects as go
+
+    figure = _figure(height=560)
+    lines = _lines(evaluations, batch)
+    for name, rows, colour, dash in lines:
+        figure.add_trace(
+            go.Scatter(
+                name=name, mode="lines+markers", x=[row.value("union_share") for row in rows],
+                y=_shown(rows, "kl"), error_y=_bars(rows, "kl"), text=[_hover(row) for row in rows],
+                hovertemplate="%{text}<extra></extra>", line={"color": colour, "dash": dash, "width": 2.2},
+                marker={"size": 7, "line": {"color": "white", "width": 1}},
+            )
+        )  # fmt: skip
+    figure.update_xaxes(title=AXES["union_share"][0], tickformat=AXES["union_share"][1])
+    figure.update_yaxes(title=COSTS["kl"], type="log", dtick=LOG_TICKS)
+    across = [
+        {
+            "label": label,
+            "method": "update",
+            "args": [
+                {"x": [[row.value(name) for row in rows] for _, rows, _, _ in lines]},
+                {"xaxis.title.text": AXES[name][0], "xaxis.tickformat": AXES[name][1]},
+            ],
+        }
+        for label, name in (("share of stock", "union_share"), ("experts", "union"), ("pairs", "pairs"))
+    ]
+    down = [
+        {
+            "label": label,
+            "method": "update",
+            "args": [
+                {"y": [_shown(rows, name) for _, rows, _, _ in lines],
+                 "error_y": [_bars(rows, name) for _, rows, _, _ in lines]},
+                {"yaxis.title.text": COSTS[name], "yaxis.type": "log" if name == "kl" else "linear",
+                 "yaxis.dtick": LOG_TICKS if name == "kl" else None},
+            ],
+        }
+        for label, name in (("KL", "kl"), ("perplexity", "perplexity_ratio"), ("displaced", "displaced_mass"))
+    ]  # fmt: skip
+    _buttons(figure, (across, 0.0), (down, 0.32))
+    return figure
+
+
+def layers(evaluation: Evaluation, batch: int) -> Any:
+    """Union of every layer, stock as bars and policies as lines."""
+    import plotly.graph_objects as go
+
+    figure = _figure(height=400)
+    stock = evaluation.stock(batch)
+    names = [str(layer) for layer in range(len(stock.data["union_by_layer"]))]
+    figure.add_trace(
+        go.Bar(name="stock", x=names, y=stock.data["union_by_layer"], marker={"color": PALE}, hovertemplate="%{y:.1f}")
+    )
+    for row, colour in _representatives(evaluation, batch):
+        figure.add_trace(
+            go.Scatter(
+                name=row.policy, x=names, y=row.data["union_by_layer"], mode="lines+markers", hovertemplate="%{y:.1f}",
+                line={"color": colour, "width": 2}, marker={"size": 7},
+            )
+        )  # fmt: skip
+    figure.update_xaxes(title="MoE layer", type="category")
+    figure.update_yaxes(title="distinct experts read in a step", rangemode="tozero")
+    return figure
+
+
+def expert_use(evaluation: Evaluation, batch: int) -> Any | None:
+    """Which experts each domain reads, before and after; None if the file does not say."""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    rows = [row for row in evaluation.at(batch) if row.data.get("details") and row.policy != "stock"]
+    stock = evaluation.stock(batch)
+    if not rows or not stock.data.get("details"):
+        return None
+    before, names = _use(stock)
+    chosen = _middle(rows)
+    figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=("stock", chosen.policy))
+    top = max(max(line) for row in (stock, *rows) for line in _use(row)[0])
+    for column, matrix in ((1, before), (2, _use(chosen)[0])):
+        figure.add_trace(
+            go.Heatmap(
+                z=matrix, y=names, colorscale="Blues", zmin=0, zmax=top, showscale=column == 2,
+                colorbar={"title": {"text": "tokens"}, "tickformat": ".0%", "thickness": 12, "outlinewidth": 0},
+                hovertemplate="%{y}<br>expert %{x}: %{z:.1%} of the tokens<extra></extra>",
+            ),
+            row=1, col=column,
+        )  # fmt: skip
+    _style(figure, height=max(330, 130 + 17 * len(names)))
+    figure.update_yaxes(autorange="reversed", showgrid=False, dtick=1)
+    figure.update_xaxes(title="expert", showgrid=False)
+    menu = [
+        {
+            "label": row.policy,
+            "method": "update",
+            "args": [{"z": [_use(row)[0]]}, {"annotations[1].text": row.policy}, [1]],
+        }
+        for row in rows
+    ]
+    figure.update_layout(
+        margin={"t": 95},
+        updatemenus=[
+            {"buttons": menu, "active": rows.index(chosen), "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom",
+             "pad": {"b": 32}, "bgcolor": "white", "bordercolor": PALE, "font": {"size": 12}}
+        ],
+    )  # fmt: skip
+    return figure
+
+
+def displaced(evaluation: Evaluation, batch: int) -> Any | None:
+    """How many (token, layer) pairs lose how much of their native weight; None if the file does not say."""
+    import plotly.graph_objects as go
+
+    shown = [(row, colour) for row, colour in _representatives(evaluation, batch) if row.data.get("details")]
+    if not shown:
+        return None
+    figure = _figure(height=400)
+    for row, colour in shown:
+        counts = row.data["details"]["displaced_histogram"]
+        total, width = max(sum(counts), 1), 1 / len(counts)
+        figure.add_trace(
+            go.Scatter(
+                name=row.policy, x=[(index + 0.5) * width for index in range(len(counts))],
+                y=[count / total if count else None for count in counts], mode="lines",
+                line={"shape": "hvh", "color": colour, "width": 2}, hovertemplate="%{x:.0%}: %{y:.2%}",
+            )
+        )  # fmt: skip
+    figure.update_xaxes(title="displaced mass of a token in a layer", tickformat=".0%", range=[0, 1])
+    figure.update_yaxes(title="share of (token, layer) pairs", type="log", tickformat=".2~%", dtick=1)
+    return figure
+
+
+def _use(row: Row) -> tuple[list[list[float]], list[str]]:
+    """Share of a domain's tokens that read an expert, a line a (layer, domain), and the lines' names."""
+    use = row.data["details"]["expert_use"]
+    count = len(next(iter(use.values())))
+    tokens = {domain: max(sum(layers[0]) / max(row.value("pairs"), 1e-9), 1) for domain, layers in use.items()}
+    lines = [[n / tokens[domain] for n in use[domain][layer]] for layer in range(count) for domain in use]
+    return lines, [f"{domain} · layer {layer}" for layer in range(count) for domain in use]
+
+
+def _representatives(evaluation: Evaluation, batch: int) -> list[tuple[Row, str]]:
+    """One setting of every method, the one closest to half of stock's union, with its colour."""
+    return [(_middle(rows), colour) for _, rows, colour, _ in _lines([evaluation], batch)]
+
+
+def _middle(rows: Sequence[Row]) -> Row:
+    return min(rows, key=lambda row: abs(row.value("union_share") - 0.5))
+
+
+def _lines(evaluations: Sequence[Evaluation], batch: int) -> list[tuple[str, list[Row], str, str]]:
+    """Name, settings from the smallest union on, colour and dash of every method of every file."""
+    methods: dict[str, str] = {}
+    colours = iter(COLOURS * 20)
+    made = []
+    for number, evaluation in enumerate(evaluations):
+        series: dict[str, list[Row]] = {}
+        for row in evaluation.at(batch):
+            if row.method != "stock":
+                series.setdefault(row.method, []).append(row)
+        for method, rows in series.items():
+            if method not in methods:
+                methods[method] = MUTED if rows[0].control else next(colours)
+            name = method if len(evaluations) == 1 else f"{method} · {evaluation.label}"
+            dash = "dot" if rows[0].control else DASHES[number % len(DASHES)]
+            made.append((name, sorted(rows, key=lambda row: row.value("union_share")), methods[method], dash))
+    return made
+
+
+def _shown(rows: Sequence[Row], name: str) -> list[float]:
+    return [max(row.value(name), LEAST_KL) if name == "kl" else row.value(name) for row in rows]
+
+
+def _bars(rows: Sequence[Row], name: str) -> dict[str, Any]:
+    ends = [(row.value(name), *row.ends(name)) for row in rows]
+    return {
+        "type": "data", "symmetric": False, "thickness": 1, "width": 0,
+        "array": [high - value for value, _, high in ends], "arrayminus": [value - low for value, low, _ in ends],
+    }  # fmt: skip
+
+
+def _hover(row: Row) -> str:
+    low, high = row.ends("kl")
+    return (
+        f"<b>{row.policy}</b><br>{row.value('union'):.1f} experts ({row.value('union_share'):.0%} of stock)<br>"
+        f"KL {row.value('kl'):.4f} ({low:.4f}–{high:.4f})<br>perplexity × {row.value('perplexity_ratio'):.4f}<br>"
+        f"displaced mass {row.value('displaced_mass'):.1%}, {row.value('pairs'):.2f} experts a token"
+    )
+
+
+def _buttons(figure: Any, *groups: tuple[list[dict[str, Any]], float]) -> None:
+    figure.update_layout(
+        margin={"t": 60},
+        updatemenus=[
+            {"type": "buttons", "direction": "right", "buttons": buttons, "x": x, "xanchor": "left", "y": 1.02,
+             "yanchor": "bottom", "bgcolor": "white", "bordercolor": PALE, "font": {"size": 12}}
+            for buttons, x in groups
+        ],
+    )  # fmt: skip
+
+
+def _figure(height: int) -> Any:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    _style(figure, height)
+    return figure
+
+
+def _style(figure: Any, height: int) -> None:
+    figure.update_layout(
+        height=height, template="plotly_white", font={"family": FONT, "color": INK, "size": 13},
+        margin={"l": 70, "r": 20, "t": 30, "b": 60}, hoverlabel={"bgcolor": "white", "font": {"family": FONT}},
+        legend={"font": {"size": 12}},
+    )  # fmt: skip
+    figure.update_xaxes(gridcolor=PALE, zeroline=False)
+    figure.update_yaxes(gridcolor=PALE, zeroline=False)

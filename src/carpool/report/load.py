@@ -1,0 +1,145 @@
+"""Reads the JSON files that a report shows, or says in one sentence what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from carpool.errors import CarpoolError
+from carpool.evaluate.report import SCHEMA
+from carpool.grammar import parse
+
+KIND = "carpool evaluation"
+CONTROLS = ("topk", "random")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy at one batch size; `data` is its entry in the file.
+
+    Attributes:
+        source: label of the file it comes from.
+        method: what its settings have in common, such as `xshare(utility='squared')`; `stock` for stock.
+        control: a control, or stock.
+    """
+
+    source: str
+    method: str
+    control: bool
+    data: dict[str, Any]
+
+    @property
+    def policy(self) -> str:
+        return str(self.data["policy"])
+
+    @property
+    def batch(self) -> int:
+        return int(self.data["batch"])
+
+    def value(self, name: str) -> float:
+        """A metric's value, with or without an interval."""
+        found = self.data[name]
+        return float(found["value"] if isinstance(found, dict) else found)
+
+    def ends(self, name: str) -> tuple[float, float]:
+        """A metric's interval; the value itself where there is none."""
+        found, value = self.data[name], self.value(name)
+        low, high = (found.get("low"), found.get("high")) if isinstance(found, dict) else (None, None)
+        return value if low is None else float(low), value if high is None else float(high)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One file of results.
+
+    Attributes:
+        label: the file's name without its ending, made unique. facts: everything but the results.
+        rows: in the file's order; stock comes first at every batch size.
+    """
+
+    label: str
+    facts: dict[str, Any]
+    rows: tuple[Row, ...]
+
+    @property
+    def batches(self) -> list[int]:
+        """Batch sizes, ascending."""
+        return sorted({row.batch for row in self.rows})
+
+    def at(self, batch: int) -> list[Row]:
+        """Rows of one batch size."""
+        return [row for row in self.rows if row.batch == batch]
+
+    def stock(self, batch: int) -> Row:
+        """Stock at a batch size."""
+        return next(row for row in self.at(batch) if row.policy == "stock")
+
+
+def load(paths: Sequence[Path]) -> list[Evaluation]:
+    """Read result files of `carpool evaluate` and `carpool demo`.
+
+    Raises:
+        CarpoolError: no file, not readable, not results of an evaluation, another schema, or results without stock.
+    """
+    if not paths:
+        raise CarpoolError("no results were given: name one or more JSON files of `carpool evaluate --json`")
+    labels: list[str] = []
+    for path in paths:
+        label, count = path.stem, 2
+        while label in labels:
+            label, count = f"{path.stem} ({count})", count + 1
+        labels.append(label)
+    return [_evaluation(path, label) for path, label in zip(paths, labels, strict=True)]
+
+
+def _evaluation(path: Path, label: str) -> Evaluation:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CarpoolError(f"cannot read the results {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise CarpoolError(f"{path} is not JSON; give a file that `carpool evaluate --json` wrote") from None
+    if not isinstance(content, dict) or content.get("kind") != KIND:
+        raise CarpoolError(
+            f"{path} holds no results of an evaluation; give a file that `carpool evaluate --json` wrote"
+        )
+    if content.get("schema") != SCHEMA:
+        raise CarpoolError(f"{path}: schema {content.get('schema')!r}, this version of Carpool reads schema {SCHEMA}")
+    try:
+        rows = tuple(_row(label, entry) for entry in content.pop("results"))
+        made = Evaluation(label, content, rows)
+        for batch in made.batches:
+            made.stock(batch)
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
+        raise CarpoolError(f"{path} lacks results that a report needs; evaluate again with this version") from None
+    if not rows:
+        raise CarpoolError(f"{path} holds no results; evaluate again")
+    return made
+
+
+def _row(label: str, entry: dict[str, Any]) -> Row:
+    method, control = method_of(entry["policy"])
+    row = Row(label, method, control, entry)
+    for name in ("union", "union_share", "kl", "perplexity_ratio", "displaced_mass", "pairs"):
+        row.ends(name)
+    return row
+
+
+def method_of(policy: str) -> tuple[str, bool]:
+    """What the settings of a method have in common (its name, texts, flags and guards), and whether it is a control."""
+    if policy == "stock":
+        return "stock", True
+    try:
+        plan = parse(policy)
+    except CarpoolError:  # a policy of a package that is not installed here
+        return policy.split("(")[0], False
+    kept = [
+        f"{field.name}={value!r}"
+        for field in fields(plan.policy)
+        if isinstance(value := getattr(plan.policy, field.name), str | bool) and value != field.default
+    ]
+    name = plan.policy.name + (f"({', '.join(kept)})" if kept else "")
+    return " | ".join((name, *map(str, plan.guards))), plan.policy.name in CONTROLS

@@ -1,0 +1,135 @@
+"""`carpool report`: one self-contained page with everything the results hold, or one sentence on what is wrong."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from lockstep_tools import NumberTokenizer, noise, small_model
+from typer.testing import CliRunner
+
+from carpool.batch import Grouping
+from carpool.cli.app import app
+from carpool.evaluate import report as results_file
+from carpool.evaluate.study import Settings, sequences_for, study
+from carpool.grammar import parse
+from carpool.report.load import load, method_of
+
+POLICIES = ("oea(k0=1)", "xshare(budget=3)", "xshare(budget=5)", "topk(k=1)")
+EVIL = "</script><b>&"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Two files of the same policies on other seeds."""
+    folder = tmp_path_factory.mktemp("results")
+    model, texts = small_model(), [noise(domain, 200, seed) for seed, domain in enumerate(("a<i>", "b", "a<i>", "b"))]
+    paths = []
+    for seed in (0, 1):
+        chosen = Settings(
+            tuple(map(parse, POLICIES)), Grouping.parse("batch"), (2, 4), sequence=9, prefill=3, batches=4, seed=seed
+        )
+        found = study(model, chosen, sequences_for(chosen, texts, NumberTokenizer()))
+        paths.append(folder / f"seed{seed}.json")
+        results_file.write(
+            paths[-1], [row for rows in found for row in rows], decode=lambda ids: EVIL,
+            model={"name": "tiny", "layers": 2, "experts": 8, "top_k": 2}, texts=[], seed=seed,
+        )  # fmt: skip
+    return paths
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["report", *map(str, arguments)])
+
+
+def without_libraries(html):
+    """The page without plotly's own code."""
+    scripts = sorted(re.findall(r"<script>.*?</script>", html, flags=re.DOTALL), key=len)
+    return html.replace(scripts[-1], "")
+
+
+def test_a_page_of_two_files(results, tmp_path):
+    out = tmp_path / "report.html"
+    done = invoke(*results, "-o", out)
+    assert done.exit_code == 0, done.output
+    html = out.read_text()
+    own = without_libraries(html)
+    for title in (
+        "What it saves",
+        "bandwidth",
+        "Layer by layer",
+        "Who uses which",
+        "lose most",
+        "All results",
+        "Side by",
+    ):
+        assert title in own
+    for policy in POLICIES:
+        assert policy in own
+    # nothing is fetched, and a text cannot leave its place
+    assert not re.search(r"(src|href)=\"(?!data:)", own)
+    assert EVIL not in own
+    assert "a<i>" not in own.replace("\\u003ci\\u003e", "")
+    one_of_many = load(results)[1].at(4)[1]
+    assert f"{one_of_many.value('kl'):.4f}" in own
+
+
+def test_methods_are_recognised():
+    assert method_of("stock") == ("stock", True)
+    assert method_of("xshare(budget=16)") == ("xshare", False)
+    assert method_of("xshare(budget=0.5, utility='squared')") == ("xshare(utility='squared')", False)
+    assert method_of("oea(k0=2) | floor(0.3)") == ("oea | floor(0.3)", False)
+    assert method_of("topk(k=2)") == ("topk", True)
+    assert method_of("somebodys_own(n=3)") == ("somebodys_own", False)
+
+
+def test_what_is_no_result(results, tmp_path):
+    other, out = tmp_path / "other.json", tmp_path / "report.html"
+    content = json.loads(results[0].read_text())
+    cases = {
+        "nope": (None, "cannot read the results"),
+        "not JSON": ("{", "is not JSON"),
+        "a list": ("[]", "holds no results of an evaluation"),
+        "another kind": (json.dumps(content | {"kind": "x"}), "holds no results of an evaluation"),
+        "another schema": (json.dumps(content | {"schema": 99}), "schema 99"),
+        "empty": (json.dumps(content | {"results": []}), "holds no results"),
+        "no stock": (json.dumps(content | {"results": content["results"][1:2]}), "lacks results"),
+        "half a row": (json.dumps(content | {"results": [{"policy": "stock", "batch": 4}]}), "lacks results"),
+    }
+    for name, (text, message) in cases.items():
+        other.unlink(missing_ok=True)
+        if text is not None:
+            other.write_text(text)
+        done = invoke(other, "-o", out)
+        assert done.exit_code == 2, name
+        assert message in done.output, name
+        assert not out.exists(), name
+    done = invoke(results[0], "-o", tmp_path / "missing" / "report.html")
+    assert done.exit_code == 2
+    assert "does not exist" in done.output
+
+
+def test_results_of_an_older_version_have_no_details(results, tmp_path):
+    content = json.loads(results[0].read_text())
+    for row in content["results"]:
+        del row["details"]
+    old, out = tmp_path / "old.json", tmp_path / "report.html"
+    old.write_text(json.dumps(content))
+    assert invoke(old, "-o", out).exit_code == 0
+    assert "Who uses which" not in without_libraries(out.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_a_browser_has_nothing_to_complain_of(results, tmp_path):
+    out = tmp_path / "report.html"
+    assert invoke(*results, "-o", out).exit_code == 0
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    run = ["chromium", *flags.split(), "--enable-logging=stderr", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    done = subprocess.run(
+        [*run, "--virtual-time-budget=5000", out.as_uri()], capture_output=True, text=True, timeout=300
+    )
+    assert ":CONSOLE" not in done.stderr, done.stderr
+    assert done.stdout.count('class="main-svg"') >= 2 * 8  # every figure at both batch sizes is drawn
+    assert "ms a step" in done.stdout  # so is the table that the page computes itself
