@@ -129,4 +129,6 @@ def base_weight(content: dict[str, Any]) -> str:
         for row in content["results"]
     ]  # fmt: skip
     heads = ("policy", "weight, renormalisation", ">union", ">KL, nats/token", ">perplexity ratio")
-    return rows(heads, lines)
+    kl = {(row["policy"], row["weight"]): row["kl"]["value"] for row in content["results"]}
+    ratios = [f"{kl[name, 'after'] / value:.2f}" for (name, weight), value in kl.items() if weight == "before"]
+    return f"{rows(heads, lines)}\nKL after over KL before, in this order: {', '.join(ratios)}.\n"
