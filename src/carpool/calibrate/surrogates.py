@@ -19,7 +19,7 @@ from carpool.errors import CarpoolError
 from carpool.surrogates import NAMES, SCALES, Surrogates
 
 RIDGE = 1e-2  # times the mean variance of an input
-HELD_OUT = 5  # every fifth chunk is kept out of the fit and measures it
+BLOCK, HELD_OUT = 64, 5  # of every five blocks of so many tokens, the last is kept out of the fit and measures it
 LEAST_TOKENS = 32  # an expert with fewer tokens in the fit gets no surrogate
 STORED = ("int8", "bf16", "fp32")
 
@@ -37,7 +37,7 @@ class SurrogateFit:
     layer: Layer
     rank: int
     stored: str = "int8"
-    _chunks: int = 0
+    _tokens: int = 0
     _held: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # inputs and choices
 
     def __post_init__(self) -> None:
@@ -52,15 +52,15 @@ class SurrogateFit:
         self.targets_EDH = torch.zeros(E, H + 1, H, device=device)
 
     def update(self, seen: Seen) -> None:
-        """Add a chunk of tokens, or keep it for the measure."""
+        """Add a chunk of tokens, and keep some of them for the measure."""
         hidden_NH = seen.hidden_NH.float()
-        self._chunks += 1
-        if self._chunks % HELD_OUT == 0:
-            self._held.append((hidden_NH.clone(), seen.ids_NK.clone()))
-            return
+        place_N = torch.arange(self._tokens, self._tokens + len(hidden_NH), device=hidden_NH.device)
+        self._tokens += len(hidden_NH)
+        held_N = place_N // BLOCK % HELD_OUT == HELD_OUT - 1
+        self._held.append((hidden_NH[held_N], seen.ids_NK[held_N]))
         inputs_ND = torch.nn.functional.pad(hidden_NH, (0, 1), value=1.0)
         for expert in range(len(self.inputs_EDD)):
-            rows_C = (seen.ids_NK == expert).any(-1).nonzero().squeeze(-1)
+            rows_C = ((seen.ids_NK == expert).any(-1) & ~held_N).nonzero().squeeze(-1)
             if len(rows_C):
                 x_CD, y_CH = inputs_ND[rows_C], seen.outputs_NEH[rows_C, expert].float()
                 self.inputs_EDD[expert] += x_CD.T @ x_CD
@@ -74,8 +74,8 @@ class SurrogateFit:
         Raises:
             CarpoolError: too few tokens to hold some out.
         """
-        if not self._held:
-            raise CarpoolError(f"surrogates need {HELD_OUT} chunks of tokens or more: give more --tokens")
+        if self._tokens < BLOCK * HELD_OUT:
+            raise CarpoolError(f"surrogates need {BLOCK * HELD_OUT} tokens or more, not {self._tokens}: raise --tokens")
         count_E = self.inputs_EDD[:, -1, -1]
         fitted = [solve(xx, xy, self.rank) for xx, xy in zip(self.inputs_EDD, self.targets_EDH, strict=True)]
         inner_ERH, outer_EXH = (torch.stack(part).float() for part in zip(*fitted, strict=True))

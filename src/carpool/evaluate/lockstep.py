@@ -21,10 +21,11 @@ from carpool.errors import CarpoolError
 from carpool.evaluate.layout import Layout
 from carpool.grammar import Plan
 from carpool.pipeline import Outcome
+from carpool.policy_file import PolicyFile
 
 CHUNK = 1 << 19  # logits that are compared at a time; 2 MiB in float32 stay in a cache
 Observer = Callable[[int, Batch, Outcome], None]
-LAYER_FIELDS = ("union", "natural_union", "coreset", "pairs", "displaced", "changed", "overflow")
+LAYER_FIELDS = ("union", "natural_union", "coreset", "pairs", "displaced", "changed", "overflow", "surrogates", "bytes")
 
 
 class Watch:
@@ -32,24 +33,30 @@ class Watch:
 
     Attributes:
         sums: by layer position, `[fields, M]` float64 in the order of `LAYER_FIELDS`.
+        shares: bytes of one surrogate over those of one expert, by layer; `bytes` counts both in experts.
     """
 
     def __init__(self, layout: Layout, copies: int) -> None:
         self.layout, self.copies = layout, copies
         self.sums: dict[int, Tensor] = {}
+        self.shares: list[float] = []
 
     def __call__(self, layer: int, batch: Batch, outcome: Outcome) -> None:
         steps, rows = self.layout.by_step, self.layout.by_row
         if layer in self.sums:
             raise CarpoolError(f"layer {layer} routed twice in one forward pass; lockstep evaluation needs one call")
+        union_M = steps(outcome.union_SE.sum(-1), self.copies)
+        surrogates_M = steps(outcome.surrogates_SE.sum(-1), self.copies)
         values = (
-            steps(outcome.union_SE.sum(-1), self.copies),
+            union_M,
             steps(outcome.natural_SE.sum(-1), self.copies),
             steps(outcome.coreset_GE.sum(-1), self.copies),
             rows((outcome.routing.weights_NK != 0).sum(-1), self.copies),
             rows(outcome.displaced_N.double(), self.copies),
             rows(outcome.changed_N, self.copies),
             steps(outcome.overflow_SE.sum(-1), self.copies),
+            surrogates_M,
+            union_M + surrogates_M * self.shares[layer],
         )
         self.sums[layer] = torch.stack([value.double() for value in values])
 
@@ -69,7 +76,7 @@ class Pass:
 
 def forward(
     model: Any,
-    plan: Plan,
+    plan: Plan | PolicyFile,
     ids_ST: Tensor,
     layout: Layout,
     *,
@@ -100,7 +107,9 @@ def forward(
         if observe is not None:
             observe(layer, batch, outcome)
 
-    with torch.inference_mode(), share(model, plan, group=layout.grouping, stats=stats, batch=batch, observe=seen):
+    how: dict[str, Any] = {"group": layout.grouping, "stats": stats, "batch": batch, "observe": seen}
+    with torch.inference_mode(), share(model, plan, **how) as run:
+        watch.shares = run.surrogate_shares()
         logits_RV = decoded_logits(model, ids_ST.to(device), layout)
     if len(watch.sums) != num_layers:
         raise CarpoolError(

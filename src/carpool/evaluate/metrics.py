@@ -21,6 +21,9 @@ class Result:
         pairs: (row, expert) pairs computed for a row in a layer.
         displaced_mass: mean over rows and layers.
         overflow: experts a step reads in a layer only because of the floor.
+        surrogates: surrogates read in a layer and step.
+        bytes: what a layer and step reads, in experts: the union, and the surrogates at their size. (Statistics that a
+            choice needs, such as BASE's predictor, are not counted.) bytes_share: the same over stock's.
         kl: KL(stock || policy), nats per decoded token. top1_agreement: share of tokens.
         perplexity, perplexity_ratio: over all decoded tokens; the ratio is to stock.
         domains: perplexity and its ratio by domain.
@@ -35,6 +38,9 @@ class Result:
     pairs: float
     displaced_mass: Estimate
     overflow: float
+    surrogates: float
+    bytes: Estimate
+    bytes_share: Estimate
     kl: Estimate
     top1_agreement: Estimate
     perplexity: Estimate
@@ -81,6 +87,9 @@ def _result(one: Measured, stock: Measured, counts_RM: Array) -> Result:
         pairs=ratio(per_batch["pairs"], rows_M),
         displaced_mass=estimate(per_batch["displaced"], rows_M, counts_RM),
         overflow=ratio(per_batch["overflow"], steps_M),
+        surrogates=ratio(per_batch["surrogates"], steps_M),
+        bytes=estimate(per_batch["bytes"], steps_M, counts_RM),
+        bytes_share=estimate(per_batch["bytes"], stock_union_M, counts_RM),
         kl=estimate(*kl_columns(one), counts_RM),
         top1_agreement=estimate(one.agree_M, one.tokens_M, counts_RM),
         perplexity=perplexity,
@@ -88,6 +97,7 @@ def _result(one: Measured, stock: Measured, counts_RM: Array) -> Result:
         domains={
             name: both(one.nll_MD[:, index], stock.nll_MD[:, index], one.tokens_MD[:, index])
             for index, name in enumerate(one.domains)
+            if one.tokens_MD[:, index].any()  # few sequences may leave a domain out
         },
         union_by_layer=_by_layer(one),
         stock_union_by_layer=_by_layer(stock),

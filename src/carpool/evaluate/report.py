@@ -59,7 +59,10 @@ def as_dict(result: Result, decode: Decode | None = None) -> dict[str, Any]:
     """One row of the results; `decode` shows the worst rows' tokens as text."""
     one = result.measured
     layout = one.layout
-    estimates = ("union", "union_share", "displaced_mass", "kl", "top1_agreement", "perplexity", "perplexity_ratio")
+    estimates = (
+        "union", "union_share", "bytes", "bytes_share", "displaced_mass", "kl", "top1_agreement", "perplexity",
+        "perplexity_ratio",
+    )  # fmt: skip
     return {
         "policy": one.name,
         "group": str(layout.grouping),
@@ -72,6 +75,7 @@ def as_dict(result: Result, decode: Decode | None = None) -> dict[str, Any]:
         "natural_union": result.natural_union,
         "pairs": result.pairs,
         "overflow": result.overflow,
+        "surrogates": result.surrogates,
         "domains": {
             name: {"perplexity": asdict(perplexity), "perplexity_ratio": asdict(ratio)}
             for name, (perplexity, ratio) in result.domains.items()
