@@ -41,7 +41,7 @@ def command(tmp_path, monkeypatch, stats):
     monkeypatch.chdir(tmp_path)
     stats.save("stats.safetensors")
     Path("text.txt").write_text(" ".join(str(3 + i * i % 60) for i in range(3000)))
-    monkeypatch.setattr("carpool.hosts.transformers.load_model", lambda path: (MODEL, Numbers()))
+    monkeypatch.setattr("carpool.hosts.transformers.load_model", lambda path, **given: (MODEL, Numbers()))
 
     def call(*arguments):
         result = CliRunner().invoke(app, list(map(str, arguments)))

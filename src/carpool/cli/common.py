@@ -30,7 +30,9 @@ def embedded_texts() -> list[Path]:
     return sorted(TEXTS.glob("*.jsonl"))
 
 
-def load(model: str | None, stats: Path | None, plans: Sequence[Plan] = ()) -> tuple[Any, Any, Any]:
+def load(
+    model: str | None, stats: Path | None, plans: Sequence[Plan] = (), device_map: str | None = None
+) -> tuple[Any, Any, Any]:
     """Model, tokenizer and statistics; the reference model brings its own statistics.
 
     Plans that are impossible for the model's layers are refused before its weights are read.
@@ -47,13 +49,18 @@ def load(model: str | None, stats: Path | None, plans: Sequence[Plan] = ()) -> t
             for plan in plans:
                 plan.check(layer.num_experts, layer.top_k)
 
-    loaded, tokenizer = load_model(model, check=check) if plans else load_model(model)
+    loaded, tokenizer = load_model(model, check=check, device_map=device_map)
     if stats is None and model is None:
-        from carpool_demo import HERE
-
-        shipped = HERE / "stats.safetensors"
-        stats = shipped if shipped.exists() else None
+        stats = shipped_statistics()
     return loaded, tokenizer, None if stats is None else Statistics.load(stats)
+
+
+def shipped_statistics() -> Path | None:
+    """The reference model's statistics, where its distribution has some."""
+    from carpool_demo import HERE
+
+    shipped: Path = HERE / "stats.safetensors"
+    return shipped if shipped.exists() else None
 
 
 def model_facts(loaded: Any, name: str | None) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,11 +105,8 @@ def measure(
     for plan in plans:
         plan.check(moe.experts, moe.top_k)
     tallies = [_Tally(plan, layout, sequences, moe) for plan in (None, *plans)]
-    decoded = layout.rows * layout.decoded
-    vocabulary = model.config.get_text_config().vocab_size
-    stacked = min(ROWS_PER_PASS // (layout.rows * layout.positions), LOGITS_PER_PASS // (decoded * vocabulary))
-    try:
-        for ids_SX, domain_S in _chunks(sequences, layout, batches, max(1, stacked)):
+    with explaining_memory(layout):
+        for ids_SX, domain_S in passes(model, sequences, layout, batches):
             stock = None
             for tally in tallies:
                 plan = tally.plan or moe.stock
@@ -122,13 +120,6 @@ def measure(
                         _require_untouched(model, ids_SX, layout, stock)
                 tally.add(stock, run, ids_SX, domain_S)
                 advance(len(ids_SX) * layout.positions)
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise CarpoolError(
-            f"batch {layout.rows} with {layout.decoded} decoded positions does not fit into memory: "
-            "lower --batch or --sequence"
-        ) from None
     measured = [tally.result() for tally in tallies]
     if not allow_unchanged:
         for result in measured[1:]:
@@ -136,8 +127,29 @@ def measure(
     return measured
 
 
-def _chunks(sequences: Sequences, layout: Layout, batches: int, stacked: int) -> list[tuple[Tensor, Tensor]]:
-    """Sequences and their domains, whole batches together."""
+@contextmanager
+def explaining_memory(layout: Layout) -> Iterator[None]:
+    """Raises CarpoolError where the block runs out of memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise CarpoolError(
+            f"batch {layout.rows} with {layout.decoded} decoded positions does not fit into memory: "
+            "lower --batch or --sequence"
+        ) from None
+
+
+def passes(model: Any, sequences: Sequences, layout: Layout, batches: int) -> list[tuple[Tensor, Tensor]]:
+    """Sequences and their domains of every forward pass, as many whole batches together as memory allows.
+
+    Raises:
+        CarpoolError: fewer sequences than `batches` batches need.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    logits = layout.rows * layout.decoded * vocabulary
+    stacked = max(1, min(ROWS_PER_PASS // (layout.rows * layout.positions), LOGITS_PER_PASS // logits))
     needed = batches * layout.rows
     if needed > len(sequences.ids_ST):
         raise CarpoolError(f"{batches} batches of {layout.rows} need {needed} sequences, not {len(sequences.ids_ST)}")

@@ -1,0 +1,206 @@
+"""`carpool tune`: a policy file that keeps a quality target and reads as little as it can."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from math import ceil, log2
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from carpool.cli.app import command
+from carpool.cli.common import embedded_texts, load, model_facts, progress, shipped_statistics
+from carpool.cli.evaluate import batch_sizes
+from carpool.errors import CarpoolError
+from carpool.files import atomic_path
+
+if TYPE_CHECKING:
+    from carpool.evaluate.measure import MoE
+    from carpool.texts import Document
+    from carpool.tune import Family, Found, Target
+
+RANK = 16  # of the surrogates, where statistics are made on the way
+CALIBRATION = 20_000  # tokens for them
+
+
+@command("tune")
+def tune(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or hub name of a transformers model; default: the reference model.")
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help=".txt or .jsonl like what you serve; may be repeated; default: embedded texts."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Policy file to write.")] = Path("policy.json"),
+    max_kl: Annotated[float | None, typer.Option(help="Target: KL(stock || policy), nats a decoded token.")] = None,
+    max_perplexity_ratio: Annotated[float | None, typer.Option(help="Target: perplexity over stock's.")] = None,
+    union: Annotated[float | None, typer.Option(help="Target instead: share of stock's reading, least KL.")] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option("--policy", "-p", help="Name, or a plan whose number is tuned; may be repeated.")
+    ] = None,
+    group: Annotated[str, typer.Option(help="Rows that share a coreset: batch, request or block:n.")] = "batch",
+    batch: Annotated[int, typer.Option(help="Sequences that decode together where you serve.")] = 16,
+    sequence: Annotated[int, typer.Option(help="Tokens of a sequence, prompt included.")] = 128,
+    prefill: Annotated[int, typer.Option(help="Tokens of the prompt, which keeps its native routing.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Decoded tokens of the search, and as many to verify.")] = 9_216,
+    seed: Annotated[int, typer.Option(help="Seed of the sequences and the intervals.")] = 0,
+    stats: Annotated[
+        Path | None, typer.Option(help="Statistics of `carpool calibrate`; made on the way where policies need some.")
+    ] = None,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer/--uniform", help="Give every layer a number of its own.")
+    ] = True,
+    device_map: Annotated[str | None, typer.Option(help="Passed on to transformers, such as auto.")] = None,
+) -> None:
+    """Find the policy that reads least within a quality target, verify it on unseen text, write a policy file."""
+    from carpool.batch import Grouping
+    from carpool.evaluate.study import Settings, describe, sequences_for
+    from carpool.files import require_writable, sha256_file
+    from carpool.hosts.transformers import find_layers
+    from carpool.policy_file import PolicyFile
+    from carpool.stats import Statistics
+    from carpool.texts import load_texts
+    from carpool.tune import DEFAULT, Target, Trials, family
+    from carpool.tune import tune as search_for
+    from carpool.tune.texts import split
+
+    console = Console(soft_wrap=True, highlight=False)
+    target = Target(max_kl, max_perplexity_ratio, union)
+    families = [family(one) for one in policy or DEFAULT]
+    settings = Settings(
+        tuple(one.plan for one in families), Grouping.parse(group), batch_sizes(str(batch)),
+        sequence=sequence, prefill=prefill, tokens=tokens, seed=seed,
+    )  # fmt: skip
+    require_writable(output)
+    paths = text or embedded_texts()
+    halves = split(load_texts(paths), seed)
+    loaded, tokenizer, _ = load(model, None, device_map=device_map)
+    moe = describe(loaded)
+    families = [one for one in families if one.values(moe.experts, moe.top_k)]
+    source = stats or (shipped_statistics() if model is None else None)
+    if source is None and any(one.required_stats for one in families):
+        source = _calibrate(loaded, tokenizer, halves[0], output, seed, [(p.name, sha256_file(p)) for p in paths])
+    statistics = None if source is None else Statistics.load(source)
+    facts = model_facts(loaded, model)
+    ((layout, batches),) = settings.layouts()
+    indices = [layer.index for layer in find_layers(loaded)]
+    memory = output.with_name(f".{output.name}.progress")
+    depends = {
+        "model": facts["fingerprint"], "texts": [sha256_file(path) for path in paths], "group": group, "batch": batch,
+        "sequence": sequence, "prefill": prefill, "tokens": tokens, "seed": seed,
+        "statistics": None if source is None else sha256_file(source),
+    }  # fmt: skip
+    with _progress(_expected(families, moe, len(indices) if per_layer else 0)) as (advance, say):
+        search, verify = (
+            Trials(
+                loaded, moe, sequences_for(settings, half, tokenizer), layout, batches,
+                stats=statistics, seed=seed, memory=kept, settings=depends, advance=advance,
+            )
+            for half, kept in zip(halves, (memory, None), strict=True)
+        )  # fmt: skip
+        if search.points:
+            say(f"resuming after {len(search.points)} trials")
+        found = search_for(families, target, search, verify, indices, per_layer=per_layer, say=say)
+    PolicyFile(
+        found.chosen.plan,
+        found.chosen.layers,
+        {"fingerprint": facts["fingerprint"], "num_layers": moe.layers, "num_experts": moe.experts, "top_k": moe.top_k},
+        _beside(output, source) if found.chosen.plan.policy.required_stats() else None,
+        (
+            {"target": str(target), "batch": batch, "group": group, "tokens": tokens, "seed": seed},
+            *({"text": "search", **asdict(point)} for point in search.points.values()),
+            *({"text": "unseen", **asdict(point)} for point in verify.points.values()),
+        ),
+    ).save(output)
+    memory.unlink(missing_ok=True)
+    _show(console, found, target, output, batch)
+    if not found.met:
+        raise typer.Exit(1)
+
+
+def _calibrate(
+    model: Any, tokenizer: Any, documents: list[Document], output: Path, seed: int, data: list[tuple[str, str]]
+) -> Path:
+    """Statistics beside the policy file; those of an interrupted run are taken up."""
+    from carpool.calibrate import calibrate, token_sequences
+    from carpool.calibrate.surrogates import SurrogateFit
+    from carpool.hosts.transformers import find_layers, fingerprint
+    from carpool.stats import Statistics
+
+    path = output.with_suffix(".safetensors")
+    if path.exists():
+        old = Statistics.load(path)
+        if (old.fingerprint, old.seed, list(old.data)) == (fingerprint(model), seed, data):
+            return path
+        raise CarpoolError(f"{path} holds other statistics; name it with --stats, move it, or choose another --output")
+    windows = token_sequences(documents, tokenizer, CALIBRATION, 256, seed)
+    done = 0
+    with progress("calibrating", windows.ids_BT.numel()) as advance:
+
+        def told(total: int) -> None:
+            nonlocal done
+            advance(total - done)
+            done = total
+
+        made = calibrate(
+            model, find_layers(model), windows.ids_BT, domains=windows.domains, data=data, seed=seed, energy=True,
+            collectors=[lambda layer: SurrogateFit(layer, RANK)], progress=told,
+        )  # fmt: skip
+    made.save(path)
+    return path
+
+
+def _beside(output: Path, source: Path | None) -> Path | None:
+    """The statistics in the folder of the policy file, copied there if need be."""
+    if source is None or source.resolve().parent == output.resolve().parent:
+        return source
+    path = output.with_suffix(".safetensors")
+    with atomic_path(path) as temporary:
+        shutil.copyfile(source, temporary)
+    return path
+
+
+def _expected(families: Sequence[Family], moe: MoE, layers: int) -> int:
+    """Trials of a search, about: a bisection a family, four a layer, and some to choose and verify."""
+    from carpool.tune.search import REPAIRS, STEPS
+
+    bisections = sum(ceil(log2(len(one.values(moe.experts, moe.top_k)) + 1)) for one in families)
+    return bisections + len(STEPS) * layers + 6 + REPAIRS
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
+    """A bar on stderr; yields what to call with every trial, and a way to print a line above the bar."""
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("tuning"), BarColumn(), MofNCompleteColumn(), TextColumn("trials"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True, soft_wrap=True, highlight=False), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda policy: bar.advance(task), lambda said: bar.console.print(escape(said))
+
+
+def _show(console: Console, found: Found, target: Target, output: Path, batch: int) -> None:
+    from rich.markup import escape
+
+    chosen, seen = found.chosen, found.verified
+    budgets = f", {len(chosen.layers)} layers with a number of their own" if chosen.layers else ""
+    console.print(f"[bold]{escape(str(chosen.plan))}[/]{budgets}, for batch {batch}:")
+    console.print(
+        f"on text that the search did not see it reads {seen.share:.1%} of what stock reads, at KL {seen.kl:.4f} "
+        f"({seen.kl_low:.4f} to {seen.kl_high:.4f}) nats a token and perplexity x {seen.perplexity_ratio:.4f}"
+    )
+    if found.chosen.layers:
+        one = found.best_uniform
+        console.print(
+            f"one number for all layers: {one.policy} reads {one.share:.1%} at KL {one.kl:.4f} (searched)"
+        )
+    if not found.met:
+        console.print(f"[yellow]warning:[/] that misses the target ({target}); more --tokens make the search surer")
+    console.print(f"wrote {output}", markup=False)

@@ -1,0 +1,65 @@
+"""Families of plans with one number to choose: the larger it is, the closer the plan stays to the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from carpool.errors import CarpoolError
+from carpool.grammar import Plan, parse
+from carpool.policies.registry import policies, policy_class
+
+KNOBS = ("budget", "size", "k0", "top", "k")
+DEFAULT = ("surrogate", "base", "xshare(budget=1, utility='squared')", "xshare", "des_vote", "lynx")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A plan whose knob is free.
+
+    Attributes:
+        plan: with any value of the knob. knob: the parameter that is searched.
+    """
+
+    plan: Plan
+    knob: str
+
+    def at(self, value: int) -> Plan:
+        """The plan with a value of its knob."""
+        return Plan(replace(self.plan.policy, **{self.knob: value}), self.plan.guards)
+
+    def values(self, num_experts: int, top_k: int) -> list[int]:
+        """Values that the policy accepts for `E` experts, `K` a token, ascending."""
+        found = []
+        for value in range(1, num_experts + 1):
+            try:
+                self.at(value).check(num_experts, top_k)
+            except CarpoolError:
+                continue
+            found.append(value)
+        return found
+
+    @property
+    def required_stats(self) -> tuple[str, ...]:
+        return tuple(self.plan.policy.required_stats())
+
+
+def family(text: str) -> Family:
+    """The family of a policy's name, or of a plan whose number stands for all numbers: `xshare | floor(0.3)`.
+
+    Raises:
+        CarpoolError: not a policy, or one without a number to choose.
+    """
+    name, bar, guards = text.partition("|")
+    bare = name.strip()
+    if bare in policies():
+        names = [parameter.name for parameter in fields(policy_class(bare))]
+        given = next((knob for knob in KNOBS if knob in names), None)
+        if given is None:
+            raise CarpoolError(f"{bare} has no number to tune; it takes {', '.join(names) or 'no parameters'}")
+        text = f"{bare}({given}=1) {bar}{guards}"
+    plan = parse(text)
+    names = [parameter.name for parameter in fields(plan.policy)]
+    knobs = [knob for knob in KNOBS if knob in names and getattr(plan.policy, knob) is not None]
+    if not knobs:
+        raise CarpoolError(f"{plan} has no number to tune; tune one of {', '.join(KNOBS)}")
+    return Family(plan, knobs[0])

@@ -1,0 +1,142 @@
+"""Measures plans on one set of sequences, and remembers what it measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from carpool.errors import CarpoolError
+from carpool.evaluate.bootstrap import estimate, resample
+from carpool.evaluate.layout import Layout
+from carpool.evaluate.lockstep import LAYER_FIELDS, compare, forward
+from carpool.evaluate.measure import MoE, explaining_memory, passes
+from carpool.evaluate.sequences import Sequences
+from carpool.files import write_text
+from carpool.policy_file import PolicyFile
+
+BYTES = LAYER_FIELDS.index("bytes")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured plan.
+
+    Attributes:
+        policy: its text. layers: settings of layers that differ.
+        kl, kl_low, kl_high: KL(stock || policy), nats a decoded token, with its 95 % interval.
+        perplexity_ratio: over stock's. share: what it reads over what stock reads.
+    """
+
+    policy: str
+    layers: dict[int, dict[str, Any]]
+    kl: float
+    kl_low: float
+    kl_high: float
+    perplexity_ratio: float
+    share: float
+
+
+class Trials:
+    """Plans measured on `batches` batches of a layout; each only once, also after an interruption.
+
+    Args:
+        model: a transformers model. moe: its numbers. stats: its statistics.
+        sequences: at least `batches * layout.rows` of them.
+        memory: file that keeps the points, or None. settings: what they depend on; other settings begin anew.
+        advance: told every measured plan.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        moe: MoE,
+        sequences: Sequences,
+        layout: Layout,
+        batches: int,
+        *,
+        stats: Any = None,
+        memory: Path | None = None,
+        settings: dict[str, Any] | None = None,
+        seed: int = 0,
+        advance: Callable[[str], None] = lambda policy: None,
+    ) -> None:
+        self.model, self.moe, self.stats, self.layout = model, moe, stats, layout
+        self._passes = passes(model, sequences, layout, batches)
+        self._counts_RM = resample(batches, seed)
+        self._memory, self._settings, self._advance = memory, settings or {}, advance
+        self.points: dict[str, Point] = self._remembered()
+
+    def measure(self, candidates: Sequence[PolicyFile]) -> list[Point]:
+        """Points of all candidates, in one go over the text for those that are new."""
+        new = list({_key(one): one for one in candidates if _key(one) not in self.points}.values())
+        if new:
+            with explaining_memory(self.layout):
+                found = self._run(new)
+            for point, candidate in zip(found, new, strict=True):
+                self.points[_key(candidate)] = point
+                self._advance(point.policy)
+            self._remember()
+        return [self.points[_key(one)] for one in candidates]
+
+    def _run(self, candidates: Sequence[PolicyFile]) -> list[Point]:
+        layout = self.layout
+        sums: list[list[Any]] = [[] for _ in candidates]
+        for ids_SX, _ in self._passes:
+            given: dict[str, Any] = {"num_layers": self.moe.layers, "stats": self.stats}
+            stock = forward(self.model, self.moe.stock, ids_SX[:, :-1], layout, **given)
+            targets_R = ids_SX[:, layout.prefill + 1 :].flatten().to(stock.logits_RV.device)
+            stock_nll_R = compare(stock.logits_RV, stock.logits_RV, targets_R).nll_R
+            stock_M = stock.layers_LFM[:, BYTES].sum(0).cpu()
+            for mine, candidate in zip(sums, candidates, strict=True):
+                run = forward(self.model, candidate, ids_SX[:, :-1], layout, **given)
+                found = compare(stock.logits_RV, run.logits_RV, targets_R)
+                kl_M, more_M = (
+                    rows_R.view(-1, layout.rows * layout.decoded).sum(1).cpu()
+                    for rows_R in (found.kl_R, found.nll_R - stock_nll_R)
+                )
+                mine.append(np.stack([kl_M, more_M, run.layers_LFM[:, BYTES].sum(0).cpu(), stock_M]))
+        return [self._point(one, np.concatenate(mine, axis=1)) for one, mine in zip(candidates, sums, strict=True)]
+
+    def _point(self, candidate: PolicyFile, sums_XM: Any) -> Point:
+        kl_M, more_M, read_M, stock_M = sums_XM
+        tokens_M = np.full(len(kl_M), float(self.layout.rows * self.layout.decoded))
+        kl = estimate(kl_M, tokens_M, self._counts_RM)
+        return Point(
+            policy=str(candidate.plan),
+            layers=dict(candidate.layers),
+            kl=kl.value,
+            kl_low=kl.value if kl.low is None else kl.low,
+            kl_high=kl.value if kl.high is None else kl.high,
+            perplexity_ratio=float(np.exp(more_M.sum() / tokens_M.sum())),
+            share=float(read_M.sum() / stock_M.sum()),
+        )
+
+    def _remembered(self) -> dict[str, Point]:
+        if self._memory is None or not self._memory.exists():
+            return {}
+        try:
+            content = json.loads(self._memory.read_text(encoding="utf-8"))
+            if content["settings"] != json.loads(json.dumps(self._settings)):
+                return {}
+            points = [Point(**entry) for entry in content["points"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise CarpoolError(f"{self._memory} is no progress of `carpool tune`; delete it to begin anew") from None
+        made = {}
+        for point in points:
+            layers = {int(index): settings for index, settings in point.layers.items()}
+            made[json.dumps([point.policy, layers], sort_keys=True)] = Point(**{**asdict(point), "layers": layers})
+        return made
+
+    def _remember(self) -> None:
+        if self._memory is not None:
+            content = {"settings": self._settings, "points": [asdict(point) for point in self.points.values()]}
+            write_text(self._memory, json.dumps(content) + "\n")
+
+
+def _key(candidate: PolicyFile) -> str:
+    return json.dumps([str(candidate.plan), candidate.layers], sort_keys=True)

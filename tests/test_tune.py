@@ -1,0 +1,168 @@
+"""`carpool tune`: the target is kept on unseen text, nothing cheaper on the grid keeps it, and progress survives."""
+
+import itertools
+import json
+import math
+
+import pytest
+from lockstep_tools import NumberTokenizer, noise, small_model
+from typer.testing import CliRunner
+
+from carpool.batch import Grouping
+from carpool.cli import tune as tune_command
+from carpool.cli.app import app
+from carpool.errors import CarpoolError
+from carpool.evaluate.layout import Layout
+from carpool.evaluate.study import describe
+from carpool.hosts.transformers import share
+from carpool.policy_file import PolicyFile
+from carpool.texts import Document
+from carpool.tune import Target, Trials, family
+from carpool.tune import tune as search_for
+from carpool.tune.allocate import allocations
+from carpool.tune.texts import split
+
+MODEL = small_model()
+LAYOUT = Layout(4, 9, 3, Grouping.parse("batch"))
+SMALL = ["--batch", "4", "--tokens", "96", "--sequence", "9", "--prefill", "3", "-p", "xshare"]
+
+
+def trials(seed, **given):
+    from carpool.evaluate.sequences import draw
+
+    sequences = draw([noise("a", 400, seed)], NumberTokenizer(), count=16, length=9, seed=seed)
+    return Trials(MODEL, describe(MODEL), sequences, LAYOUT, 4, **given)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for seed, path in enumerate(paths):
+        path.write_text(noise(path.stem, 400, seed).text)
+    monkeypatch.setattr(tune_command, "load", lambda *given, **named: (MODEL, NumberTokenizer(), None))
+    monkeypatch.setattr(tune_command, "embedded_texts", lambda: paths)
+    monkeypatch.setattr(tune_command, "shipped_statistics", lambda: None)
+
+    def run(*arguments):
+        out = tmp_path / "policy.json"
+        return CliRunner().invoke(app, ["tune", *map(str, arguments), *SMALL, "-o", str(out)]), out
+
+    return run
+
+
+def test_bisection_finds_what_a_full_scan_finds():
+    chosen = family("xshare")
+    for target in (Target(max_kl=0.2), Target(max_perplexity_ratio=1.02), Target(union=0.6)):
+        search = trials(0)
+        found = search_for([chosen], target, search, trials(1), [0, 1], per_layer=False)
+        scanned = [search.measure([PolicyFile(chosen.at(value))])[0] for value in range(1, 9)]
+        good = [one for one in scanned if target.met(one.kl, one.perplexity_ratio, one.share)]
+        assert found.best_uniform == good[0 if target.bounds_quality else -1], target
+
+
+def test_layers_get_budgets_of_their_own_only_where_that_is_better():
+    target, search = Target(max_kl=0.2), trials(0)
+    found = search_for([family("xshare")], target, search, trials(1), [0, 1])
+    assert len(search.points) > 8  # steps of single layers were measured
+    assert target.met(found.searched.kl, found.searched.perplexity_ratio, found.searched.share) or not found.met
+    if found.chosen.layers:
+        assert found.searched.share <= found.best_uniform.share
+
+
+def test_allocations_are_the_best_of_all_combinations():
+    """Against every combination: nothing foreseen to keep the quality is foreseen to read less, on the hull."""
+    layers = {
+        0: {8: (0.0, 0.0), 4: (0.05, -0.10), 12: (-0.01, 0.12)},
+        1: {8: (0.0, 0.0), 4: (0.01, -0.10), 12: (-0.04, 0.10)},
+        2: {8: (0.0, 0.0), 4: (0.02, -0.11), 12: (-0.03, 0.08)},
+    }
+    made = allocations(layers, keep_quality=True, most=100)
+    sums = {
+        combination: tuple(sum(layers[n][step][which] for n, step in enumerate(combination)) for which in (0, 1))
+        for combination in itertools.product((8, 4, 12), repeat=3)
+    }
+    for one in made:
+        kl, share_ = sums[tuple(one[n] for n in range(3))]
+        assert not any(other_kl < kl - 1e-12 and other < share_ - 1e-12 for other_kl, other in sums.values()), one
+    first = sums[tuple(made[0][n] for n in range(3))]
+    assert first[0] <= 0
+    assert first[1] < 0  # moving budget between layers reads less at no foreseen cost
+    assert allocations({0: {8: (0.0, 0.0)}}, keep_quality=True) == []
+
+
+def test_a_policy_file_comes_out(command):
+    done, out = command("--max-kl", 0.2)
+    assert done.exit_code == 0, done.output
+    loaded = PolicyFile.load(out)
+    assert loaded.model["num_experts"] == 8
+    unseen = [one for one in loaded.curve if one.get("text") == "unseen"][-1]
+    assert unseen["kl"] <= 0.2
+    assert not list(out.parent.glob("*.progress"))
+    with share(MODEL, loaded) as run:
+        import torch
+
+        MODEL(torch.arange(4).view(4, 1) + 5, use_cache=False)
+    assert run.report()[0].calls == 1
+
+
+def test_progress_is_taken_up(command, monkeypatch):
+    real, count = Trials._run, 0
+
+    def dying(self, candidates):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return real(self, candidates)
+
+    monkeypatch.setattr(Trials, "_run", dying)
+    done, out = command("--max-kl", 0.2)
+    assert done.exit_code != 0
+    assert not out.exists()
+    memory = out.with_name(".policy.json.progress")
+    assert len(json.loads(memory.read_text())["points"]) == 2
+    monkeypatch.setattr(Trials, "_run", real)
+    done, out = command("--max-kl", 0.2)
+    assert "resuming after 2 trials" in done.output
+    assert done.exit_code == 0
+    # other settings begin anew
+    memory.write_text(json.dumps({"settings": {"seed": 7}, "points": []}))
+    assert "resuming" not in command("--max-kl", 0.2)[0].output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give one target"),
+        (["--max-kl", "0.1", "--union", "0.5"], "give one target"),
+        (["--max-kl", "0"], "--max-kl 0.0: give a number above 0"),
+        (["--union", "1.5"], "--union 1.5: give a number between 0 and 1"),
+        (["--max-perplexity-ratio", "0.9"], "give a number above 1"),
+        (["--max-kl", "1e-12"], "no policy reaches KL of at most 1e-12"),
+        (["--max-kl", "0.1", "-p", "top_p"], "top_p has no number to tune"),
+        (["--max-kl", "0.1", "-p", "nonsense"], "unknown policy"),
+    ],
+)
+def test_bad_input(command, arguments, message):
+    done, out = command(*arguments)
+    assert done.exit_code == 2, done.output
+    assert message in done.output
+    assert not out.exists()
+
+
+def test_text_is_split_by_document():
+    documents = [Document("a", "x" * 10), *(Document("b", str(n) * (n + 1)) for n in range(8))]
+    search, verify = split(documents, 0)
+    assert [len(half[0].text) for half in (search, verify)] == [5, 5]
+    texts = [{one.text for one in half if one.domain == "b"} for half in (search, verify)]
+    assert not texts[0] & texts[1]
+    assert len(texts[0]) == len(texts[1]) == 4
+    assert math.isclose(*(sum(map(len, half)) for half in texts), rel_tol=0.3)
+
+
+def test_families():
+    assert str(family("xshare | floor(0.3)").at(5)) == "xshare(budget=5) | floor(0.3)"
+    assert str(family("oea").at(2)) == "oea(k0=2)"
+    assert family("oea").values(8, 2) == [1, 2]
+    with pytest.raises(CarpoolError, match="no number to tune"):
+        family("top_p(p=0.5)")
