@@ -2,19 +2,111 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny_model, tokens
+import transformers
+from family_matrix import NAMES, measure
+from tiny_models import FAMILIES, REFUSED, tiny_model, tokens
+from torch import nn
 
 import carpool
 from carpool import CarpoolError
-from carpool.hosts.transformers import attach, find_layers
+from carpool.hosts.transformers import find_layers
 from carpool.hosts.transformers.conformance import check, check_on_random
+from carpool.hosts.transformers.families import RULES, known_families
+from carpool.hosts.transformers.refused import REFUSED as REASONS
 
-DTYPES = [torch.float32, torch.bfloat16]
+MATRIX = json.loads((Path(__file__).parent.parent / "docs/results/families.json").read_text())
+PROMISES = ("conforms", "off_identical", "identity_identical", "only_allowed", "weights_add_up", "stock_afterwards")
+COMMITTED = ("family", "model", "router", "rule", "note", "rows", *PROMISES)
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return model(input_ids=ids, **kwargs).logits
+
+
+def assert_as_committed(name: str, dtype: torch.dtype) -> None:
+    row = measure(name, dtype)
+    assert {key: row[key] for key in PROMISES} == dict.fromkeys(PROMISES, True)
+    assert row["changed_rows"] > 0
+    committed = next(r for r in MATRIX["rows"] if (r["name"], r["dtype"]) == (name, row["dtype"]))
+    assert {key: committed[key] for key in COMMITTED} == {key: row[key] for key in COMMITTED}, (
+        "run benchmarks/families.py"
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_family(name: str) -> None:
+    assert_as_committed(name, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_family_in_bf16(name: str) -> None:
+    assert_as_committed(name, torch.bfloat16)
+
+
+def test_the_matrix_has_every_family_and_nothing_else() -> None:
+    rows = MATRIX["rows"]
+    assert {row["family"] for row in rows} == set(known_families())
+    assert {row["router"] for row in rows} == set(RULES)
+    assert sorted((row["name"], row["dtype"]) for row in rows) == sorted(
+        (name, dtype) for name in NAMES for dtype in ("float32", "bfloat16")
+    )
+    refused = {row["module"]: (row["family"], row["reason"]) for row in MATRIX["refused"]}
+    assert refused == {module: (refusal.family, refusal.reason) for module, refusal in REASONS.items()}
+
+
+def test_every_moe_model_of_transformers_is_known_or_refused() -> None:
+    found = set()
+    for path in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
+        if re.search(r"^class \w*(?:Experts|CDMoE|SparseM\w+|Moe|MoE)\(", path.read_text(), re.M):
+            found.add(path.parent.name)
+    listed = {*known_families(), *(refusal.family for refusal in REASONS.values())}
+    assert found - listed == set(), "read their routers and add a rule or a refusal"
+    assert listed - found == set()
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_refused_by_name(family: str) -> None:
+    with torch.device("meta"):
+        model = tiny_model(family, **REFUSED[family])
+    name = family.removesuffix("_text").replace("-", "_")
+    with pytest.raises(CarpoolError, match=f"does not share {name}: .*; run this model without a policy") as refusal:
+        find_layers(model)
+    assert "\n" not in str(refusal.value)
+
+
+def test_every_refusal_is_tested() -> None:
+    assert {refusal.family for refusal in REASONS.values()} == {
+        family.removesuffix("_text").replace("-", "_") for family in REFUSED
+    }
+
+
+class Block(nn.Module):
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.gate, self.experts = gate, nn.ModuleList()
+
+
+def test_other_routers_are_refused() -> None:
+    class NewRouter(nn.Module):
+        pass
+
+    with pytest.raises(CarpoolError, match=r"0 is a NewRouter, a router Carpool does not know; it knows: .*qwen3_moe"):
+        find_layers(nn.ModuleList([Block(NewRouter())]))
+    with pytest.raises(CarpoolError, match="0 routes inside its own forward"):
+        find_layers(nn.ModuleList([Block(nn.Linear(4, 8))]))
+    parts = nn.ModuleDict({"thinker": tiny_model("qwen3_moe"), "talker": tiny_model("qwen3_moe")})
+    with pytest.raises(CarpoolError, match=r"thinker\..*0\.mlp and talker\..*0\.mlp have the same layer number"):
+        find_layers(parts)
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -27,11 +119,6 @@ def model(family: str) -> Any:
     return tiny_model(family)
 
 
-@torch.no_grad()
-def logits(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    return model(input_ids=ids, **kwargs).logits
-
-
 def test_layers_are_found_with_their_numbers(family: str, model: Any) -> None:
     layers = find_layers(model)
     first = 1 if family == "deepseek_v3" else 0
@@ -39,60 +126,6 @@ def test_layers_are_found_with_their_numbers(family: str, model: Any) -> None:
     block = "block_sparse_moe" if family == "granitemoe" else "mlp"
     assert [layer.name for layer in layers] == [f"model.layers.{first + i}.{block}" for i in range(2)]
     assert all((layer.num_experts, layer.top_k) == (8, 2) for layer in layers)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_experts_receive_only_allowed_ids(family: str, dtype: torch.dtype) -> None:
-    model = tiny_model(family, dtype=dtype)
-    layers = attach(model).layers
-    received: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    outcomes: dict[int, Any] = {}
-
-    def spy(place: int) -> Any:
-        def hook(module: Any, args: tuple, kwargs: dict) -> None:
-            _, ids_NK, weights_NK = (*args, *kwargs.values())
-            received[place] = (ids_NK, weights_NK)
-
-        return hook
-
-    for place, layer in enumerate(layers):
-        layer.experts.register_forward_pre_hook(spy(place), with_kwargs=True)
-
-    def observe(place: int, batch: carpool.Batch, outcome: carpool.Outcome) -> None:
-        outcomes[place] = outcome
-
-    with carpool.share(model, "xshare(budget=3, warmup=0)", exempt_prefill=False, observe=observe) as run:
-        shared = logits(model, tokens())
-    assert shared.isfinite().all()
-    assert run.changed_rows() > 0
-    for place, layer in enumerate(layers):
-        (ids_NK, weights_NK), outcome = received[place], outcomes[place]
-        assert int(outcome.coreset_GE.sum()) == 3
-        assert outcome.changed_N.any()
-        assert outcome.coreset_GE[0][ids_NK.long()].all(), layer.name
-        assert run.report()[place].rows_changed == int(outcome.changed_N.sum())
-        # weights in the model's own convention and dtype
-        assert weights_NK.dtype == outcome.routing.weights_NK.dtype
-        spec = layer.spec
-        if spec.renormalize or spec.scoring == "softmax_after_topk":
-            torch.testing.assert_close(weights_NK.float().sum(-1), torch.full((28,), spec.scaling), rtol=1e-2, atol=0)
-        else:
-            assert (weights_NK.float().sum(-1) < 1).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_identity_and_off_are_bit_identical(family: str, dtype: torch.dtype) -> None:
-    model, ids = tiny_model(family, dtype=dtype), tokens()
-    stock = logits(model, ids)
-    attach(model)
-    assert torch.equal(logits(model, ids), stock), "attached, off"
-    for identity in ("oea(k0=2)", "xshare(budget=8)", "topk(k=2)"):
-        with carpool.share(model, identity, exempt_prefill=False) as run:
-            assert torch.equal(logits(model, ids), stock), identity
-        assert run.changed_rows() == 0
-    with carpool.share(model, "topk(k=1)", exempt_prefill=False) as run:
-        assert not torch.equal(logits(model, ids), stock)
-    assert torch.equal(logits(model, ids), stock), "after leaving"
 
 
 def test_generate_exempts_the_prompt_and_shares_while_decoding(model: Any) -> None:
@@ -108,7 +141,7 @@ def test_generate_exempts_the_prompt_and_shares_while_decoding(model: Any) -> No
     assert torch.equal(model.generate(ids, **settings), stock)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_wrong_rule_is_refused(family: str, dtype: torch.dtype) -> None:
     layer = find_layers(tiny_model(family, dtype=dtype))[0]
     check_on_random(layer)

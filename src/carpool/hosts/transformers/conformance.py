@@ -24,8 +24,9 @@ def check_on_random(layer: MoELayer) -> None:
         return
     generator = torch.Generator().manual_seed(0)
     hidden_NH = torch.randn(ROWS, weight_EH.shape[1], generator=generator).to(weight_EH.device, weight_EH.dtype)
-    given = [getattr(layer.block, name) for name in layer.rule.arguments]
-    logits_NE, native = layer.routed(layer.router(hidden_NH, *given))
+    given = [getattr(layer.block, name, None) for name in layer.rule.arguments]
+    hidden = hidden_NH.unsqueeze(0) if layer.rule.unflattened else hidden_NH
+    logits_NE, native = layer.routed(layer.router(hidden, *given))
     check(layer, logits_NE, native)
 
 

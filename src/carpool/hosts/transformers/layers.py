@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from carpool.errors import CarpoolError
-from carpool.hosts.transformers.families import RULES, Rule, rule_of
+from carpool.hosts.transformers.families import Rule, known_families, rule_of
+from carpool.hosts.transformers.refused import refuse
 from carpool.routing import RouteSpec, Routing
 
 ROUTER_NAMES = ("gate", "router")
@@ -77,15 +78,23 @@ def find_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of a transformers model in the order of its modules.
 
     Raises:
-        CarpoolError: no MoE layer, a router of an unknown class, or a block without a router to hook.
+        CarpoolError: no MoE layer, a family that is refused, a router of an unknown class, or two layers of one number.
     """
-    layers = [_layer(name, block, router) for name, block in model.named_modules() if (router := _router(block))]
+    refuse(model)
+    found = [_layer(name, block, router) for name, block in model.named_modules() if (router := _router(block))]
+    layers = [layer for layer in found if layer.rule.only in ("", layer.name.rsplit(".", 1)[-1])]
     if not layers:
-        known = ", ".join(sorted({rule.family for rule in RULES.values()}))
         raise CarpoolError(
             f"{type(model).__name__} has no mixture-of-experts layer that Carpool can hook "
-            f"(a dense model, or experts without a router module); it knows: {known}"
+            f"(a dense model, or experts without a router module); it knows: {', '.join(known_families())}"
         )
+    by_index: dict[int, MoELayer] = {}
+    for layer in layers:
+        if by_index.setdefault(layer.index, layer) is not layer:
+            raise CarpoolError(
+                f"{by_index[layer.index].name} and {layer.name} have the same layer number; "
+                "share one part of the model at a time, such as model.thinker"
+            )
     return layers
 
 
@@ -109,7 +118,7 @@ def _layer(name: str, block: nn.Module, router: nn.Module) -> MoELayer:
     if number is None:
         raise CarpoolError(f"{name} has no layer number in its name; Carpool keeps statistics by layer number")
     spec = rule.spec(router, block)
-    num_experts = int(getattr(router, rule.num_experts))
+    num_experts = rule.experts(router)
     spec.check(num_experts)
     experts = block.get_submodule("experts")
     return MoELayer(name, int(number[1]), block, router, experts, rule, spec, num_experts, spec.top_k)
