@@ -13,6 +13,7 @@ LOG_TICKS = "D2"  # 1, 2, 5
 DASHES = ("solid", "dash", "dot", "dashdot")
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 AXES = {
+    "bytes_share": ("bytes read in a layer and step (experts and surrogates), share of stock's", ".0%"),
     "union_share": ("distinct experts read in a layer and step, share of stock's", ".0%"),
     "union": ("distinct experts read in a layer and step", ".1f"),
     "pairs": ("experts computed for a token in a layer", ".1f"),
@@ -33,13 +34,13 @@ def frontier(evaluations: Sequence[Evaluation], batch: int) -> Any:
     for name, rows, colour, dash in lines:
         figure.add_trace(
             go.Scatter(
-                name=name, mode="lines+markers", x=[row.value("union_share") for row in rows],
+                name=name, mode="lines+markers", x=[row.value("bytes_share") for row in rows],
                 y=_shown(rows, "kl"), error_y=_bars(rows, "kl"), text=[_hover(row) for row in rows],
                 hovertemplate="%{text}<extra></extra>", line={"color": colour, "dash": dash, "width": 2.2},
                 marker={"size": 7, "line": {"color": "white", "width": 1}},
             )
         )  # fmt: skip
-    figure.update_xaxes(title=AXES["union_share"][0], tickformat=AXES["union_share"][1])
+    figure.update_xaxes(title=AXES["bytes_share"][0], tickformat=AXES["bytes_share"][1])
     figure.update_yaxes(title=COSTS["kl"], type="log", dtick=LOG_TICKS)
     across = [
         {
@@ -50,7 +51,12 @@ def frontier(evaluations: Sequence[Evaluation], batch: int) -> Any:
                 {"xaxis.title.text": AXES[name][0], "xaxis.tickformat": AXES[name][1]},
             ],
         }
-        for label, name in (("share of stock", "union_share"), ("experts", "union"), ("pairs", "pairs"))
+        for label, name in (
+            ("bytes", "bytes_share"),
+            ("experts, share", "union_share"),
+            ("experts", "union"),
+            ("pairs", "pairs"),
+        )  # fmt: skip
     ]
     down = [
         {
@@ -65,7 +71,7 @@ def frontier(evaluations: Sequence[Evaluation], batch: int) -> Any:
         }
         for label, name in (("KL", "kl"), ("perplexity", "perplexity_ratio"), ("displaced", "displaced_mass"))
     ]  # fmt: skip
-    _buttons(figure, (across, 0.0), (down, 0.32))
+    _buttons(figure, (across, 0.0), (down, 0.42))
     return figure
 
 
@@ -172,7 +178,7 @@ def _representatives(evaluation: Evaluation, batch: int) -> list[tuple[Row, str]
 
 
 def _middle(rows: Sequence[Row]) -> Row:
-    return min(rows, key=lambda row: abs(row.value("union_share") - 0.5))
+    return min(rows, key=lambda row: abs(row.value("bytes_share") - 0.5))
 
 
 def _lines(evaluations: Sequence[Evaluation], batch: int) -> list[tuple[str, list[Row], str, str]]:
@@ -190,7 +196,7 @@ def _lines(evaluations: Sequence[Evaluation], batch: int) -> list[tuple[str, lis
                 methods[method] = MUTED if rows[0].control else next(colours)
             name = method if len(evaluations) == 1 else f"{method} · {evaluation.label}"
             dash = "dot" if rows[0].control else DASHES[number % len(DASHES)]
-            made.append((name, sorted(rows, key=lambda row: row.value("union_share")), methods[method], dash))
+            made.append((name, sorted(rows, key=lambda row: row.value("bytes_share")), methods[method], dash))
     return made
 
 
@@ -209,7 +215,8 @@ def _bars(rows: Sequence[Row], name: str) -> dict[str, Any]:
 def _hover(row: Row) -> str:
     low, high = row.ends("kl")
     return (
-        f"<b>{row.policy}</b><br>{row.value('union'):.1f} experts ({row.value('union_share'):.0%} of stock)<br>"
+        f"<b>{row.policy}</b><br>{row.value('union'):.1f} experts ({row.value('union_share'):.0%} of stock), "
+        f"{row.value('bytes_share'):.0%} of its bytes<br>"
         f"KL {row.value('kl'):.4f} ({low:.4f}–{high:.4f})<br>perplexity × {row.value('perplexity_ratio'):.4f}<br>"
         f"displaced mass {row.value('displaced_mass'):.1%}, {row.value('pairs'):.2f} experts a token"
     )

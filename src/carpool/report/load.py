@@ -122,8 +122,9 @@ def _evaluation(path: Path, label: str) -> Evaluation:
 
 def _row(label: str, entry: dict[str, Any]) -> Row:
     method, control = method_of(entry["policy"])
+    entry.setdefault("bytes_share", entry["union_share"])  # before there were surrogates, experts were all that is read
     row = Row(label, method, control, entry)
-    for name in ("union", "union_share", "kl", "perplexity_ratio", "displaced_mass", "pairs"):
+    for name in ("union", "union_share", "bytes_share", "kl", "perplexity_ratio", "displaced_mass", "pairs"):
         row.ends(name)
     return row
 

@@ -59,10 +59,10 @@ def _headline(evaluation: Evaluation) -> str:
     rows = [row for row in evaluation.at(batch) if not row.control]
     if not rows:
         return f"{len(evaluation.rows)} results at batch {', '.join(map(str, evaluation.batches))}"
-    best = min(rows, key=lambda row: (abs(row.value("union_share") - 0.5) > 0.15, row.value("kl")))
+    best = min(rows, key=lambda row: (abs(row.value("bytes_share") - 0.5) > 0.15, row.value("kl")))
     cost = 100 * (best.value("perplexity_ratio") - 1)
     return (
-        f"{best.policy} reads {best.value('union_share'):.0%} of the experts that stock reads at batch {batch}, at "
+        f"{best.policy} reads {best.value('bytes_share'):.0%} of what stock reads at batch {batch}, at "
         f"a KL of {best.value('kl'):.4f} nats a token and perplexity {cost:+.1f} %."
     )
 
@@ -125,15 +125,16 @@ def _calculator_section(evaluation: Evaluation) -> str:
         '<table id="steps"></table>'
     )
     note = (
-        "A decoding step takes at least the time to read its weights. This is that time from the unions measured here, "
+        "A decoding step takes at least the time to read its weights. This is that time from what was read here, "
         "for the sizes that you enter: a bound, not a measurement."
     )
     return _section("At your batch and bandwidth", note, form)
 
 
 def _calculator(evaluation: Evaluation, like: Diagnosis | None, bandwidth: float) -> dict[str, Any]:
+    stock = {batch: evaluation.stock(batch).value("union") for batch in evaluation.batches}
     rows = [
-        {"batch": row.batch, "policy": row.policy, "union": row.value("union"), "kl": row.value("kl"),
+        {"batch": row.batch, "policy": row.policy, "union": row.value("bytes_share") * stock[row.batch], "kl": row.value("kl"),
          "control": row.control}
         for row in evaluation.rows
     ]  # fmt: skip
@@ -164,11 +165,24 @@ def _worst(evaluation: Evaluation) -> str:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    columns = ("policy", "union", "of stock", "pairs", "displaced", "KL", "95 %", "top-1", "perplexity ratio", "95 %")
+    columns = (
+        "policy",
+        "union",
+        "of stock",
+        "bytes",
+        "pairs",
+        "displaced",
+        "KL",
+        "95 %",
+        "top-1",
+        "perplexity ratio",
+        "95 %",
+    )
     head = "".join(f"<th>{name}</th>" for name in columns)
     body = "".join(
         f"<tr{' class=control' if row.control else ''}><td>{escape(row.policy)}</td><td>{row.value('union'):.1f}</td>"
-        f"<td>{row.value('union_share'):.0%}</td><td>{row.value('pairs'):.2f}</td><td>{row.value('displaced_mass'):.1%}</td>"
+        f"<td>{row.value('union_share'):.0%}</td><td>{row.value('bytes_share'):.0%}</td>"
+        f"<td>{row.value('pairs'):.2f}</td><td>{row.value('displaced_mass'):.1%}</td>"
         f"<td>{row.value('kl'):.4f}</td><td>{_interval(row, 'kl')}</td><td>{row.value('top1_agreement'):.1%}</td>"
         f"<td>{row.value('perplexity_ratio'):.4f}</td><td>{_interval(row, 'perplexity_ratio')}</td></tr>"
         for row in rows
@@ -194,7 +208,7 @@ def _comparison(evaluations: Sequence[Evaluation]) -> list[str]:
     body = "".join(
         f"<tr><td>{escape(policy)}</td><td>{batch}</td>"
         + "".join(
-            f"<td>{rows[policy, batch].value('union_share'):.0%}</td><td>{rows[policy, batch].value('kl'):.4f}</td>"
+            f"<td>{rows[policy, batch].value('bytes_share'):.0%}</td><td>{rows[policy, batch].value('kl'):.4f}</td>"
             for rows in found
         )
         + "</tr>"
