@@ -56,7 +56,7 @@ def frontier(evaluations: Sequence[Evaluation], batch: int) -> Any:
             ("experts, share", "union_share"),
             ("experts", "union"),
             ("pairs", "pairs"),
-        )  # fmt: skip
+        )
     ]
     down = [
         {

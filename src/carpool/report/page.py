@@ -134,8 +134,8 @@ def _calculator_section(evaluation: Evaluation) -> str:
 def _calculator(evaluation: Evaluation, like: Diagnosis | None, bandwidth: float) -> dict[str, Any]:
     stock = {batch: evaluation.stock(batch).value("union") for batch in evaluation.batches}
     rows = [
-        {"batch": row.batch, "policy": row.policy, "union": row.value("bytes_share") * stock[row.batch], "kl": row.value("kl"),
-         "control": row.control}
+        {"batch": row.batch, "policy": row.policy, "control": row.control, "kl": row.value("kl"),
+         "union": row.value("bytes_share") * stock[row.batch]}
         for row in evaluation.rows
     ]  # fmt: skip
     return {
@@ -175,7 +175,7 @@ def _table(rows: Sequence[Row]) -> str:
         "KL",
         "95 %",
         "top-1",
-        "perplexity ratio",
+        "ppl ratio",
         "95 %",
     )
     head = "".join(f"<th>{name}</th>" for name in columns)
