@@ -16,7 +16,7 @@ from policies_under_test import ROWS, Row
 from torch import Tensor
 
 from carpool import Batch, Outcome, RouteSpec, parse, route
-from carpool.hosts.vllm.rows import Rows
+from carpool.hosts.vllm import rows as host_rows
 from carpool.policies import policy_class
 
 EXPERTS, TOP_K = 12, 3
@@ -85,7 +85,7 @@ def engine_batch(requests: list[Request], group: str, padding: int = 0) -> tuple
     lengths = [len(request.logits_NE) for request in requests]
     names = [f"r{i}" for i in range(len(requests))]
     parameters = [SimpleNamespace(extra_args=request.extra_args()) for request in requests]
-    runner = SimpleNamespace(
+    runner: Any = SimpleNamespace(
         input_batch=SimpleNamespace(
             num_reqs=len(requests), req_ids=names,
             spec_token_ids=[[0] * (0 if request.prompt else len(request.logits_NE) - 1) for request in requests],
@@ -95,7 +95,10 @@ def engine_batch(requests: list[Request], group: str, padding: int = 0) -> tuple
         query_start_loc=SimpleNamespace(np=np.concatenate(([0], np.cumsum(lengths)))),
         requests={name: SimpleNamespace(sampling_params=p) for name, p in zip(names, parameters, strict=True)},
     )  # fmt: skip
-    rows = Rows(256, 64, group, torch.device("cpu"))
+    rows = host_rows.Rows(256, 64, group, torch.device("cpu"))
+    if hasattr(host_rows, "Requests"):
+        prefill = np.array([request.prompt for request in requests])
+        runner = host_rows.Requests(np.array(lengths), prefill, parameters)
     rows.fill(runner, sum(lengths) + padding)
     logits_NE = torch.cat([*(request.logits_NE for request in requests), captured()[:padding]])
     return logits_NE, rows.batch(len(logits_NE))
