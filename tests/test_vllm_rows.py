@@ -27,12 +27,12 @@ def follow(llm: Any) -> list[dict[str, Any]]:
     runner = tiny.runner(llm)
     fill = host.step.rows.fill
 
-    def filled(given: Any, num_rows: int) -> None:
-        fill(given, num_rows)
-        batch, n = given.input_batch, given.input_batch.num_reqs
+    def filled(requests: Any, num_rows: int) -> None:
+        fill(requests, num_rows)
+        batch, n = runner.input_batch, runner.input_batch.num_reqs
         steps.append({
             "requests": list(batch.req_ids), "computed": batch.num_computed_tokens_cpu[:n].tolist(),
-            "prompt": batch.num_prompt_tokens[:n].tolist(), "starts": given.query_start_loc.np[: n + 1].tolist(),
+            "prompt": batch.num_prompt_tokens[:n].tolist(), "starts": runner.query_start_loc.np[: n + 1].tolist(),
             "rows": host.step.rows.batch(num_rows).exempt_N.tolist(),
             "voters": host.step.rows.batch(num_rows).voter_N.tolist(),
         })  # fmt: skip
@@ -147,8 +147,7 @@ def test_graphs_take_new_numbers_and_refuse_a_new_kind() -> None:
     llm = small_engine()
     host = tiny.host(llm)
     host.step.graphs = True
-    host.use_plans([layer.plan for layer in host.layers])
-    assert isinstance(host.layers[0].plan.policy.budget, torch.Tensor)
+    assert isinstance(host.layers[0].knobs.plan.policy.budget, torch.Tensor)
     unions: dict[int, int] = {}
     for budget in (6, 12):
         llm.collective_rpc("carpool_set", kwargs={"policy": f"xshare(budget={budget})"})

@@ -137,7 +137,8 @@ def engine(model: Path, carpool: dict[str, Any] | None, **options: Any) -> Any:
     settings: dict[str, Any] = {
         "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 24,
         "max_model_len": 256, "max_num_batched_tokens": 256, "max_num_seqs": 16, "block_size": 32,
-        "additional_config": {} if carpool is None else {"carpool": carpool},
+        # compiling takes longer than most tests
+        "additional_config": {} if carpool is None else {"carpool": {"compile": False} | carpool},
     }  # fmt: skip
     _alive.append(LLM(str(model), **(settings | options)))
     return _alive[-1]

@@ -20,12 +20,14 @@ class Control:
     def __init__(self, host: Host) -> None:
         self._host = host
 
-    def set(self, policy: str | None = None, enabled: bool | None = None) -> dict[str, Any]:
+    def set(self, policy: str | None = None, enabled: bool | None = None, compile: bool = False) -> dict[str, Any]:
         """Change the policy of all layers, or switch sharing off and on, between two steps.
 
         Args:
             policy: a policy text; the defaults of serving are added. Replaces settings per layer of a policy file.
             enabled: False routes natively (what is cached stays prompts only), True shares again.
+            compile: compile a kind of policy that this engine has not compiled yet; the engine pauses meanwhile.
+                Without it such a policy runs at once, somewhat slower. Other numbers never need it.
 
         Returns:
             The settings now in force.
@@ -44,9 +46,7 @@ class Control:
                 plan = parse(policy).for_serving()
                 require_isolated(plan, host.settings, host.worker.vllm_config)
                 stats = [prepare(layer, plan) for layer in host.layers]
-                host.use_plans([plan] * len(host.layers))
-                for layer, tensors in zip(host.layers, stats, strict=True):
-                    layer.stats = tensors
+                host.use_plans([plan] * len(host.layers), stats, compile_new=compile is True)
         except CarpoolError:
             if host.metrics is not None:
                 host.metrics.refused()
@@ -76,4 +76,5 @@ class Control:
             "policy": plans.pop() if len(plans) == 1 else "set per layer",
             "group": str(host.settings.group),
             "enabled": host.step.enabled,
+            "compiled": all(layer.graph is not None for layer in host.layers),
         }

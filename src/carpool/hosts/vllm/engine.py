@@ -30,8 +30,11 @@ def check_engine(config: Any, settings: Settings) -> None:
         raise CarpoolError("expert parallelism on vLLM's CPU build: its kernel ignores the expert map; leave it off")
     if parallel.data_parallel_size > 1:
         raise CarpoolError("data parallelism hands the router rows of other ranks; run one engine a replica instead")
-    if config.use_v2_model_runner:
-        raise CarpoolError("vLLM's V2 model runner is not supported yet; set VLLM_USE_V2_MODEL_RUNNER=0")
+    if config.use_v2_model_runner and not settings.allow_untested_engine:
+        raise CarpoolError(
+            "vLLM's V2 model runner has not been run with Carpool yet; set VLLM_USE_V2_MODEL_RUNNER=0, or "
+            '"allow_untested_engine": true to try it'
+        )
     if config.kv_transfer_config is not None:
         raise CarpoolError(
             "a KV connector may hand what a policy computed to other requests; remove kv_transfer_config"

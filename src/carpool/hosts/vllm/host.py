@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from carpool.counters import Counters
 from carpool.errors import CarpoolError
 from carpool.grammar import Plan
+from carpool.hosts.vllm.compiled import Compiler
 from carpool.hosts.vllm.control import Control
+from carpool.hosts.vllm.follow import drafter, follow
 from carpool.hosts.vllm.knobs import Knobs
 from carpool.hosts.vllm.layers import build_layers
 from carpool.hosts.vllm.metrics import Metrics
@@ -34,6 +37,7 @@ class Host:
     def __init__(self, worker: Any, settings: Settings) -> None:
         self.worker, self.settings = worker, settings
         self.layers: list[Layer] = []
+        self.compiler = Compiler(settings.group.kind, _on_all_ranks)
         self.step: Step | None = None
         self.metrics: Metrics | None = None
         self._proved = False
@@ -75,8 +79,8 @@ class Host:
                 router.__class__ = shared_class(kind)
             return router
 
-        drafter = getattr(runner, "drafter", None)
-        load_drafter = getattr(drafter, "load_model", None)
+        drafts = drafter(runner)
+        load_drafter = getattr(drafts, "load_model", None)
 
         def load_untouched(*args: Any, **kwargs: Any) -> Any:
             nonlocal drafting
@@ -88,13 +92,13 @@ class Host:
 
         factory.create_fused_moe_router = create_shared
         if load_drafter is not None:
-            drafter.load_model = load_untouched  # type: ignore[union-attr]
+            drafts.load_model = load_untouched
         try:
             yield
         finally:
             factory.create_fused_moe_router = create
             if load_drafter is not None:
-                del drafter.load_model  # type: ignore[union-attr]
+                del drafts.load_model
 
     def _finish(self) -> None:
         """Check every router of the loaded model, then let the policy in.
@@ -117,53 +121,53 @@ class Host:
         for layer in self.layers:
             layer.step = self.step
             layer.router.carpool_layer = layer
-        if graphs:
-            self.use_plans([layer.plan for layer in self.layers])
+        plans, stats = [layer.plan for layer in self.layers], [layer.stats for layer in self.layers]
+        self.use_plans(plans, stats, compile_new=self._compiles(device))
         self.metrics = Metrics(self.step.counters, publishes=_first_of_tensor_parallel())
         self.metrics.enabled(True)
-        self._follow(runner)
+        self._follow(runner, self.step)
 
-    def use_plans(self, plans: list[Plan]) -> None:
+    def _compiles(self, device: torch.device) -> bool:
+        """As the user says; without a word on CPUs only, where it was tried."""
+        return device.type == "cpu" if self.settings.compile is None else self.settings.compile
+
+    def use_plans(self, plans: list[Plan], stats: list[dict[str, Tensor]], compile_new: bool) -> None:
         """Put a plan into each layer, all or none.
+
+        Args:
+            plans: one a layer.
+            stats: what each plan needs of its layer's statistics.
+            compile_new: compile kinds of plans that were not compiled before, which takes a while.
 
         Raises:
             CarpoolError: recorded graphs can take other numbers only.
         """
         assert self.step is not None
-        if not self.step.graphs:
+        if self.step.graphs:
             for layer, plan in zip(self.layers, plans, strict=True):
-                layer.plan = plan
-            return
-        for layer, plan in zip(self.layers, plans, strict=True):
-            layer.knobs = layer.knobs or Knobs(plan, layer.num_experts, layer.device)
-            layer.knobs.check(plan)
-        for layer, plan in zip(self.layers, plans, strict=True):
-            assert layer.knobs is not None
-            layer.knobs.set(plan)
-            layer.plan = layer.knobs.plan
+                if layer.knobs is not None:
+                    layer.knobs.check(plan)
+        for layer, plan, tensors in zip(self.layers, plans, stats, strict=True):
+            if layer.knobs is not None and layer.knobs.fits(plan):
+                layer.knobs.set(plan)
+                for name, tensor in tensors.items():  # recorded graphs read these very tensors
+                    layer.stats[name].copy_(tensor)
+            else:
+                layer.knobs, layer.stats = Knobs(plan, layer.num_experts, layer.device), tensors
+            layer.plan = plan
+        self.compiler.use(self.layers, compile_new)
 
-    def _follow(self, runner: Any) -> None:
-        forward, execute = runner._model_forward, runner.execute_model
+    def _follow(self, runner: Any, step: Step) -> None:
+        follow(runner, step.rows, lambda: step.enabled, lambda: None if self._proved else self._prove())
+        execute = runner.execute_model
 
-        def followed_forward(*args: Any, **kwargs: Any) -> Any:
-            assert self.step is not None
-            if self.step.enabled:
-                self.step.rows.fill(runner, _num_rows(*args, **kwargs))
-            try:
-                result = forward(*args, **kwargs)
-            finally:
-                self.step.rows.clear()
-            if not self._proved:
-                self._prove()
-            return result
-
-        def followed_execute(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        def published(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
             result = execute(scheduled, *args, **kwargs)
             if self.metrics is not None:  # an empty step tells that all requests have ended
                 self.metrics.publish(now=not scheduled.total_num_scheduled_tokens)
             return result
 
-        runner._model_forward, runner.execute_model = followed_forward, followed_execute
+        runner.execute_model = published
 
     def _prove(self) -> None:
         """After the first step: every router must have run in Python, or a kernel routes behind our back."""
@@ -173,16 +177,20 @@ class Host:
         self._proved = True
 
 
-def _num_rows(input_ids: Any = None, positions: Any = None, intermediate_tensors: Any = None,
-              inputs_embeds: Any = None, **_: Any) -> int:  # fmt: skip
-    """Rows of a forward pass, padding included, from the arguments of `_model_forward`."""
-    if input_ids is not None:
-        return len(input_ids)
-    return len(inputs_embeds) if inputs_embeds is not None else int(positions.shape[-1])
-
-
 def _first_of_tensor_parallel() -> bool:
     """All ranks decide alike; one of them reports."""
     from vllm.distributed import get_tensor_model_parallel_rank
 
     return bool(get_tensor_model_parallel_rank() == 0)
+
+
+def _on_all_ranks(condition: bool) -> bool:
+    """Whether it holds on every rank of this tensor parallel group; all of them must ask."""
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    if group.world_size == 1:
+        return condition
+    holds = torch.tensor([int(condition)])
+    torch.distributed.all_reduce(holds, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+    return bool(holds)

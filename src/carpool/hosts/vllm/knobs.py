@@ -1,9 +1,9 @@
-"""The numbers of a plan as 0-d device tensors: recorded CUDA graphs read them anew at every replay."""
+"""The numbers of a plan as 0-d device tensors: recorded CUDA graphs and compiled routing read them anew each time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -27,14 +27,29 @@ class Knobs:
         self.num_experts = num_experts
         self._given = plan
         self._tensors = {
-            key: torch.tensor(value, device=device, dtype=torch.float64 if isinstance(value, float) else torch.int64)
-            for key, value in self._numbers(plan)
+            (place, name): torch.tensor(value, device=device, dtype=_dtype(_parts(plan)[place], name))
+            for (place, name), value in self._numbers(plan)
         }
-        self.plan = self._over_tensors(plan)
+        self.plan = self.over(plan, self.tensors)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The numbers, in the order of the plan's text."""
+        return [*self._tensors.values()]
+
+    @property
+    def kind(self) -> str:
+        """What two plans have in common that differ by their changeable numbers only."""
+        return repr((self._rest(self._given), [*self._tensors]))
+
+    def fits(self, plan: Plan) -> bool:
+        """Whether `plan` differs from the given one by its changeable numbers only."""
+        same_numbers = [key for key, _ in self._numbers(plan)] == [*self._tensors]
+        return same_numbers and self._rest(plan) == self._rest(self._given)
 
     def check(self, plan: Plan) -> None:
         """Raises CarpoolError unless `plan` differs from the recorded one by its changeable numbers only."""
-        if self._rest(plan) != self._rest(self._given) or [key for key, _ in self._numbers(plan)] != [*self._tensors]:
+        if not self.fits(plan):
             raise CarpoolError(
                 f"CUDA graphs hold the kind of the policy ({self._given}); only numbers such as budget, k0, tau and "
                 f"threshold can change, not to {plan}; start with --enforce-eager to change the kind at run time"
@@ -53,10 +68,11 @@ class Knobs:
                     share = isinstance(value, float) and field.name in SHARES
                     yield (place, field.name), resolve_budget(field.name, value, self.num_experts) if share else value
 
-    def _over_tensors(self, plan: Plan) -> Plan:
+    def over(self, plan: Plan, tensors: list[Tensor]) -> Plan:
+        """The plan with these tensors for its changeable numbers."""
         parts = _parts(plan)
-        for (place, name), tensor in self._tensors.items():
-            parts[place] = replace(parts[place], **{name: tensor})
+        for (place, name), tensor in zip(self._tensors, tensors, strict=True):
+            parts[place] = _with(parts[place], name, tensor)
         return Plan(parts[0], tuple(parts[1:]))
 
     def _rest(self, plan: Plan) -> list[Any]:
@@ -72,3 +88,17 @@ def _parts(plan: Plan) -> list[Any]:
 
 def _is_knob(field: Any, value: Any) -> bool:
     return "Tensor" in str(field.type) and isinstance(value, int | float | Tensor) and not isinstance(value, bool)
+
+
+def _dtype(part: Any, name: str) -> torch.dtype:
+    """Whole numbers stay whole; a tau of 0 may become 0.3."""
+    [field] = [field for field in fields(part) if field.name == name]
+    return torch.float64 if "float" in str(field.type) and name not in SHARES else torch.int64
+
+
+def _with(part: Any, name: str, value: Tensor) -> Any:
+    """A copy with another value, which is not checked again: a compiler could not trace the messages."""
+    copy = object.__new__(type(part))
+    for field in fields(part):
+        object.__setattr__(copy, field.name, value if field.name == name else getattr(part, field.name))
+    return copy

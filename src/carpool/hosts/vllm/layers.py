@@ -72,8 +72,8 @@ def prepare(layer: Layer, plan: Plan) -> dict[str, Tensor]:
     missing = [name for name in plan.policy.required_stats() if name not in layer.statistics]
     if missing:
         raise CarpoolError(
-            f"{plan.policy} needs the statistics {missing[0]!r}; make them with `{made_by(missing[0])}` and name the file "
-            'with "stats"'
+            f"{plan.policy} needs the statistics {missing[0]!r}; make them with `{made_by(missing[0])}` and name the "
+            'file with "stats"'
         )
     stats = {name: tensor.to(layer.device) for name, tensor in plan.policy.prepare(layer.statistics).items()}
     _rehearse(layer, plan, stats)

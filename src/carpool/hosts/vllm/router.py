@@ -15,6 +15,8 @@ from torch import Tensor
 from carpool.counters import Counters
 from carpool.errors import CarpoolError
 from carpool.grammar import Plan
+from carpool.guards import MinBatch
+from carpool.hosts.vllm import compiled
 from carpool.hosts.vllm.knobs import Knobs
 from carpool.hosts.vllm.rows import Rows
 from carpool.pipeline import Outcome, route
@@ -50,7 +52,8 @@ class Layer:
         name: vLLM's name of the layer. index: its number in that name. position: its row in the counters.
         router: vLLM's router object. spec: how it routes. num_experts, hidden_size: `E` and `H`.
         plan: policy and guards. statistics: the file's tensors of this layer. stats: what the policy made of them.
-        knobs: the plan's numbers as device tensors, where the engine records graphs.
+        knobs: the plan's numbers as device tensors.
+        graph: the compiled form of this plan's kind; None where routing runs operation by operation.
         calls: times Python ran the router, for the proof that nothing bypasses it.
     """
 
@@ -66,6 +69,7 @@ class Layer:
     statistics: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
     knobs: Knobs | None = None
+    graph: compiled.Graph | None = None
     step: Step | None = None
     calls: int = 0
 
@@ -84,16 +88,29 @@ class Layer:
                 f"{self.name}: the router sees {len(logits_NE)} rows of a forward pass of {rows.expected} "
                 "(sequence parallelism, micro-batches or gathered rows); this set-up is not supported"
             )
-        if not (step.graphs or (step.enabled and rows.sharing)):
+        if not (step.graphs or (step.enabled and rows.sharing >= self.least)):
             return native
+        if self.graph is not None and step.observer is None:
+            done = compiled.run(self.graph, self, hidden_NH, logits_NE, native, rows)
+            if done is not None:
+                step.counters.add_measured(self.position, done[1])
+                return done[0]
         batch = rows.batch(len(logits_NE))
         skipped_NK = native.ids_NK < 0  # some GPU kernels mark padding so; the experts module knows it
         valid = Routing(native.ids_NK.masked_fill(skipped_NK, 0), native.weights_NK)
-        outcome = route(self.plan, self.spec, logits_NE, batch, native=valid, stats=self.stats, hidden_NH=hidden_NH)
+        plan = self.knobs.plan if step.graphs and self.knobs is not None else self.plan
+        outcome = route(plan, self.spec, logits_NE, batch, native=valid, stats=self.stats, hidden_NH=hidden_NH)
         step.counters.add(self.position, batch, outcome)
         if step.observer is not None:
             step.observer(self, logits_NE, outcome)
         return self._contiguous(outcome, native, skipped_NK)
+
+    @property
+    def least(self) -> int:
+        """Rows to share below which the plan changes nothing, so that it need not run."""
+        if self.plan.policy.kind == "token":
+            return 1
+        return max([1, *(guard.voters for guard in self.plan.guards if isinstance(guard, MinBatch))])
 
     @staticmethod
     def _contiguous(outcome: Outcome, native: Routing, skipped_NK: Tensor) -> Routing:

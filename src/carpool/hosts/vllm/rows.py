@@ -5,15 +5,33 @@ The buffers live as long as the engine, so a recorded CUDA graph reads the rows 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from carpool.batch import Batch
 
 OPT_OUT = "carpool"  # keys in `SamplingParams.extra_args`
 TENANT = "carpool_tenant"
+MAX_VIEWS = 512  # numbers of rows whose views are kept
+
+
+@dataclass(frozen=True)
+class Requests:
+    """The requests of one forward pass, in the order of their rows.
+
+    Attributes:
+        lengths: rows of each. prefill: whether these are prompt or recomputed rows.
+        parameters: vLLM's sampling parameters of each, or None.
+    """
+
+    lengths: NDArray[Any]
+    prefill: NDArray[np.bool_]
+    parameters: list[Any]
 
 
 class Rows:
@@ -31,47 +49,34 @@ class Rows:
         self._request_N = torch.zeros(size, dtype=torch.int64, device=device)
         self._tenant_N = torch.zeros(size, dtype=torch.int64, device=device)
         self._zero_N = torch.zeros(size, dtype=torch.int64, device=device)
+        self._slots_R = torch.zeros(max(2, max_requests), dtype=torch.int64, device=device)
         self._real_N = torch.zeros(size, dtype=torch.bool, device=device)
         self._voter_N = torch.zeros(size, dtype=torch.bool, device=device)
         self._exempt_N = torch.ones(size, dtype=torch.bool, device=device)
+        self._views: dict[int, tuple[Tensor, ...]] = {}
 
-    def fill(self, runner: Any, num_rows: int) -> None:
-        """Describe the batch that `runner` (a V1 model runner) is about to run in `num_rows` rows.
+    def fill(self, requests: Requests, num_rows: int) -> None:
+        """Describe the batch that is about to run in `num_rows` rows, padding included.
 
-        A request decodes if its prompt is computed and it runs one row and its draft tokens; more rows are a
-        recomputation after a preemption. Prompt rows, recomputed rows and requests that opted out are exempt.
+        Prompt rows, recomputed rows and requests that opted out are exempt.
         """
-        batch = runner.input_batch
-        n = batch.num_reqs
-        starts = runner.query_start_loc.np[: n + 1]
-        lengths = np.diff(starts)
-        drafts = np.fromiter((len(ids) for ids in batch.spec_token_ids[:n]), np.int64, n)
-        prefill = (batch.num_computed_tokens_cpu[:n] < batch.num_prompt_tokens[:n]) | (lengths > drafts + 1)
-        out = np.fromiter((opted_out(runner.requests[name].sampling_params) for name in batch.req_ids[:n]), bool, n)
-        shares = np.repeat(~prefill & ~out, lengths)
+        lengths = requests.lengths
+        out = np.fromiter(map(opted_out, requests.parameters), bool, len(lengths))
+        shares = np.repeat(~requests.prefill & ~out, lengths)
         count = len(shares)
         self.expected, self.sharing = num_rows, int(shares.sum())
         shares_N = torch.from_numpy(shares)
         self._request_N.zero_()
-        self._request_N[:count].copy_(torch.from_numpy(np.repeat(np.arange(n), lengths)))
+        self._request_N[:count].copy_(torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)))
         if self.group == "tenant":
             self._tenant_N.zero_()
-            self._tenant_N[:count].copy_(torch.from_numpy(np.repeat(self._tenants(runner), lengths)))
+            self._tenant_N[:count].copy_(torch.from_numpy(np.repeat(_tenants(requests.parameters), lengths)))
         self._real_N.zero_()
         self._voter_N.zero_()
         self._exempt_N.fill_(True)
         self._real_N[:count] = True
         self._voter_N[:count].copy_(shares_N)
         self._exempt_N[:count].copy_(~shares_N)
-
-    @staticmethod
-    def _tenants(runner: Any) -> np.ndarray[Any, Any]:
-        """Each request's group, the number of its tenant's first request; without a tenant it is alone."""
-        names = runner.input_batch.req_ids[: runner.input_batch.num_reqs]
-        first: dict[Any, int] = {}
-        tenants = (tenant_of(runner.requests[name].sampling_params) for name in names)
-        numbers = (i if tenant is None else first.setdefault(tenant, i) for i, tenant in enumerate(tenants))
-        return np.fromiter(numbers, np.int64, len(names))
 
     def clear(self) -> None:
         """No request is running: whatever is forwarded now (profiling, warm-up, graph capture) is padding."""
@@ -82,18 +87,44 @@ class Rows:
 
     def batch(self, num_rows: int) -> Batch:
         """The first `num_rows` rows."""
-        zero_N, request_N = self._zero_N[:num_rows], self._request_N[:num_rows]
+        group_N, real_N, voter_N, exempt_N, step_N, request_N, _ = self.tensors(num_rows)
         num_requests = min(self.max_requests, num_rows)  # a request has a row at least
+        num_groups = 1 if self.group == "batch" else num_requests
         return Batch(
-            group_N={"batch": zero_N, "request": request_N, "tenant": self._tenant_N[:num_rows]}[self.group],
-            num_groups=1 if self.group == "batch" else num_requests,
-            real_N=self._real_N[:num_rows],
-            voter_N=self._voter_N[:num_rows],
-            exempt_N=self._exempt_N[:num_rows],
-            step_N=zero_N,
-            request_N=request_N,
-            num_requests=num_requests,
+            group_N, num_groups, real_N, voter_N, exempt_N, step_N, request_N=request_N, num_requests=num_requests
         )
+
+    def tensors(self, num_rows: int) -> tuple[Tensor, ...]:
+        """Group, real, voter, exempt, step and request of the first `num_rows` rows, and a tensor as long as the
+        number of requests (two at least), whose length a compiled graph reads. All layers of a step ask for them."""
+        if num_rows not in self._views:
+            if len(self._views) >= MAX_VIEWS:
+                self._views.clear()
+            group_N = {"batch": self._zero_N, "request": self._request_N, "tenant": self._tenant_N}[self.group]
+            buffers = (group_N, self._real_N, self._voter_N, self._exempt_N, self._zero_N, self._request_N)
+            views = {
+                id(buffer): buffer[:num_rows] for buffer in buffers
+            }  # one view a buffer, also where it is two things
+            slots_R = self._slots_R[: max(2, min(self.max_requests, num_rows))]
+            self._views[num_rows] = (*(views[id(buffer)] for buffer in buffers), slots_R)
+        return self._views[num_rows]
+
+    def example(self) -> None:
+        """Rows that a graph can be compiled with: two a request, the last ones exempt."""
+        numbers_N = torch.arange(self.size, device=self._zero_N.device)
+        self._request_N.copy_((numbers_N // 2).clamp_max(self.max_requests - 1))
+        self._tenant_N.copy_(self._request_N // 2)
+        self._real_N[:-1] = True
+        self._exempt_N.copy_(numbers_N >= self.size - 3)
+        self._voter_N.copy_(~self._exempt_N)
+
+
+def _tenants(parameters: list[Any]) -> NDArray[np.int64]:
+    """Each request's group, the number of its tenant's first request; without a tenant it is alone."""
+    first: dict[Any, int] = {}
+    tenants = map(tenant_of, parameters)
+    numbers = (i if tenant is None else first.setdefault(tenant, i) for i, tenant in enumerate(tenants))
+    return np.fromiter(numbers, np.int64, len(parameters))
 
 
 def opted_out(sampling_params: Any) -> bool:

@@ -16,6 +16,7 @@ KEY = "carpool"
 EXAMPLE = '{"carpool": {"policy": "xshare(budget=32)", "isolation": "batch"}}'
 TYPES: dict[str, type] = {
     "policy": str, "file": str, "stats": str, "group": str, "isolation": str, "allow_untested_engine": bool,
+    "compile": bool,
 }  # fmt: skip
 GROUPINGS = ("request", "tenant", "batch")  # from narrow to wide; as isolation: the widest that is allowed
 
@@ -29,12 +30,14 @@ class Settings:
         group: rows that share a coreset, one of `GROUPINGS`.
         isolation: the widest grouping in which requests may depend on each other.
         allow_untested_engine: go on with a version of vLLM that was not tested.
+        compile: run routing as a compiled graph; None leaves it to the host.
     """
 
     policies: PolicyFile
     group: Grouping
     isolation: str = GROUPINGS[0]
     allow_untested_engine: bool = False
+    compile: bool | None = None
 
     def plan_for(self, layer: int) -> Plan:
         """The plan of one layer with the defaults of serving."""
@@ -73,7 +76,9 @@ class Settings:
         if ("policy" in given) == ("file" in given):
             raise CarpoolError(f"{KEY}: give either 'policy' or 'file', as in {EXAMPLE}")
         policies, isolation = _policies(given), _isolation(given)
-        settings = cls(policies, _grouping(given), isolation, given.get("allow_untested_engine", False))
+        settings = cls(
+            policies, _grouping(given), isolation, given.get("allow_untested_engine", False), given.get("compile")
+        )
         settings.require_isolation(policies.plan.policy)
         return settings
 

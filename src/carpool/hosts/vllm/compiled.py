@@ -1,0 +1,164 @@
+"""Routing as one compiled graph: the two hundred small operations of a layer's routing become a handful of loops.
+
+One graph serves all layers that route by the same rule under the same kind of plan, whatever the number of rows; the
+numbers of a plan are inputs. What a compiler may round differently (a sum, an exponential) reaches weights of changed
+rows only: scores are computed outside, and coresets come from whole numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from carpool.batch import Batch
+from carpool.counters import measured
+from carpool.hosts.vllm.rows import Rows
+from carpool.pipeline import decide, scored
+from carpool.routing import RouteSpec, Routing
+
+if TYPE_CHECKING:
+    from carpool.hosts.vllm.router import Layer
+
+ROWS, REQUESTS = 11, 5  # of the example: sizes that nothing else has, or the compiler takes them for the same
+BACKEND = "inductor"
+Graph = Any  # a compiled function
+
+
+class Compiler:
+    """Compiled graphs by what they depend on; None for one that failed.
+
+    Args:
+        group: rows that share a coreset.
+        agree: whether a condition holds on all ranks that must decide alike.
+    """
+
+    def __init__(self, group: str, agree: Callable[[bool], bool] = bool) -> None:
+        self._group, self._agree = group, agree
+        self._graphs: dict[str, Graph | None] = {}
+
+    def use(self, layers: list[Layer], compile_new: bool) -> None:
+        """Give every layer the graph of its plan.
+
+        Args:
+            layers: with their plans.
+            compile_new: compile what was not compiled before; otherwise such plans run operation by operation.
+        """
+        keys = [_key(layer) for layer in layers]
+        if compile_new:
+            for key, layer in zip(keys, layers, strict=True):
+                if key not in self._graphs:
+                    self._graphs[key] = self._try(layer)
+            if not self._agree(all(self._graphs[key] is not None for key in keys)):
+                self._graphs |= dict.fromkeys(keys)
+        for key, layer in zip(keys, layers, strict=True):
+            layer.graph = self._graphs.get(key)
+
+    def _try(self, layer: Layer) -> Graph | None:
+        log, start = logging.getLogger("vllm.carpool"), time.monotonic()
+        try:
+            graph = _compile(layer, self._group)
+        except Exception as error:  # a compiler may fail in any way, and routing works without it
+            cause = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            log.warning("carpool routes without a compiled graph, which costs speed: %s", cause)
+            return None
+        log.info("carpool compiled its routing in %.0f s", time.monotonic() - start)
+        return graph
+
+
+def run(graph: Graph, layer: Layer, hidden_NH: Tensor, logits_NE: Tensor, native: Routing,
+        rows: Rows) -> tuple[Routing, Tensor] | None:  # fmt: skip
+    """Routing and counters of one call; None for inputs that the graph was not compiled for."""
+    fits = native.ids_NK.dtype == torch.int32 and native.weights_NK.dtype == torch.float32
+    if not fits or len(logits_NE) == 1:  # compilers take one row for a special case
+        return None
+    ids_NK, weights_NK, values_F = graph(*_arguments(layer, hidden_NH, logits_NE, native, rows))
+    return Routing(ids_NK, weights_NK), values_F
+
+
+def _arguments(layer: Layer, hidden_NH: Tensor, logits_NE: Tensor, native: Routing, rows: Rows) -> tuple[Any, ...]:
+    assert layer.knobs is not None
+    scores_NE, weights_NE = scored(layer.spec, logits_NE)
+    return (
+        logits_NE.float().contiguous(),
+        scores_NE.float().contiguous(),
+        weights_NE.contiguous(),
+        native.ids_NK.contiguous(),
+        native.weights_NK.contiguous(),
+        hidden_NH.float().contiguous() if layer.plan.policy.needs_hidden else None,
+        *rows.tensors(len(logits_NE)),
+        layer.spec.per_expert_scale_E,
+        layer.knobs.tensors,
+        layer.stats,
+    )
+
+
+def _compile(layer: Layer, group: str) -> Graph:
+    knobs = layer.knobs
+    assert knobs is not None
+    plan, spec = layer.plan, replace(layer.spec, bias_E=None)  # the scores have it
+
+    def routed(
+        logits_NE: Tensor, scores_NE: Tensor, weights_NE: Tensor, ids_NK: Tensor, native_NK: Tensor,
+        hidden_NH: Tensor | None, group_N: Tensor, real_N: Tensor, voter_N: Tensor, exempt_N: Tensor, step_N: Tensor,
+        request_N: Tensor, slots_R: Tensor, scale_E: Tensor | None, tensors: list[Tensor], stats: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        num_requests = slots_R.shape[0]
+        batch = Batch(
+            group_N, 1 if group == "batch" else num_requests, real_N, voter_N, exempt_N, step_N,
+            request_N=request_N, num_requests=num_requests,
+        )  # fmt: skip
+        skipped_NK = ids_NK < 0
+        native = Routing(ids_NK.masked_fill(skipped_NK, 0), native_NK)
+        outcome = decide(
+            knobs.over(plan, tensors), replace(spec, per_expert_scale_E=scale_E), logits_NE, scores_NE, weights_NE,
+            batch, native=native, stats=stats, hidden_NH=hidden_NH,
+        )  # fmt: skip
+        return (
+            torch.where(skipped_NK, ids_NK, outcome.routing.ids_NK),
+            outcome.routing.weights_NK,
+            measured(batch, outcome),
+        )
+
+    # we choose the graph ourselves: nothing to check at every call, and no graph for every number of rows
+    options = {"guard_filter_fn": lambda guards: [False for _ in guards]}
+    how: dict[str, Any] = {"backend": BACKEND, "options": options, "fullgraph": True, "isolate_recompiles": True}
+    graph = torch.compile(routed, **how)
+    given = _example(layer, group)
+    eager = routed(*given)
+    for value in given[:13]:  # all that has a row or request dimension
+        if value is not None:
+            torch._dynamo.mark_dynamic(value, 0)
+    compiled = graph(*given)
+    if not torch.equal(compiled[0], eager[0]) or not torch.allclose(compiled[1], eager[1], atol=1e-6):
+        raise RuntimeError("the compiled graph routes differently from the same operations one by one")
+    return graph
+
+
+def _example(layer: Layer, group: str) -> tuple[Any, ...]:
+    """Made-up rows, some of them exempt, as a call has them."""
+    generator = torch.Generator().manual_seed(0)
+    logits_NE = torch.randn(ROWS, layer.num_experts, generator=generator).to(layer.device)
+    hidden_NH = torch.randn(ROWS, layer.hidden_size, generator=generator).to(layer.device)
+    rows = Rows(ROWS, REQUESTS, group, layer.device)
+    rows.example()
+    native = layer.spec.native(logits_NE)
+    native = Routing(native.ids_NK, native.weights_NK.float())
+    return _arguments(layer, hidden_NH, logits_NE, native, rows)
+
+
+def _key(layer: Layer) -> str:
+    """What a graph is compiled for."""
+    assert layer.knobs is not None
+    spec = {field.name: _shape(getattr(layer.spec, field.name)) for field in fields(RouteSpec)}
+    stats = {name: _shape(tensor) for name, tensor in layer.stats.items()}
+    return repr((layer.knobs.kind, layer.num_experts, layer.hidden_size, spec, stats, str(layer.device)))
+
+
+def _shape(value: Any) -> Any:
+    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
