@@ -1,0 +1,153 @@
+"""Compares methods at equal bytes read, from the sums that `run.py` kept.
+
+At each share of stock's bytes a method's log KL is interpolated between its settings, in every bootstrap draw (whole
+batches are drawn, the same for every method). A method without settings on both sides of a share has no value there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from carpool.evaluate.bootstrap import Array, interval, resample
+from carpool.evaluate.series import LEAST_KL
+
+OURS = "ours"
+SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A batch size, a domain and a share of stock's bytes.
+
+    Attributes:
+        kl: by method, nats per token; None where a method does not reach.
+        best: the best published method. ratio: our KL over its, with its interval; None where either is missing.
+    """
+
+    batch: int
+    domain: str
+    share: float
+    kl: dict[str, float | None]
+    best: str | None
+    ratio: tuple[float, float | None, float | None] | None
+
+    @property
+    def verdict(self) -> str:
+        """`win`, `tie`, `loss` (by the interval), or `n/a`."""
+        if self.ratio is None:
+            return "n/a"
+        _, low, high = self.ratio
+        if low is None or high is None:
+            return "tie"
+        return "win" if high < 1 else "loss" if low > 1 else "tie"
+
+
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def pooled(content: dict[str, Any], batch: int, domain: str) -> dict[str, list[dict[str, Array]]]:
+    """Sums by batch of every setting, by label; batches of all seeds in a row."""
+    seeds = [cell for cell in content["cells"] if (cell["batch"], cell["domain"]) == (batch, domain)]
+    found: dict[str, list[dict[str, Array]]] = {}
+    for same in zip(*(cell["rows"] for cell in seeds), strict=True):
+        names = ("bytes", "union", "kl", "nll", "tokens", "agree")
+        joined = {name: np.concatenate([np.array(row[name], dtype=float) for row in same]) for name in names}
+        found.setdefault(same[0]["label"], []).append(joined | {"policy": same[0]["policy"]})  # type: ignore[dict-item]
+    return found
+
+
+def curve(settings: Iterable[dict[str, Array]], stock: dict[str, Array], counts_RM: Array) -> tuple[Array, Array]:
+    """Share of stock's bytes and log KL of every setting, in every draw, `[R, I]` each, sorted by share."""
+    bytes_RI = np.stack([counts_RM @ one["bytes"] / (counts_RM @ stock["bytes"]) for one in settings], axis=1)
+    kl_RI = np.stack([counts_RM @ one["kl"] / (counts_RM @ one["tokens"]) for one in settings], axis=1)
+    order = np.argsort(bytes_RI.mean(0))
+    return bytes_RI[:, order], np.log(np.maximum(kl_RI[:, order], LEAST_KL))
+
+
+def at(share: float, bytes_RI: Array, log_RI: Array) -> Array:
+    """Log KL at a share in every draw."""
+    return np.array([np.interp(share, x, y) for x, y in zip(bytes_RI, log_RI, strict=True)])
+
+
+def cells(content: dict[str, Any], seed: int = 0) -> list[Cell]:
+    """Every batch size, domain and share of an experiment."""
+    controls = {series["label"] for series in content["settings"]["series"] if series.get("control")}
+    found = []
+    for batch, domain in dict.fromkeys((cell["batch"], cell["domain"]) for cell in content["cells"]):
+        rows = pooled(content, batch, domain)
+        (stock,) = rows.pop("stock")
+        batches = len(stock["kl"])
+        once_1M, counts_RM = np.ones((1, batches)), resample(batches, seed)
+        point = {label: curve(own, stock, once_1M) for label, own in rows.items()}
+        for share in SHARES:
+            kl: dict[str, float | None] = {}
+            for label, (x_1I, y_1I) in point.items():
+                reached = x_1I[0, 0] <= share <= x_1I[0, -1]
+                kl[label] = float(np.exp(at(share, x_1I, y_1I)[0])) if reached else None
+            published = {
+                label: value for label, value in kl.items() if value is not None and label not in (OURS, *controls)
+            }
+            best = min(published, key=lambda label: published[label], default=None)
+            ours, ratio = kl.get(OURS), None
+            if ours is not None and best is not None:
+                draws_R = at(share, *curve(rows[OURS], stock, counts_RM)) - at(
+                    share, *curve(rows[best], stock, counts_RM)
+                )
+                ratio = (ours / published[best], *np.exp(interval(draws_R)).tolist())
+            found.append(Cell(batch, domain, share, kl, best, ratio))
+    return found
+
+
+def table(found: list[Cell]) -> str:
+    """Markdown: our KL beside the best published one at equal bytes."""
+    lines = [
+        "| batch | text | bytes, of stock | KL, ours | KL, best published | ratio | |",
+        "|--:|---|--:|--:|--:|--:|---|",
+    ]
+    for cell in found:
+        ours, best = cell.kl.get(OURS), None if cell.best is None else cell.kl[cell.best]
+        parts = [
+            str(cell.batch), cell.domain, f"{cell.share:.0%}",
+            "n/a" if ours is None else f"{ours:.4f}",
+            "n/a" if best is None else f"{best:.4f} ({cell.best})",
+            "n/a" if cell.ratio is None else "{:.2f} [{:.2f}, {:.2f}]".format(*cell.ratio),
+            cell.verdict,
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(parts) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def settings_table(content: dict[str, Any], batch: int, domain: str = "all") -> str:
+    """Markdown: every setting of an experiment as it was measured."""
+    rows = pooled(content, batch, domain)
+    (stock,) = rows.pop("stock")
+    lines = [
+        "| | setting | experts read | bytes, of stock | KL, nats/token | perplexity ratio |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    layout = next(cell["layout"] for cell in content["cells"] if cell["batch"] == batch)
+    steps = (layout["positions"] - layout["prefill"]) * content["model"]["layers"] * len(stock["kl"])
+    for label, settings in rows.items():
+        for one in settings:
+            shares = f"{one['union'].sum() / steps:.1f} | {one['bytes'].sum() / stock['bytes'].sum():.0%}"
+            kl, nll = one["kl"].sum() / one["tokens"].sum(), (one["nll"] - stock["nll"]).sum() / one["tokens"].sum()
+            lines.append(f"| {label} | `{one['policy']}` | {shares} | {kl:.5f} | {np.exp(nll):.4f} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    import sys
+
+    for name in sys.argv[1:]:
+        content = load(Path(name))
+        if any(series["label"] == OURS for series in content["settings"]["series"]):
+            print(table(cells(content)))
+        for batch in dict.fromkeys(cell["batch"] for cell in content["cells"]):
+            print(settings_table(content, batch))

@@ -1,0 +1,149 @@
+"""Runs the experiments of `leaderboard/experiments/`: policies over a grid of settings, batch sizes, domains and seeds.
+
+    carpool calibrate --text TRAIN.jsonl --energy --surrogates 16 -o stats.safetensors
+    python leaderboard/run.py --stats stats.safetensors                 # embedded held-out text
+    python leaderboard/run.py --stats stats.safetensors --text FILE.jsonl --output FOLDER design
+
+A cell is one batch size, one domain (or all of them mixed) and one seed of the batches' composition. Cells are written
+as soon as they are measured; a second run does what is missing. Sums by batch are kept, so that `compare.py` can
+resample them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import carpool.cli.app  # noqa: F401 - commands import one another, this one first
+from carpool.batch import Grouping
+from carpool.cli.evaluate import embedded_texts, load, model_facts
+from carpool.evaluate.layout import Layout
+from carpool.evaluate.measure import Measured, measure
+from carpool.evaluate.report import provenance, text_facts
+from carpool.evaluate.sequences import draw
+from carpool.evaluate.study import describe
+from carpool.files import sha256_file, write_text
+from carpool.grammar import Plan, parse
+from carpool.texts import Document, load_texts
+
+HERE = Path(__file__).parent
+MIXED = "all"
+LONGEST = 4000  # characters of a document that are tokenized; a batch takes few windows of each
+
+
+def plans_at(experiment: dict[str, Any], batch: int) -> list[tuple[str, Plan]]:
+    """Label and plan of every setting at a batch size; `{}` in a policy stands for the budgets of that size."""
+    found = []
+    for series in experiment["series"]:
+        for text in series["policies"]:
+            values = experiment["budgets"][str(batch)] if "{}" in text else [None]
+            found += [(series["label"], parse(text.replace("{}", str(value)))) for value in values]
+    return found
+
+
+def cells(experiment: dict[str, Any], domains: list[str]) -> Iterator[tuple[int, str, int, int]]:
+    """Batch size, domain, seed and number of batches of every cell."""
+    for batch, count in experiment["batches"].items():
+        for seed in experiment["seeds"]:
+            yield int(batch), MIXED, seed, count
+    for batch, count in experiment.get("batches_by_domain", {}).items():
+        for domain in domains:
+            yield int(batch), domain, experiment["seeds"][0], count
+
+
+def sums(label: str, one: Measured) -> dict[str, Any]:
+    """What is kept of a setting: sums by batch, all layers together."""
+    return {
+        "label": label,
+        "policy": one.name,
+        "bytes": one.layers["bytes"].sum(1).round(4).tolist(),
+        "union": one.layers["union"].sum(1).tolist(),
+        "pairs": one.layers["pairs"].sum(1).tolist(),
+        "kl": one.kl_M.round(6).tolist(),
+        "agree": one.agree_M.tolist(),
+        "nll": one.nll_MD.sum(1).round(5).tolist(),
+        "tokens": one.tokens_M.tolist(),
+        "changed_rows": one.changed_rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", help="names in leaderboard/experiments; default: all")
+    parser.add_argument("--model", help="default: the reference model")
+    parser.add_argument("--text", type=Path, action="append", help="default: the reference model's held-out text")
+    parser.add_argument("--stats", type=Path, help="default: the reference model's")
+    parser.add_argument("--reduced", action="store_true", help="only batch 16, domains mixed, the first seed")
+    parser.add_argument("--output", type=Path, default=HERE / "results")
+    given = parser.parse_args()
+    model, tokenizer, stats = load(given.model, given.stats)
+    paths = given.text or embedded_texts()
+    documents = [replace(document, text=document.text[:LONGEST]) for document in load_texts(paths)]
+    facts = {
+        "model": model_facts(model, given.model),
+        "texts": text_facts(paths),
+        "stats": None if given.stats is None else sha256_file(given.stats),
+    }
+    for name in given.experiments or sorted(path.stem for path in (HERE / "experiments").glob("*.toml")):
+        source = HERE / "experiments" / f"{name}.toml"
+        experiment = tomllib.loads(source.read_text())
+        if given.reduced:
+            experiment |= {"batches": {"16": experiment["batches"]["16"]}, "seeds": experiment["seeds"][:1]}
+            experiment.pop("batches_by_domain", None)
+        facts |= {"experiment": hashlib.sha256(source.read_bytes()).hexdigest(), "settings": experiment}
+        run(experiment, given.output / f"{name}.json", facts, (model, tokenizer, stats), documents)
+
+
+def run(
+    experiment: dict[str, Any],
+    output: Path,
+    facts: dict[str, Any],
+    loaded: Any,
+    documents: list[Document],
+) -> None:
+    """Measure what is missing of an experiment, cell by cell."""
+    model, tokenizer, stats = loaded
+    done = json.loads(output.read_text()) if output.exists() else {}
+    if {key: done.get(key) for key in facts} != facts:
+        done = {"kind": "carpool leaderboard", "name": output.stem, **facts, "cells": []}
+    known = {(cell["batch"], cell["domain"], cell["seed"]) for cell in done["cells"]}
+    domains = sorted({document.domain for document in documents})
+    for batch, domain, seed, count in cells(experiment, domains):
+        if (batch, domain, seed) in known:
+            continue
+        layout = Layout(batch, experiment["sequence"], experiment["prefill"], Grouping.parse("batch"))
+        own = [document for document in documents if domain in (MIXED, document.domain)]
+        sequences = draw(own, tokenizer, count=batch * count, length=layout.positions, seed=seed)
+        labelled = plans_at(experiment, batch)
+        plans = [plan for _, plan in labelled]
+        found = measure(model, describe(model), plans, sequences, layout, count, stats=stats, allow_unchanged=True)
+        rows = [
+            sums(label, one) for label, one in zip(["stock", *(label for label, _ in labelled)], found, strict=True)
+        ]
+        done["cells"].append(
+            {"batch": batch, "domain": domain, "seed": seed, "layout": asdict(layout), **provenance(), "rows": rows}
+        )
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, dump(done))
+        print(f"{output.stem}: batch {batch}, {domain}, seed {seed}: {len(rows)} rows", flush=True)
+
+
+def dump(content: dict[str, Any]) -> str:
+    """JSON with a line a row."""
+    head = json.dumps({key: value for key, value in content.items() if key != "cells"}, indent=1).removesuffix("\n}")
+    parts = []
+    for cell in content["cells"]:
+        rows = ",\n   ".join(json.dumps(row, allow_nan=False) for row in cell["rows"])
+        facts = json.dumps({key: value for key, value in cell.items() if key != "rows"})[:-1]
+        parts.append(f'{facts}, "rows": [\n   {rows}\n  ]}}')
+    return f'{head},\n "cells": [\n  ' + ",\n  ".join(parts) + "\n ]\n}\n"
+
+
+if __name__ == "__main__":
+    main()
