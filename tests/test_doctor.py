@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_models import tiny_config
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
@@ -73,6 +74,34 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "config.json").write_text("{ not json")
     with pytest.raises(CarpoolError, match="cannot read a model configuration"):
         diagnose(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["cohere2_moe", "deepseek_v2", "gemma4_text", "mistral4", "qwen3_vl_moe_text"])
+def test_families_from_their_configuration_alone(tmp_path, family):
+    tiny_config(family).save_pretrained(tmp_path)
+    found = diagnose(tmp_path)
+    assert (found.moe_layers, found.layers, found.num_experts, found.top_k) == (2, 2, 8, 2)
+
+
+def test_a_model_of_several_modalities(tmp_path):
+    text = tiny_config("qwen3_vl_moe_text").to_dict()
+    AutoConfig.for_model("qwen3_vl_moe", text_config=text, vision_config={"depth": 1}).save_pretrained(tmp_path)
+    assert (diagnose(tmp_path).moe_layers, diagnose(tmp_path).num_experts) == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nodir", "there is no folder or file 'nodir'; give a model's folder"),
+        ("no/such/folder", "there is no folder or file 'no/such/folder'; give a model's folder"),
+        ("no-such-organisation/model", "neither a folder nor a model in the local cache; fetch its configuration"),
+    ],
+)
+def test_a_model_that_is_not_there(name, says):
+    with pytest.raises(CarpoolError) as refusal:
+        diagnose(name)
+    assert says in str(refusal.value)
+    assert "\n" not in str(refusal.value)
 
 
 def test_command_prints_the_estimate_and_labels_it(tmp_path):

@@ -79,17 +79,16 @@ def diagnose(model: str | Path) -> Diagnosis:
         CarpoolError: nothing there, no JSON, a dense model, or a family whose routers Carpool does not know.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     from carpool.hosts.transformers import find_layers
 
-    config = _config(AutoConfig, Path(model) if Path(model).exists() else str(model))
+    config = _config(model)
     try:
         with torch.device("meta"):
-            built = AutoModelForCausalLM.from_config(config)
+            built = _auto_class(config).from_config(config)
     except (ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
         reason = str(error).splitlines()[0][:120]
-        raise CarpoolError(f"transformers cannot build a causal language model from {model}: {reason}") from None
+        raise CarpoolError(f"transformers cannot build a language model from {model}: {reason}") from None
     layers = find_layers(built)
     first = layers[0]
     method, bits = _storage(config)
@@ -109,15 +108,39 @@ def diagnose(model: str | Path) -> Diagnosis:
     )
 
 
-def _config(auto: Any, model: Path | str) -> Any:
-    where = model.parent if isinstance(model, Path) and model.is_file() else model
-    if isinstance(where, Path) and not (where / "config.json").is_file():
-        raise CarpoolError(f"{where} holds no config.json; give a model's folder or its configuration")
+def _config(model: str | Path) -> Any:
+    from transformers import AutoConfig
+
+    from carpool.hosts.transformers.loading import HUB_NAME
+
+    path = Path(model).expanduser()
+    folder = path.parent if path.is_file() else path
+    cached = not path.exists()
+    if cached and not HUB_NAME.fullmatch(str(model)):
+        raise CarpoolError(
+            f"there is no folder or file {str(model)!r}; give a model's folder, its config.json, or the name "
+            "organisation/model of a model in the local cache"
+        )
+    if not cached and not (folder / "config.json").is_file():
+        raise CarpoolError(f"{folder} holds no config.json; give a model's folder or its configuration")
     try:
-        return auto.from_pretrained(where, local_files_only=True)
+        return AutoConfig.from_pretrained(str(model) if cached else folder, local_files_only=True)
     except (OSError, ValueError) as error:
+        if cached and isinstance(error, OSError):
+            raise CarpoolError(
+                f"{str(model)!r} is neither a folder nor a model in the local cache; fetch its configuration with "
+                f"`hf download {model} config.json`"
+            ) from None
         reason = str(error).splitlines()[0][:160]
         raise CarpoolError(f"cannot read a model configuration from {str(model)!r}: {reason}") from None
+
+
+def _auto_class(config: Any) -> Any:
+    """What builds a model from the configuration; models for images and speech have text layers to look at too."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel)
+    return next((kind for kind in kinds if type(config) in kind._model_mapping), AutoModelForCausalLM)
 
 
 def _storage(config: Any) -> tuple[str, float]:
