@@ -1,0 +1,67 @@
+"""What the floor bounds (docs/isolation.md): displaced mass, and with it how far a layer's mixture can move."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from harness import Trial, trials
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from policies_under_test import ROWS, Row
+from torch import Tensor
+
+from carpool import Batch, Plan, RouteSpec, Routing, parse, route
+from carpool.guards import Floor
+
+
+def dense(routing: Routing, experts: int) -> Tensor:
+    weights_NK = routing.weights_NK.double()
+    weights_NE = torch.zeros(len(weights_NK), experts, dtype=torch.float64)
+    return weights_NE.scatter_add(-1, routing.ids_NK.long(), weights_NK)
+
+
+def plain(spec: RouteSpec) -> RouteSpec:
+    """A router that ranks by what it mixes by, in full precision."""
+    return replace(spec, bias_E=None, num_groups=1, kept_groups=1, per_expert_scale_E=None, weight_dtype=None,
+                   renormalize_eps=0.0, scoring="sigmoid" if spec.scoring == "sigmoid" else "softmax")  # fmt: skip
+
+
+# what is left to a surrogate has a weight that no expert has: its pairs are none of the mixture's
+MIXING = [row for row in ROWS if row.name != "surrogate"]
+
+
+@pytest.mark.parametrize("row", MIXING, ids=repr)
+@given(data=st.data(), tau=st.sampled_from([0.05, 0.3, 0.7, 1.0]))
+def test_the_mixture_moves_by_twice_the_displaced_mass(row: Row, data: st.DataObject, tau: float) -> None:
+    trial: Trial = data.draw(trials(row, patterns=("normal", "quantised", "peaked"), dtypes=(torch.float32,)))
+    case = replace(trial.case, spec=plain(trial.case.spec))
+    assume(case.rows > 0)
+    plan = Plan(trial.plan.policy, (*(g for g in trial.plan.guards if not isinstance(g, Floor)), Floor(tau)))
+    outcome = trial.run(case, plan)
+    native_NE = dense(case.spec.native(case.logits_NE.nan_to_num()), case.experts)
+    moved_N = (dense(outcome.routing, case.experts) - native_NE).abs().sum(-1) / native_NE.sum(-1)
+    changed_N = outcome.changed_N
+    assert (moved_N[changed_N] <= 2 * outcome.displaced_N[changed_N] + 1e-5).all()
+    assert (moved_N[changed_N] <= 2 * tau + 1e-5).all()
+
+
+@given(seed=st.integers(0, 10**6), tau=st.sampled_from([0.0, 0.1, 0.3, 0.5]), text=st.sampled_from(
+    ["xshare(budget=4)", "xshare(4, warmup=0)", "des_vote(size=4)", "oea(1)", "lynx(4)", "random(4)"]))  # fmt: skip
+def test_no_co_batch_beats_the_floor(seed: int, tau: float, text: str) -> None:
+    """Attackers climb: each takes the row that costs the victim most."""
+    generator = torch.Generator().manual_seed(seed)
+    victim_E, pool_PE = torch.randn(16, generator=generator), torch.randn(64, 16, generator=generator) * 3
+    chosen = torch.randint(64, (5,), generator=generator)
+    group_N = torch.arange(64).repeat_interleave(6)
+    batch = Batch.of(64 * 6, group_N=group_N, num_groups=64)
+    plan, spec = parse(f"{text} | floor({tau})"), RouteSpec(top_k=4)
+    for place in range(5):
+        tried_CA = chosen.repeat(64, 1)
+        tried_CA[:, place] = torch.arange(64)
+        logits_CBE = torch.cat((victim_E.expand(64, 1, 16), pool_PE[tried_CA]), 1)
+        outcome = route(plan, spec, logits_CBE.flatten(0, 1), batch)
+        displaced_C = outcome.displaced_N.view(64, 6)[:, 0]
+        assert (displaced_C <= tau + 1e-6).all()
+        chosen = tried_CA[displaced_C.argmax()]
