@@ -51,6 +51,15 @@ def test_evaluate_writes_everything(texts, tmp_path):
     assert details["worst_rows"][0]["text"].split()
 
 
+def test_a_domain_without_a_sequence_is_left_out(texts, tmp_path):
+    """One sequence at batch 1, of one of two domains."""
+    out = tmp_path / "out.json"
+    done = invoke("evaluate", "-p", "topk(1)", "--batch", "1,4", "--batches", "1", *SMALL[4:], "--json", out)
+    assert done.exit_code == 0, done.output
+    seen = [len(row["domains"]) for row in json.loads(out.read_text())["results"]]
+    assert seen == [1, 1, 2, 2]
+
+
 def test_check_lockstep(texts):
     done = invoke("evaluate", "-p", "oea(k0=1)", "--batch", "2", *SMALL[2:], "--check-lockstep")
     assert done.exit_code == 0, done.output
