@@ -9,7 +9,7 @@ LINKS := $(if $(FIND_LINKS),--find-links "$(FIND_LINKS)")
 TORCH ?= $(if $(FIND_LINKS),torch==2.13.0+cpu,torch)
 INSTALL := $(UV) pip install --quiet --python $(PY) $(LINKS)
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all gpu-check lint format clean
 
 demo: $(VENV)/demo-ready
 	$(VENV)/bin/carpool demo
@@ -32,6 +32,12 @@ test: lint
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest
+
+# On a machine with a GPU, in an environment with the official vLLM wheel: make gpu-check PYTHON=python
+PYTHON ?= $(PY)
+MODEL ?= allenai/OLMoE-1B-7B-0924
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --model $(MODEL) --output gpu-check.json
 
 lint: $(VENV)/test-ready
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,242 @@
+"""Decode throughput of vLLM under policies, against stock and against the ideal, in one process.
+
+    python benchmarks/vllm_decode.py --output docs/results/vllm-decode.json            # about 12 minutes on two cores
+    python benchmarks/vllm_decode.py --quick --output /tmp/quick.json                  # proves that it runs
+
+One engine decodes one batch of requests; between steps it is switched between stock (all hooks of the plugin taken
+out), the plugin switched off, a budget of all experts, policies, and for each policy two ideals: routing forced to
+rotating random sets of experts of the same mean union (`ideal`), and to the policy's own ids (`replayed`), neither
+running a policy. Every round times a few steps of each in random order; intervals resample whole rounds. A cell whose
+checks fail gets no speeds. Cells that the output already holds are left as they are, so a run can be continued.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from engines import GEOMETRIES, machine, read_bandwidth, start
+
+from carpool.evaluate.bootstrap import estimate, resample
+from carpool.files import write_text
+
+POLICIES = ("xshare(budget=16)", "xshare(budget=32)", "xshare(budget=64)", "oea(k0=2)")
+FULL = "xshare(budget=1.0)"  # the whole plugin, and nothing shared
+WARM = 4  # untimed steps in which unions are counted and ids recorded
+SEED = 0
+
+
+def main() -> None:
+    options = arguments()
+    output: Path = options.output
+    if options.cell is not None:
+        run_cells(options)
+        return
+    for threads in options.threads:
+        cells = [batch for batch in options.batch if key(options, threads, batch) not in load(output)["cells"]]
+        if not cells:
+            continue
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        environment |= {"OMP_PROC_BIND": "true"} if threads > 1 else {}  # threads that move wait for each other
+        command = [sys.executable, __file__, *sys.argv[1:], "--cell", str(threads)]
+        subprocess.run(command, env=environment, check=True)
+    show(load(output))
+
+
+def run_cells(options: argparse.Namespace) -> None:
+    """All batch sizes at one number of threads."""
+    import torch
+
+    threads: int = options.cell
+    torch.set_num_threads(threads)
+    bandwidth = read_bandwidth(0.25 if options.quick else 1.0)
+    geometry = GEOMETRIES[options.geometry]
+    layers = options.layers or geometry.layers
+    carpool = {"policy": FULL, "isolation": "batch"}
+    llm = start(
+        geometry, layers, options.dtype, additional_config={"carpool": carpool}, max_num_seqs=max(options.batch)
+    )
+    for batch in options.batch:
+        content = load(options.output)
+        name = key(options, threads, batch)
+        if name in content["cells"]:
+            continue
+        item = 4 if options.dtype == "float32" else 2
+        about = {
+            "geometry": options.geometry, "layers": layers, "dtype": options.dtype, "batch": batch, "threads": threads,
+            "experts": geometry.experts, "top_k": geometry.top_k, "expert_mb": geometry.expert_bytes(item) / 1e6,
+            "rounds": options.rounds, "steps_per_block": options.steps, "seed": SEED,
+            "read_bandwidth_gb_s": bandwidth, "load_before": os.getloadavg()[0],
+        }  # fmt: skip
+        cell = about | measure(llm, batch, options, bandwidth, layers * geometry.expert_bytes(item))
+        content = load(options.output)  # a slow cell must not lose what another run wrote meanwhile
+        content["machine"] = machine()
+        content["cells"][name] = cell
+        write_text(options.output, json.dumps(content, indent=1) + "\n")
+        print(f"{name}: {cell['failed'] or 'ok'}", flush=True)
+
+
+def measure(
+    llm: Any, batch: int, options: argparse.Namespace, bandwidth: float, bytes_per_expert: int
+) -> dict[str, Any]:
+    """One cell: checks first, then interleaved blocks."""
+    from vllm_states import Engine, random_ids, union
+
+    engine = Engine(llm, batch, SEED)
+    geometry, layers = GEOMETRIES[options.geometry], len(engine.routers)
+    failed: list[str] = []
+    idle: list[str] = []
+    try:
+        engine.stock()
+        states: dict[str, dict[str, Any]] = {"stock": {"switch": engine.stock, "union": union(engine.record(WARM))}}
+        engine.policy(None)
+        engine.report()
+        states["off"] = {"switch": lambda: engine.policy(None), "union": union(engine.record(WARM))}
+        if engine.report()["steps"]:
+            failed.append("switched off, policies still ran")
+        for text in (FULL, *options.policy):
+            engine.policy(text)
+            same = engine.compare_graph()
+            if batch > 1 and not (same and all(same)):
+                failed.append(f"{text}: no compiled graph, or one with other experts")
+            engine.report()
+            ids = engine.record(WARM)
+            report = engine.report()
+            read = union(ids)
+            if batch > 1 and abs(report["union"] / max(report["steps"], 1) - read) > 1e-6:
+                failed.append(f"{text}: the counters say another union than the experts got")
+            if text == FULL and report["rows_changed"]:
+                failed.append(f"{text}: {report['rows_changed']:.0f} rows changed")
+            if text != FULL and not report["rows_changed"]:
+                idle.append(text)  # the batch reads fewer experts than the budget
+                continue
+            states[text] = {"switch": lambda text=text: engine.policy(text), "union": read, "counted": []}
+            if text == FULL:
+                continue
+            made = random_ids(batch, geometry.top_k, geometry.experts, read, layers, 8, SEED)
+            for kind, forced in (("ideal", made), ("replayed", ids)):
+                switch = lambda forced=forced: engine.forced(forced)  # noqa: E731
+                states[f"{kind}: {text}"] = {"switch": switch, "union": union(forced)}
+        if batch > geometry.experts // geometry.top_k and len(idle) == len(options.policy):
+            failed.append("no policy changed a row")
+        if failed:
+            return {"failed": "; ".join(failed), "states": {}}
+        times = interleave(engine, states, options.rounds, options.steps)
+    finally:
+        engine.close()
+    return {
+        "failed": "",
+        "idle": idle,
+        "load_after": os.getloadavg()[0],
+        "states": summarise(states, times, batch * options.steps, options.steps, bandwidth, bytes_per_expert),
+    }
+
+
+def interleave(engine: Any, states: dict[str, Any], rounds: int, steps: int) -> dict[str, list[float]]:
+    """Seconds of every state's block in each round."""
+    order, shuffle = list(states), random.Random(SEED)
+    times: dict[str, list[float]] = {name: [] for name in states}
+    for _ in range(rounds):
+        shuffle.shuffle(order)
+        for name in order:
+            states[name]["switch"]()
+            if "counted" in states[name]:
+                engine.report()  # start from nothing
+            begin = time.perf_counter()
+            for _ in range(steps):
+                engine.step()
+            times[name].append(time.perf_counter() - begin)
+            if "counted" in states[name]:
+                states[name]["counted"].append(engine.report())
+    return times
+
+
+def summarise(states: dict[str, Any], times: dict[str, list[float]], tokens: int, steps: int, bandwidth: float,
+              bytes_per_expert: int) -> dict[str, Any]:  # fmt: skip
+    """Throughput, unions, and ratios of time with intervals, by state."""
+    rounds = len(times["stock"])
+    counts = resample(rounds, SEED)
+    seconds = {name: np.array(values) for name, values in times.items()}
+    result: dict[str, Any] = {}
+    for name, state in states.items():
+        steps_counted = sum(counts["steps"] for counts in state.get("counted", ()))
+        per_step = {
+            field: sum(counts[field] for counts in state["counted"]) / steps_counted if steps_counted else None
+            for field in (("union", "natural_union") if "counted" in state else ())
+        }
+        read = per_step.get("union") or state["union"]
+        read_gb = read * bytes_per_expert / 1e9
+        row = {
+            "tokens_per_second": tokens * rounds / seconds[name].sum(),
+            "ms_per_step": 1000 * seconds[name].sum() / rounds / steps,
+            "union": read,
+            "natural_union": per_step.get("natural_union"),
+            "expert_gb_per_step": read_gb,
+            "share_of_read_bandwidth": read_gb * steps * rounds / seconds[name].sum() / bandwidth,
+            "seconds_per_block": [round(value, 6) for value in times[name]],
+        }
+        for against in ("stock", f"ideal: {name}", f"replayed: {name}"):
+            if against in states and against != name:
+                row[f"throughput_over_{against.split(':')[0]}"] = asdict(
+                    estimate(seconds[against], seconds[name], counts)
+                )
+        result[name] = row
+    return result
+
+
+def key(options: argparse.Namespace, threads: int, batch: int) -> str:
+    return f"{options.geometry} {options.dtype} threads={threads} batch={batch}"
+
+
+def load(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cells": {}}
+    return content
+
+
+def show(content: dict[str, Any]) -> None:
+    for name, cell in content["cells"].items():
+        print(f"\n{name}: {cell['failed'] or 'checks passed'}")
+        for state, row in cell["states"].items():
+            ratios = [
+                f"{row[f'throughput_over_{other}']['value']:.3f} of {other}"
+                for other in ("stock", "ideal", "replayed")
+                if f"throughput_over_{other}" in row
+            ]
+            print(
+                f"  {state:30s} {row['tokens_per_second']:8.1f} tok/s  union {row['union']:6.1f}  {', '.join(ratios)}"
+            )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="qwen3-30b-a3b")
+    parser.add_argument("--layers", type=int, default=0, help="0: as many as fit into 24 GiB")
+    parser.add_argument(
+        "--dtype", default="float32", help="float32: on CPUs without bf16 units bf16 is bound by compute"
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[4, 16, 64])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--policy", nargs="+", default=list(POLICIES))
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=3, help="steps a block")
+    parser.add_argument("--quick", action="store_true", help="a tiny model; its speeds mean nothing")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--cell", type=int, help=argparse.SUPPRESS)  # run the cells of this number of threads here
+    options = parser.parse_args()
+    if options.quick:
+        options.geometry, options.batch, options.threads = "tiny", [4], [1]
+        options.policy = ["xshare(budget=8)"]
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""`vllm bench serve` against `vllm serve`, stock and shared, in turn.
+
+    python benchmarks/vllm_serve.py --output docs/results/vllm-serve.json
+    python benchmarks/vllm_serve.py --quick --output /tmp/quick.json
+
+Random weights with the layer geometry of a real model are written once; then servers without and with the key
+`carpool` start in turn, `--repeats` times each, and vLLM's own client measures them. Its results are kept as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from engines import GEOMETRIES, VOCABULARY, Geometry, machine, set_environment, write_config
+
+from carpool.files import write_text
+
+VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+KEPT = ("output_throughput", "request_throughput", "mean_ttft_ms", "mean_tpot_ms", "p99_tpot_ms", "completed")
+STARTUP = 900  # seconds
+
+
+def write_model(geometry: Geometry, layers: int, folder: Path) -> Path:
+    """A checkpoint of random weights with a tokenizer of one word a token."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    write_config(geometry, layers, folder)
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1").save_pretrained(folder)
+    return folder
+
+
+def bench(folder: Path, options: argparse.Namespace, policy: str | None, name: str) -> dict[str, Any]:
+    """Start a server, measure it, stop it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        *VLLM, "serve", str(folder), "--served-model-name", "bench", "--port", str(port), "--enforce-eager",
+        "--dtype", options.dtype, "--kv-cache-memory-bytes", str(1 << 29), "--max-model-len", "512",
+        "--max-num-seqs", str(options.concurrency), "--block-size", "32", "--no-enable-prefix-caching",
+    ]  # fmt: skip
+    if policy is not None:
+        command += ["--additional-config", json.dumps({"carpool": {"policy": policy, "isolation": "batch"}})]
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": str(options.threads)}
+    with (folder / f"{name}.log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            wait_for(port, server, folder / f"{name}.log")
+            client(folder, port, options, "warm-up", requests=options.concurrency)
+            result = client(folder, port, options, name, requests=options.requests)
+            result["carpool"] = metrics(port)
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(timeout=120)
+    return result
+
+
+def client(folder: Path, port: int, options: argparse.Namespace, name: str, requests: int) -> dict[str, Any]:
+    """vLLM's own client; what it writes."""
+    command = [
+        *VLLM, "bench", "serve", "--backend", "openai", "--port", str(port), "--model", "bench",
+        "--tokenizer", str(folder), "--dataset-name", "random", "--random-input-len", "16",
+        "--random-output-len", str(options.tokens), "--num-prompts", str(requests), "--ignore-eos", "--seed", "0",
+        "--max-concurrency", str(options.concurrency), "--save-result", "--result-dir", str(folder),
+        "--result-filename", f"{name}.json", "--disable-tqdm",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    result: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    lists = [key for key, value in result.items() if isinstance(value, list)]  # of every request and token
+    return {key: value for key, value in result.items() if key not in lists and key != "tokenizer_id"}
+
+
+def metrics(port: int) -> dict[str, float]:
+    """What the plugin says on /metrics; empty without it."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, value in (x.split() for x in lines if x.startswith("carpool_"))}
+
+
+def wait_for(port: int, server: subprocess.Popen[Any], log: Path) -> None:
+    for _ in range(STARTUP):
+        if server.poll() is not None:
+            raise SystemExit(f"the server ended: {log.read_text()[-2000:]}")
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+            return
+        except OSError:
+            time.sleep(1)
+    raise SystemExit("the server did not come up")
+
+
+def main() -> None:
+    options = arguments()
+    set_environment()
+    geometry = GEOMETRIES[options.geometry]
+    about = {
+        name: getattr(options, name) for name in ("geometry", "layers", "dtype", "policy", "concurrency", "threads")
+    }
+    content: dict[str, Any] = {**about, "machine": machine(), "runs": []}
+    with tempfile.TemporaryDirectory(prefix="carpool-serve-", dir=options.folder) as folder:
+        model = write_model(geometry, options.layers, Path(folder))
+        for repeat in range(options.repeats):
+            for name, policy in (("stock", None), ("shared", options.policy)):
+                result = bench(model, options, policy, f"{name}-{repeat}")
+                failed = "" if result["completed"] == options.requests else "requests were lost"
+                if policy is not None and not result["carpool"].get("carpool_rows_changed_total"):
+                    failed = "the policy changed no row"
+                content["runs"].append({"state": name, "repeat": repeat, "failed": failed, "result": result})
+                write_text(options.output, json.dumps(content, indent=1) + "\n")
+    content["summary"] = summary(content["runs"])
+    write_text(options.output, json.dumps(content, indent=1) + "\n")
+    print(json.dumps(content["summary"], indent=1))
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the repeats; nothing if a run failed."""
+    if any(run["failed"] for run in runs):
+        return {"failed": "; ".join(sorted({run["failed"] for run in runs if run["failed"]}))}
+    made: dict[str, Any] = {
+        state: {name: statistics.median(run["result"][name] for run in runs if run["state"] == state) for name in KEPT}
+        for state in ("stock", "shared")
+    }
+    made["output_throughput_over_stock"] = made["shared"]["output_throughput"] / made["stock"]["output_throughput"]
+    return made
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="qwen3-30b-a3b")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--policy", default="xshare(budget=32)")
+    parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=32, help="of an answer")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--folder", help="where the checkpoint is written, 1.2 GB a layer; default: the system's")
+    parser.add_argument("--quick", action="store_true", help="a tiny model; its speeds mean nothing")
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    if options.quick:
+        options.geometry, options.policy, options.concurrency, options.requests = "tiny", "xshare(budget=8)", 4, 8
+        options.tokens, options.repeats = 8, 1
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""One running engine that can be switched between stock, Carpool and forced routings, between two steps.
+
+`Stock`: every hook of the plugin is taken out, so the engine runs the code it would run without it. `Forced`: stock,
+but each router hands out ids that were made before: what any policy with these ids could reach at best.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carpool.hosts.vllm import compiled
+from carpool.routing import Routing
+
+Ids = list[list[Tensor]]  # of some steps, of each layer: int32 [N, K]
+
+
+class Engine:
+    """An `LLM` in this process, with the plugin configured, and a batch of requests that decode forever.
+
+    Args:
+        llm: the engine. batch: number of requests. seed: of their prompts.
+    """
+
+    def __init__(self, llm: Any, batch: int, seed: int = 0, prompt: int = 16) -> None:
+        from vllm import SamplingParams
+
+        self.engine, self.llm, self.batch = llm.llm_engine, llm, batch
+        worker = self.engine.model_executor.driver_worker.worker
+        self.host, self.runner = worker.carpool, worker.model_runner
+        self.routers = [layer.router for layer in self.host.layers]
+        self._shared = [type(router) for router in self.routers]
+        self._hooks = {name: vars(self.runner)[name] for name in ("_model_forward", "execute_model")}
+        self.requests = [f"batch-{batch}-{i}" for i in range(batch)]
+        limit = llm.llm_engine.vllm_config.model_config.max_model_len
+        generator = torch.Generator().manual_seed(seed)
+        for i, name in enumerate(self.requests):
+            given = SamplingParams(max_tokens=limit - prompt, ignore_eos=True, detokenize=False, seed=None)
+            ids = torch.randint(0, 8000, (prompt,), generator=generator).tolist()
+            self.engine.add_request(name, {"prompt_token_ids": [(t + i) % 8000 for t in ids]}, given)
+        while self.runner.input_batch.num_reqs < batch or self._prefilling():
+            self.engine.step()
+
+    def _prefilling(self) -> bool:
+        rows = self.runner.input_batch
+        return bool((rows.num_computed_tokens_cpu[: self.batch] < rows.num_prompt_tokens[: self.batch]).any())
+
+    def step(self) -> None:
+        """One decode step of all requests."""
+        outputs = self.engine.step()
+        if len(outputs) != self.batch:
+            raise RuntimeError(f"{len(outputs)} of {self.batch} requests decoded; give the model more length")
+
+    def close(self) -> None:
+        self.stock()
+        self.engine.abort_request(self.requests)
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+        self.plugin()
+
+    def stock(self) -> None:
+        """Take all hooks out."""
+        for name in self._hooks:
+            vars(self.runner).pop(name, None)
+        for router, shared in zip(self.routers, self._shared, strict=True):
+            router.__class__ = shared.__mro__[1]
+
+    def plugin(self) -> None:
+        """Put them in again."""
+        vars(self.runner).update(self._hooks)
+        for router, shared in zip(self.routers, self._shared, strict=True):
+            router.__class__ = shared
+
+    def forced(self, ids: Ids) -> None:
+        """Stock, but with these ids in turn."""
+        self.stock()
+        for position, router in enumerate(self.routers):
+            router.__class__ = _forced_class(type(router))
+            router.forced_ids, router.forced_at = [step[position] for step in ids], 0
+
+    def policy(self, text: str | None) -> None:
+        """Share by a policy, or be switched off."""
+        self.plugin()
+        if text is None:
+            self.llm.collective_rpc("carpool_set", kwargs={"enabled": False})
+        else:
+            self.llm.collective_rpc("carpool_set", kwargs={"policy": text, "enabled": True, "compile": True})
+
+    def report(self) -> dict[str, float]:
+        """Sums of the counters over layers since the last call."""
+        [report] = self.llm.collective_rpc("carpool_report", kwargs={"reset": True})
+        names = ("steps", "rows", "rows_changed", "natural_union", "union")
+        return {name: float(sum(layer[name] for layer in report["layers"])) for name in names}
+
+    def record(self, steps: int) -> Ids:
+        """The ids that the experts get in the next steps."""
+        recorded: Ids = []
+        try:
+            for _ in range(steps):
+                recorded.append([])
+                for router in self.routers:
+                    router.set_capture_fn(lambda ids_NK: recorded[-1].append(ids_NK.clone()))
+                self.step()
+        finally:
+            for router in self.routers:
+                router.set_capture_fn(None)
+        return recorded
+
+    def compare_graph(self) -> list[bool]:
+        """One step operation by operation; whether each layer's compiled graph takes the same experts."""
+        same: list[bool] = []
+
+        def observe(layer: Any, logits_NE: Tensor, outcome: Any) -> None:
+            native = Routing(outcome.inputs.native_ids_NK.int(), outcome.routing.weights_NK)
+            done = layer.graph and compiled.run(layer.graph, layer, logits_NE, logits_NE, native, layer.step.rows)
+            same.append(bool(done) and torch.equal(done[0].ids_NK, outcome.routing.ids_NK))
+
+        self.host.step.observer = observe
+        try:
+            self.step()
+        finally:
+            self.host.step.observer = None
+        return same
+
+
+_classes: dict[type, type] = {}
+
+
+def _forced_class(kind: Any) -> Any:
+    if kind not in _classes:
+
+        class Forced(kind):
+            def _compute_routing(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+                weights_NK, _ = super()._compute_routing(*args, **kwargs)
+                self.forced_at += 1
+                return weights_NK, self.forced_ids[self.forced_at % len(self.forced_ids)]
+
+        _classes[kind] = Forced
+    return _classes[kind]
+
+
+def union(ids: Ids) -> float:
+    """Mean number of distinct experts of a layer and step."""
+    counts = [len(layer.unique()) for step in ids for layer in step]
+    return sum(counts) / len(counts)
+
+
+def random_ids(rows: int, top_k: int, experts: int, mean_union: float, layers: int, steps: int, seed: int) -> Ids:
+    """Random sets of experts whose sizes have the given mean; each row draws from its step's set, and all are used."""
+    generator = torch.Generator().manual_seed(seed)
+    made: Ids = []
+    owed = 0.0
+    for _ in range(steps):
+        made.append([])
+        for _ in range(layers):
+            owed += mean_union
+            size = max(top_k, min(round(owed), experts, rows * top_k))
+            owed -= size
+            made[-1].append(_draw(rows, top_k, torch.randperm(experts, generator=generator)[:size], generator))
+    return made
+
+
+def _draw(rows: int, top_k: int, members: Tensor, generator: torch.Generator) -> Tensor:
+    places_NK = torch.rand(rows, len(members), generator=generator).topk(top_k, dim=-1).indices
+    counts = torch.bincount(places_NK.flatten(), minlength=len(members))
+    for missing in (counts == 0).nonzero().flatten().tolist():
+        spare = (counts[places_NK] > 1) & ~(places_NK == missing).any(-1, keepdim=True)
+        row, slot = spare.nonzero()[int(torch.randint(int(spare.sum()), (1,), generator=generator))].tolist()
+        counts[places_NK[row, slot]] -= 1
+        counts[missing] += 1
+        places_NK[row, slot] = missing
+    return members[places_NK].int().contiguous()

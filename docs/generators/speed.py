@@ -1,0 +1,144 @@
+"""Speed: `python benchmarks/vllm_decode.py`, `benchmarks/speculative.py` and `benchmarks/vllm_serve.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from generators import Block, load, rows
+
+NAMES = {"qwen3-30b-a3b": "Qwen3-30B-A3B", "olmoe-1b-7b": "OLMoE-1B-7B", "gpt-oss-20b": "gpt-oss-20b"}
+FULL = "xshare(budget=1.0)"
+HEADS = (
+    "threads", "batch", "policy", ">experts read a layer and step", ">tokens/s", ">of stock", ">of the ideal",
+    ">of read bandwidth",
+)  # fmt: skip
+ALL_HEADS = (*HEADS[:6], ">of random sets", ">of the same ids", ">GB of experts a step", ">of read bandwidth")
+
+
+def blocks() -> list[Block]:
+    made: list[Block] = []
+    decode = load("vllm-decode.json")
+    if decode is not None:
+        made.append(Block("README.md", "speed table", readme(decode)))
+        made.append(Block("docs/vllm.md", "decode table", everything(decode)))
+    speculative = load("speculative.json")
+    if speculative is not None:
+        made.append(Block("docs/vllm.md", "speculative table", speculation(speculative)))
+    serve = load("vllm-serve.json")
+    if serve is not None:
+        made.append(Block("docs/vllm.md", "serve table", server(serve)))
+    return made
+
+
+def cells(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """In the order of models, threads and batches; those whose checks failed have no states."""
+    return sorted(content["cells"].values(), key=lambda cell: (cell["geometry"], cell["threads"], cell["batch"]))
+
+
+def where(content: dict[str, Any], cell: dict[str, Any]) -> str:
+    """What was measured, on what."""
+    machine = content["machine"]
+    versions = machine["versions"]
+    name = NAMES.get(cell["geometry"], cell["geometry"])
+    experts = f"{cell['experts']} experts, {cell['top_k']} a token, {cell['expert_mb']:.1f} MB each"
+    rounds = f"{cell['rounds']} rounds of {cell['steps_per_block']} steps of every state in turn in one engine"
+    return (
+        f"Random weights with the layers of {name} ({experts}), {cell['layers']} layers, {cell['dtype']}; "
+        f"{machine['cpu']}, {machine['cores']} cores, last-level cache {machine['last_level_cache']}; "
+        f"vLLM {versions['vllm']}, torch {versions['torch']}, {machine['date']}; {rounds}, seed {cell['seed']}; "
+        "95 % intervals over rounds."
+    )
+
+
+def states(cell: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Stock and policies; the ideals are columns."""
+    return ((name, row) for name, row in cell["states"].items() if not name.startswith(("ideal", "replayed")))
+
+
+def readme(content: dict[str, Any]) -> str:
+    found = [cell for cell in cells(content) if cell["geometry"] == "qwen3-30b-a3b"]
+    lines = [
+        [*_place(cell), _name(name), f"{row['union']:.0f}", f"{row['tokens_per_second']:.1f}",
+         _ratio(row, "stock"), _ratio(row, "ideal"), f"{row['share_of_read_bandwidth']:.0%}"]
+        for cell in found
+        for name, row in states(cell)
+        if name not in ("off", FULL)
+    ]  # fmt: skip
+    return f"{where(content, found[0])}\n\n{rows(HEADS, lines)}" if found else "No cell passed its checks.\n"
+
+
+def everything(content: dict[str, Any]) -> str:
+    parts = []
+    for geometry in sorted({cell["geometry"] for cell in cells(content)}):
+        found = [cell for cell in cells(content) if cell["geometry"] == geometry]
+        lines = [
+            [*_place(cell), _name(name), f"{row['union']:.1f}", f"{row['tokens_per_second']:.1f}",
+             _ratio(row, "stock"), _ratio(row, "ideal"), _ratio(row, "replayed"), f"{row['expert_gb_per_step']:.2f}",
+             f"{row['share_of_read_bandwidth']:.0%}"]
+            for cell in found
+            for name, row in states(cell)
+        ]  # fmt: skip
+        failed = [f"\n{' '.join(_place(cell))}: no speeds, {cell['failed']}.\n" for cell in found if cell["failed"]]
+        parts.append(f"{where(content, found[0])}\n\n{rows(ALL_HEADS, lines)}{''.join(failed)}")
+    return "\n".join(parts)
+
+
+def speculation(content: dict[str, Any]) -> str:
+    heads = (
+        "drafts",
+        "policy",
+        ">tokens accepted a step",
+        ">experts a layer and step",
+        ">natively",
+        ">of stock's speed",
+    )
+    lines = []
+    for draft, found in content["speculation"].items():
+        for name, row in found["states"].items():
+            if name != FULL:
+                lines.append(
+                    [
+                        draft, _name(name), f"{row['acceptance_length']:.2f}", f"{row['union']:.1f}",
+                        f"{row['natural_union']:.1f}", _ratio(row, "stock"),
+                    ]
+                )  # fmt: skip
+    about = (
+        f"The reference model, {content['batch']} requests, {content['prompt_tokens']} prompt and "
+        f"{content['new_tokens']} new tokens each, {content['draft_tokens']} draft tokens, greedy."
+    )
+    return f"{about}\n\n{rows(heads, lines)}"
+
+
+def server(content: dict[str, Any]) -> str:
+    summary = content["summary"]
+    if "failed" in summary:
+        return f"No speeds: {summary['failed']}.\n"
+    heads = ("server", ">output tokens/s", ">mean time to first token, ms", ">mean time per output token, ms")
+    lines = [
+        [name if name == "stock" else f"`{content['policy']}`", f"{row['output_throughput']:.1f}",
+         f"{row['mean_ttft_ms']:.0f}", f"{row['mean_tpot_ms']:.0f}"]
+        for name, row in ((name, summary[name]) for name in ("stock", "shared"))
+    ]  # fmt: skip
+    about = (
+        f"{NAMES.get(content['geometry'], content['geometry'])} geometry, {content['layers']} layers, "
+        f"{content['dtype']}, {content['concurrency']} requests at a time, {content['threads']} thread(s), medians."
+    )
+    return f"{about}\n\n{rows(heads, lines)}"
+
+
+def _place(cell: dict[str, Any]) -> list[str]:
+    return [str(cell["threads"]), str(cell["batch"])]
+
+
+def _name(name: str) -> str:
+    named = {"stock": "stock", "off": "plugin switched off", FULL: f"`{FULL}` (all experts)"}
+    return named.get(name, f"`{name}`")
+
+
+def _ratio(row: dict[str, Any], other: str) -> str:
+    found = row.get(f"throughput_over_{other}")
+    if found is None:
+        return ""
+    between = "" if found["low"] is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
+    return f"{found['value']:.2f}{between}"

@@ -1,0 +1,101 @@
+"""What the benchmarks of the vLLM host compute without an engine, and a rehearsal of the GPU's checks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("rows", "mean"), [(1, 8.0), (4, 19.5), (16, 32.0), (64, 100.25), (2, 40.0)])
+def test_random_ids_are_valid_and_have_the_union(rows: int, mean: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = script("vllm_states", monkeypatch)
+    ids = states.random_ids(rows, 8, 128, mean, layers=3, steps=4, seed=0)
+    assert len(ids) == 4
+    for layer in (layer for step in ids for layer in step):
+        assert layer.dtype == torch.int32
+        assert layer.shape == (rows, 8)
+        assert layer.is_contiguous()
+        assert all(len(row.unique()) == 8 for row in layer)
+    assert states.union(ids) == pytest.approx(min(mean, rows * 8), abs=0.1)
+    again = states.random_ids(rows, 8, 128, mean, layers=3, steps=4, seed=0)
+    assert all(
+        torch.equal(a, b) for one, other in zip(ids, again, strict=True) for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_throughput_ratios_are_of_the_same_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = script("vllm_decode", monkeypatch)
+    slow = np.array([2.0, 4.0, 3.0, 2.5])  # a machine that slows down and recovers
+    times = {"stock": list(slow), "p(1)": list(slow / 2), "ideal: p(1)": list(slow / 2.2)}
+    states = {name: {"union": 10.0} for name in times}
+    rows = decode.summarise(states, times, tokens=32, steps=2, bandwidth=10.0, bytes_per_expert=10**9)
+    assert rows["p(1)"]["throughput_over_stock"] == pytest.approx({"value": 2, "low": 2, "high": 2})
+    assert rows["p(1)"]["throughput_over_ideal"]["value"] == pytest.approx(2 / 2.2)
+    assert rows["stock"]["tokens_per_second"] == pytest.approx(4 * 32 / slow.sum())
+    assert rows["stock"]["expert_gb_per_step"] == 10
+    assert rows["stock"]["share_of_read_bandwidth"] == pytest.approx(10 * 2 * 4 / slow.sum() / 10)
+    assert "throughput_over_stock" not in rows["stock"]
+
+
+def test_without_a_gpu_the_check_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    check = script("gpu_check", monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert check.main(["--output", str(tmp_path / "x.json")]) == 2
+    assert capsys.readouterr().err.strip() == check.NO_GPU
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_one_failed_step_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    check = script("gpu_check", monkeypatch)
+    monkeypatch.setattr(check, "about", dict)
+    monkeypatch.setattr(check, "apart", lambda _, name: {"failed": ["no"] if name == "off" else []})
+    output = tmp_path / "x.json"
+    assert check.main(["--device", "cpu", "--output", str(output)]) == 1
+    content: dict[str, Any] = json.loads(output.read_text())
+    assert [content[name]["failed"] for name in check.CHECKS] == [[], ["no"], [], []]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_rehearsal_of_the_gpu_checks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    import vllm_models as tiny
+
+    check = script("gpu_check", monkeypatch)
+    for name, value in tiny.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    output = tmp_path / "x.json"
+    given = ["--device", "cpu", "--model", str(tiny.qwen3()), "--policy", "xshare(budget=8)", "--wider"]
+    given += ["xshare(budget=16)", "--batch", "6", "--tokens", "8", "--repeats", "1", "--quality-tokens", "512"]
+    from carpool_demo import MODEL
+
+    given += ["--quality-model", str(MODEL), "--quality-policy", "xshare(budget=16)", "--output", str(output)]
+    assert check.main(given) == 0, output.read_text()
+    content = json.loads(output.read_text())
+    assert content["off"]["same_as_not_configured"]
+    assert content["graphs"]["first"]["union"] < content["graphs"]["wider"]["union"]
+    assert set(content["speed"]["states"]) == {"stock", "xshare(budget=1.0)", "xshare(budget=8)", "xshare(budget=16)"}
+    assert [row["policy"] for row in content["quality"]["results"]] == ["stock", "xshare(budget=16)"]
