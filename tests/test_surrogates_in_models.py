@@ -82,6 +82,15 @@ def test_a_lower_rank_is_the_best_of_its_rank() -> None:
             assert loss(inner_RH + steps[0], outer_XH[:-1] + steps[1]) >= best
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_inputs_that_hardly_vary(rows: int) -> None:
+    """Fewer tokens than numbers, large means, sums in fp32."""
+    x_NH = torch.randn(rows, 32, generator=torch.Generator().manual_seed(0)) * 1e-3 + 50
+    inner_RH, outer_XH = solve(*sums(x_NH, x_NH[:, :8].repeat(1, 4)), rank=3)
+    assert inner_RH.isfinite().all()
+    assert outer_XH.isfinite().all()
+
+
 @pytest.mark.parametrize(("how", "error"), [("int8", 1e-2), ("bf16", 1e-2), ("fp32", 1e-6)])
 def test_storage(how: str, error: float) -> None:
     generator = torch.Generator().manual_seed(0)

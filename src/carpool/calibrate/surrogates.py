@@ -20,6 +20,7 @@ from carpool.surrogates import NAMES, SCALES, Surrogates
 
 RIDGE = 1e-2  # times the mean variance of an input
 BLOCK, HELD_OUT = 64, 5  # of every five blocks of so many tokens, the last is kept out of the fit and measures it
+ROUNDING = 1e-5  # times the mean square of an input: the least ridge
 LEAST_TOKENS = 32  # an expert with fewer tokens in the fit gets no surrogate
 STORED = ("int8", "bf16", "fp32")
 
@@ -77,13 +78,17 @@ class SurrogateFit:
         if self._tokens < BLOCK * HELD_OUT:
             raise CarpoolError(f"surrogates need {BLOCK * HELD_OUT} tokens or more, not {self._tokens}: raise --tokens")
         count_E = self.inputs_EDD[:, -1, -1]
-        fitted = [solve(xx, xy, self.rank) for xx, xy in zip(self.inputs_EDD, self.targets_EDH, strict=True)]
-        inner_ERH, outer_EXH = (torch.stack(part).float() for part in zip(*fitted, strict=True))
-        known_E11 = (count_E >= LEAST_TOKENS).view(-1, 1, 1)
-        tensors = stored({NAMES[0]: inner_ERH * known_E11, NAMES[1]: outer_EXH * known_E11}, self.stored)
+        E, _, H = self.targets_EDH.shape
+        inner_ERH = torch.zeros(E, self.rank, H, device=count_E.device)
+        outer_EXH = torch.zeros(E, self.rank + 1, H, device=count_E.device)
+        known_E = count_E >= LEAST_TOKENS
+        for expert in known_E.nonzero().flatten().tolist():
+            inner, outer = solve(self.inputs_EDD[expert], self.targets_EDH[expert], self.rank)
+            inner_ERH[expert], outer_EXH[expert] = inner, outer
+        tensors = stored({NAMES[0]: inner_ERH, NAMES[1]: outer_EXH}, self.stored)
         energy_E, left_E, tokens_E = self._measure(Surrogates.of(tensors, self.layer.weight_EH.device))
         # held-out tokens decide; an expert without any is not trusted either
-        measured_E = (tokens_E > 0) & known_E11.flatten()
+        measured_E = (tokens_E > 0) & known_E
         share_E = torch.where(measured_E, left_E / energy_E.clamp_min(1e-30), 1.0).clamp(0, 1)
         tensors["surrogate_energy"] = energy_E / tokens_E.clamp_min(1)
         tensors["surrogate_unexplained"] = share_E
@@ -117,7 +122,9 @@ def solve(inputs_DD: Tensor, targets_DH: Tensor, rank: int, ridge: float = RIDGE
     mean_in_H, mean_out_H = inputs_DD[-1, :-1] / count, targets_DH[-1] / count
     inputs_HH = inputs_DD[:-1, :-1] - count * torch.outer(mean_in_H, mean_in_H)
     targets_HH = targets_DH[:-1] - count * torch.outer(mean_in_H, mean_out_H)
-    strength = ridge * inputs_HH.diagonal().mean().clamp_min(1e-12)
+    # sums are fp32: rounding must not make the difference indefinite where few tokens or none vary
+    rounding = ROUNDING * inputs_DD[:-1, :-1].diagonal().mean()
+    strength = torch.maximum(ridge * inputs_HH.diagonal().mean(), rounding).clamp_min(1e-12)
     lower_HH = torch.linalg.cholesky(inputs_HH + strength * torch.eye(len(inputs_HH), device=inputs_HH.device))
     left_HH, values_H, right_HH = torch.linalg.svd(torch.linalg.solve_triangular(lower_HH, targets_HH, upper=False))
     root_R = values_H[:rank].sqrt()
