@@ -104,6 +104,7 @@ def random_weight(tensor: Any, *_: Any, **__: Any) -> None:
     """Weights of a usual size in place of vLLM's dummy ones, with which all tokens look alike to the router."""
     import torch
 
+    tensor = tensor.detach()  # the same memory
     if not torch.is_floating_point(tensor):
         return
     if tensor.dim() == 1:  # norms

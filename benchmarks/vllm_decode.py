@@ -61,7 +61,7 @@ def run_cells(options: argparse.Namespace) -> None:
     bandwidth = read_bandwidth(0.25 if options.quick else 1.0)
     geometry = GEOMETRIES[options.geometry]
     layers = options.layers or geometry.layers
-    carpool = {"policy": FULL, "isolation": "batch"}
+    carpool = {"policy": FULL, "isolation": "batch", "compile": not options.eager}
     llm = start(
         geometry, layers, options.dtype, additional_config={"carpool": carpool}, max_num_seqs=max(options.batch)
     )
@@ -74,7 +74,7 @@ def run_cells(options: argparse.Namespace) -> None:
         about = {
             "geometry": options.geometry, "layers": layers, "dtype": options.dtype, "batch": batch, "threads": threads,
             "experts": geometry.experts, "top_k": geometry.top_k, "expert_mb": geometry.expert_bytes(item) / 1e6,
-            "rounds": options.rounds, "steps_per_block": options.steps, "seed": SEED,
+            "rounds": options.rounds, "steps_per_block": options.steps, "seed": SEED, "compiled": not options.eager,
             "read_bandwidth_gb_s": bandwidth, "load_before": os.getloadavg()[0],
         }  # fmt: skip
         cell = about | measure(llm, batch, options, bandwidth, layers * geometry.expert_bytes(item))
@@ -91,7 +91,7 @@ def measure(
     """One cell: checks first, then interleaved blocks."""
     from vllm_states import Engine, random_ids, union
 
-    engine = Engine(llm, batch, SEED)
+    engine = Engine(llm, batch, SEED, compile=not options.eager)
     geometry, layers = GEOMETRIES[options.geometry], len(engine.routers)
     failed: list[str] = []
     idle: list[str] = []
@@ -106,7 +106,7 @@ def measure(
         for text in (FULL, *options.policy):
             engine.policy(text)
             same = engine.compare_graph()
-            if batch > 1 and not (same and all(same)):
+            if batch > 1 and not options.eager and not (same and all(same)):
                 failed.append(f"{text}: no compiled graph, or one with other experts")
             engine.report()
             ids = engine.record(WARM)
@@ -194,7 +194,7 @@ def summarise(states: dict[str, Any], times: dict[str, list[float]], tokens: int
 
 
 def key(options: argparse.Namespace, threads: int, batch: int) -> str:
-    return f"{options.geometry} {options.dtype} threads={threads} batch={batch}"
+    return f"{options.geometry} {options.dtype} threads={threads} batch={batch}{' eager' if options.eager else ''}"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -228,6 +228,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--policy", nargs="+", default=list(POLICIES))
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=3, help="steps a block")
+    parser.add_argument("--eager", action="store_true", help="the plugin without its compiled graph")
     parser.add_argument("--quick", action="store_true", help="a tiny model; its speeds mean nothing")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--cell", type=int, help=argparse.SUPPRESS)  # run the cells of this number of threads here

@@ -21,13 +21,13 @@ class Engine:
     """An `LLM` in this process, with the plugin configured, and a batch of requests that decode forever.
 
     Args:
-        llm: the engine. batch: number of requests. seed: of their prompts.
+        llm: the engine. batch: number of requests. seed: of their prompts. compile: policies.
     """
 
-    def __init__(self, llm: Any, batch: int, seed: int = 0, prompt: int = 16) -> None:
+    def __init__(self, llm: Any, batch: int, seed: int = 0, prompt: int = 16, compile: bool = True) -> None:
         from vllm import SamplingParams
 
-        self.engine, self.llm, self.batch = llm.llm_engine, llm, batch
+        self.engine, self.llm, self.batch, self.compile = llm.llm_engine, llm, batch, compile
         worker = self.engine.model_executor.driver_worker.worker
         self.host, self.runner = worker.carpool, worker.model_runner
         self.routers = [layer.router for layer in self.host.layers]
@@ -86,7 +86,7 @@ class Engine:
         if text is None:
             self.llm.collective_rpc("carpool_set", kwargs={"enabled": False})
         else:
-            self.llm.collective_rpc("carpool_set", kwargs={"policy": text, "enabled": True, "compile": True})
+            self.llm.collective_rpc("carpool_set", kwargs={"policy": text, "enabled": True, "compile": self.compile})
 
     def report(self) -> dict[str, float]:
         """Sums of the counters over layers since the last call."""

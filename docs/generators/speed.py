@@ -57,7 +57,7 @@ def states(cell: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def readme(content: dict[str, Any]) -> str:
-    found = [cell for cell in cells(content) if cell["geometry"] == "qwen3-30b-a3b"]
+    found = [cell for cell in cells(content) if cell["geometry"] == "qwen3-30b-a3b" and cell["compiled"]]
     lines = [
         [*_place(cell), _name(name), f"{row['union']:.0f}", f"{row['tokens_per_second']:.1f}",
          _ratio(row, "stock"), _ratio(row, "ideal"), f"{row['share_of_read_bandwidth']:.0%}"]
@@ -128,7 +128,7 @@ def server(content: dict[str, Any]) -> str:
 
 
 def _place(cell: dict[str, Any]) -> list[str]:
-    return [str(cell["threads"]), str(cell["batch"])]
+    return [str(cell["threads"]), f"{cell['batch']}{'' if cell['compiled'] else ', routing not compiled'}"]
 
 
 def _name(name: str) -> str:
