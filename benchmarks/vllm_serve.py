@@ -61,7 +61,8 @@ def bench(folder: Path, options: argparse.Namespace, policy: str | None, name: s
     ]  # fmt: skip
     if policy is not None:
         command += ["--additional-config", json.dumps({"carpool": {"policy": policy, "isolation": "batch"}})]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": str(options.threads)}
+    cores = "0" if options.threads == 1 else f"0-{options.threads - 1}"
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": cores}
     with (folder / f"{name}.log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
