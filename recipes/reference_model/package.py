@@ -104,6 +104,7 @@ def readme(facts: dict, chosen: dict[str, list[dict]], text_bytes: int) -> str:
         decay=round(100 * train["decay_fraction"]),
         weight_decay=train["weight_decay"],
         balance=train["balance"],
+        balance_in_decay=train["balance_in_decay"],
         seed=train["seed"],
         data_table=table([(d, f"{share:.0%}", *DATA[d]) for d, share in facts["config"]["mixture"].items()]),
         windows=f"up to {card.WINDOWS} ",
