@@ -16,7 +16,7 @@ from policies_under_test import ROWS, Row
 from torch import Tensor
 
 from carpool import Batch, Outcome, RouteSpec, parse, route
-from carpool.hosts.vllm import rows as host_rows
+from carpool.hosts.vllm.rows import Requests, Rows
 from carpool.policies import policy_class
 
 EXPERTS, TOP_K = 12, 3
@@ -82,24 +82,11 @@ class Request:
 
 def engine_batch(requests: list[Request], group: str, padding: int = 0) -> tuple[Tensor, Batch]:
     """Logits and rows as vLLM's host describes them."""
-    lengths = [len(request.logits_NE) for request in requests]
-    names = [f"r{i}" for i in range(len(requests))]
+    lengths = np.array([len(request.logits_NE) for request in requests])
+    prefill = np.array([request.prompt for request in requests])
     parameters = [SimpleNamespace(extra_args=request.extra_args()) for request in requests]
-    runner: Any = SimpleNamespace(
-        input_batch=SimpleNamespace(
-            num_reqs=len(requests), req_ids=names,
-            spec_token_ids=[[0] * (0 if request.prompt else len(request.logits_NE) - 1) for request in requests],
-            num_computed_tokens_cpu=np.array([0 if request.prompt else 9 for request in requests]),
-            num_prompt_tokens=np.full(len(requests), 9),
-        ),
-        query_start_loc=SimpleNamespace(np=np.concatenate(([0], np.cumsum(lengths)))),
-        requests={name: SimpleNamespace(sampling_params=p) for name, p in zip(names, parameters, strict=True)},
-    )  # fmt: skip
-    rows = host_rows.Rows(256, 64, group, torch.device("cpu"))
-    if hasattr(host_rows, "Requests"):
-        prefill = np.array([request.prompt for request in requests])
-        runner = host_rows.Requests(np.array(lengths), prefill, parameters)
-    rows.fill(runner, sum(lengths) + padding)
+    rows = Rows(256, 64, group, torch.device("cpu"))
+    rows.fill(Requests(lengths, prefill, parameters), int(lengths.sum()) + padding)
     logits_NE = torch.cat([*(request.logits_NE for request in requests), captured()[:padding]])
     return logits_NE, rows.batch(len(logits_NE))
 
