@@ -8,7 +8,7 @@ from typing import Any
 from generators import Block, load, rows
 
 HEADS = (
-    "policy", ">union", ">of stock", ">pairs", ">displaced mass", ">KL, nats/token", ">top-1 agreement",
+    "policy", ">union", ">bytes, of stock", ">pairs", ">displaced mass", ">KL, nats/token", ">top-1 agreement",
     ">perplexity ratio",
 )  # fmt: skip
 
@@ -25,7 +25,7 @@ def table(results: Iterable[dict[str, Any]]) -> str:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     stock = row["policy"] == "stock"
-    kl, share = row["kl"], row["union_share"]["value"]
+    kl, share = row["kl"], row["bytes_share"]["value"]
     return [
         f"`{row['policy']}`" if not stock else "stock",
         f"{row['union']['value']:.1f}",

@@ -198,9 +198,7 @@ def _show(console: Console, found: Found, target: Target, output: Path, batch: i
     )
     if found.chosen.layers:
         one = found.best_uniform
-        console.print(
-            f"one number for all layers: {one.policy} reads {one.share:.1%} at KL {one.kl:.4f} (searched)"
-        )
+        console.print(f"one number for all layers: {one.policy} reads {one.share:.1%} at KL {one.kl:.4f} (searched)")
     if not found.met:
         console.print(f"[yellow]warning:[/] that misses the target ({target}); more --tokens make the search surer")
     console.print(f"wrote {output}", markup=False)

@@ -13,9 +13,9 @@ HALF = 0.5
 
 
 def findings(curves: Sequence[Curve]) -> list[str]:
-    """What the best method costs at half of stock's union, what the controls cost there, and who loses to one.
+    """What the best method costs at half of what stock reads, what the controls cost there, and who loses to one.
 
-    Curves that do not span half of stock's union are left out of the first two sentences.
+    Curves that do not span that are left out of the first two sentences.
     """
     methods = [curve for curve in curves if not curve.series.control]
     controls = [curve for curve in curves if curve.series.control]
@@ -23,7 +23,7 @@ def findings(curves: Sequence[Curve]) -> list[str]:
 
 
 def best_at(curves: Sequence[Curve], share: float) -> Curve | None:
-    """The method with the lowest KL at a union; None if no method spans it."""
+    """The method with the lowest KL at a share of what stock reads; None if no method spans it."""
     spanning = [curve for curve in curves if not curve.series.control and curve.holds(share)]
     return min(spanning, key=lambda curve: curve.log_kl_at(share), default=None)
 
@@ -31,11 +31,14 @@ def best_at(curves: Sequence[Curve], share: float) -> Curve | None:
 def _at_half(methods: Sequence[Curve], controls: Sequence[Curve]) -> list[str]:
     best = best_at(methods, HALF)
     if best is None:
-        return ["No method was measured on both sides of half of stock's union.", "Nothing can be said about its cost."]
+        return [
+            "No method was measured on both sides of half of what stock reads.",
+            "Nothing can be said about its cost.",
+        ]
     stock = best.stock.union.value
     kl = np.exp(best.log_kl_at(HALF))
     first = (
-        f"At half of the experts that stock reads ({HALF * stock:.1f} instead of {stock:.1f} in a layer and step), "
+        f"At half of what stock reads ({HALF * stock:.1f} instead of {stock:.1f} experts in a layer and step), "
         f"{best.series.label} stays closest to the model: KL {kl:.3g} nats a token, "
         f"perplexity {100 * (np.exp(best.log_ratio_at(HALF)) - 1):+.1f} %."
     )
@@ -47,8 +50,8 @@ def _at_half(methods: Sequence[Curve], controls: Sequence[Curve]) -> list[str]:
         if control.holds(HALF)
     ]
     if not others:
-        return [first, "No control was measured on both sides of that union."]
-    return [first, f"At the same union, {'; '.join(others)}."]
+        return [first, "No control was measured on both sides of that."]
+    return [first, f"At equal bytes, {'; '.join(others)}."]
 
 
 def _losers(methods: Sequence[Curve], controls: Sequence[Curve]) -> str:
@@ -66,8 +69,8 @@ def _losers(methods: Sequence[Curve], controls: Sequence[Curve]) -> str:
     if not compared:
         return "No setting of a method lies where a control was measured."
     if not lost:
-        return "No published method loses to a control at an equal union, at any of its settings."
+        return "No method loses to a control at equal bytes, at any of its settings."
     said = "; ".join(
         f"{', '.join(dict.fromkeys(names))} lose{'s' * (len(names) == 1)} to {label}" for label, names in lost.items()
     )
-    return f"At an equal union (95 % interval of the KL ratio above 1), {said}."
+    return f"At equal bytes (95 % interval of the KL ratio above 1), {said}."

@@ -64,7 +64,7 @@ def plot(curves: Sequence[Curve], path: Path, subtitle: str) -> None:
             ha="right",
             va="bottom",
         )
-        axes.set_xlabel(f"distinct experts read in a layer and step, share of stock's {stock:.1f}", labelpad=8)
+        axes.set_xlabel(f"bytes read in a layer and step, share of stock's {stock:.1f} experts", labelpad=8)
         axes.set_ylabel("KL(stock ‖ policy), nats per decoded token", labelpad=8)
         axes.grid(axis="y", color=PALE, linewidth=0.8)
         axes.set_axisbelow(True)

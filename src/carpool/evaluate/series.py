@@ -1,4 +1,4 @@
-"""Methods as curves: the settings of one method over a range of unions, and how two curves compare."""
+"""Methods as curves: the settings of one method over a range of bytes read, and how two curves compare."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def load_demo() -> tuple[dict[str, Any], list[Series]]:
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """Results of one series, from the smallest union to the largest, with bootstrap draws of both axes.
+    """Results of one series, from the fewest bytes read to the most, with bootstrap draws of both axes.
 
     Attributes:
         series: the method.
@@ -61,11 +61,11 @@ class Curve:
     def of(cls, series: Series, results: Sequence[Result], counts_RM: Array) -> Curve:
         """The curve of a series among the results of one batch size (stock first)."""
         own = [result for result in results if result.measured.plan in series.plans]
-        return cls(series, tuple(sorted(own, key=lambda r: r.union.value)), results[0], counts_RM)
+        return cls(series, tuple(sorted(own, key=lambda r: r.bytes.value)), results[0], counts_RM)
 
     @cached_property
     def share_I(self) -> Array:
-        """Union over stock's, by setting."""
+        """Bytes read over stock's, by setting; a surrogate counts at its size."""
         return np.array([ratio(*self._share(result)) for result in self.results])
 
     @cached_property
@@ -85,19 +85,19 @@ class Curve:
         return np.log(np.maximum(np.stack(draws, axis=1), LEAST_KL))
 
     def holds(self, share: float) -> bool:
-        """Whether the settings span this union, so that interpolation is fair."""
+        """Whether the settings span this share, so that interpolation is fair."""
         return bool(self.share_I[0] <= share <= self.share_I[-1])
 
     def log_kl_at(self, share: float) -> float:
-        """Logarithm of the KL at a union, linear in the union between settings."""
+        """Logarithm of the KL at a share, linear in the share between settings."""
         return float(np.interp(share, self.share_I, self.log_kl_I))
 
     def log_ratio_at(self, share: float) -> float:
-        """Logarithm of the perplexity ratio at a union, linear between settings."""
+        """Logarithm of the perplexity ratio at a share, linear between settings."""
         return float(np.interp(share, self.share_I, [np.log(r.perplexity_ratio.value) for r in self.results]))
 
     def _share(self, result: Result) -> tuple[Array, Array]:
-        return result.measured.layers["union"].sum(1), self.stock.measured.layers["union"].sum(1)
+        return result.measured.layers["bytes"].sum(1), self.stock.measured.layers["union"].sum(1)
 
 
 def _kl(result: Result) -> tuple[Array, Array]:
@@ -105,7 +105,7 @@ def _kl(result: Result) -> tuple[Array, Array]:
 
 
 def worse_draws(method: Curve, setting: int, control: Curve) -> Array:
-    """In every draw, log KL of a method's setting minus the control's at the same union; positive is worse."""
+    """In every draw, log KL of a method's setting minus the control's at equal bytes; positive is worse."""
     return np.array(
         [
             own_kl - np.interp(own_share, shares, kls)

@@ -14,7 +14,8 @@ from carpool.evaluate.metrics import Result
 CONTROLS = ("topk", "random")
 WIDE = 118  # columns of the terminal from which intervals are shown
 NOTE = (
-    "union: distinct experts read in a layer and step; pairs: experts computed for a token in a layer; "
+    "union: distinct experts read in a layer and step; of stock: bytes read over stock's, surrogates included; "
+    "pairs: experts computed for a token in a layer; "
     "displaced: share of a token's native weight that is not computed; KL: stock against policy, nats a decoded token; "
     "top-1: tokens whose likeliest next token stays; 95 %: interval over batches."
 )
@@ -53,7 +54,7 @@ def _cells(result: Result, wide: bool) -> dict[str, str]:
     cells = {
         "coreset": "–" if result.coreset is None else f"{result.coreset:.1f}",
         "union": f"{result.union.value:.1f}",
-        "of stock": f"{result.union_share.value:.0%}",
+        "of stock": f"{result.bytes_share.value:.0%}",
         "pairs": f"{result.pairs:.2f}",
         "displaced": f"{result.displaced_mass.value:.1%}",
         "KL": f"{result.kl.value:.4f}",
