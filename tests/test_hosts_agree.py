@@ -71,6 +71,8 @@ def test_same_experts_for_the_same_logits(family: str) -> None:
     weights_NK, ids_NK = router._compute_routing(hidden_NH, logits_NE, None)
     theirs, spec = Routing(ids_NK, weights_NK), route_spec(router, "CPURouter", "layer")
     torch.testing.assert_close(dense(theirs), dense(mine), rtol=1e-5, atol=1e-6)
+    # what both hosts take the rule to be, beside what the routers do
+    torch.testing.assert_close(dense(spec.native(logits_NE)), dense(layer.spec.native(logits_NE)), rtol=1e-5, atol=1e-6)
     batch = Batch.of(ROWS, group_N=torch.arange(ROWS) % 5, num_groups=5)
     changed = 0
     for text in POLICIES:
