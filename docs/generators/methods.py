@@ -16,7 +16,7 @@ from generators import Block, load, rows
 
 PAGE = "docs/methods.md"
 Row = dict[str, Any]
-HEADS = ("setting", ">experts read, of stock", ">pairs", ">displaced mass", ">KL, nats/token", ">perplexity ratio")
+HEADS = ("setting", ">bytes, of stock", ">pairs", ">displaced mass", ">KL, nats/token", ">perplexity ratio")
 
 
 def blocks() -> list[Block]:
@@ -67,7 +67,7 @@ def _cells(row: Row) -> list[str]:
     kl = row["kl"]
     return [
         f"`{row['policy']}`",
-        f"{row['union_share']['value']:.0%}",
+        f"{row['bytes_share']['value']:.0%}",
         f"{row['pairs']:.2f}",
         f"{row['displaced_mass']['value']:.1%}",
         f"{kl['value']:.4f} [{kl['low']:.4f}, {kl['high']:.4f}]",
@@ -76,17 +76,17 @@ def _cells(row: Row) -> list[str]:
 
 
 def _against_controls(own: Sequence[Row], results: Sequence[Row]) -> str:
-    """KL over each control's at the same union, between settings of the control linear in log KL."""
+    """KL over each control's at equal bytes, between settings of the control linear in log KL."""
     said = []
     for name, label in (("topk", "fewer experts per token"), ("random", "a random coreset")):
         curve = sorted(
-            (row["union_share"]["value"], math.log(row["kl"]["value"]))
+            (row["bytes_share"]["value"], math.log(row["kl"]["value"]))
             for row in results
             if row["policy"].startswith(f"{name}(")
         )
         ratios = []
         for row in own:
-            reference = _interpolate(curve, row["union_share"]["value"])
+            reference = _interpolate(curve, row["bytes_share"]["value"])
             if reference is not None:
                 ratios.append(row["kl"]["value"] / math.exp(reference))
         if ratios:
@@ -94,7 +94,7 @@ def _against_controls(own: Sequence[Row], results: Sequence[Row]) -> str:
             span = f"{low:.2f}" if len(ratios) == 1 else f"{low:.2f} to {high:.2f}"
             worse = " (**it loses**)" if low > 1 else " (it loses at some settings)" if high > 1 else ""
             said.append(f"{span} times that of {label}{worse}")
-    return f"KL at an equal union is {', and '.join(said)}." if said else ""
+    return f"KL at equal bytes is {', and '.join(said)}." if said else ""
 
 
 def _interpolate(curve: Sequence[tuple[float, float]], at: float) -> float | None:
