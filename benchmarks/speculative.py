@@ -25,7 +25,7 @@ import numpy as np
 from engines import machine, set_environment
 
 from carpool.evaluate.bootstrap import estimate, resample
-from carpool.files import write_text
+from carpool.files import sha256_file, write_text
 
 BUDGETS = ((12, 6), (20, 10), (32, 16))  # of the batch, of each request; the model has 64 experts, 8 a token
 FULL = "xshare(budget=1.0)"
@@ -183,7 +183,8 @@ def main() -> None:
         run = Run(MODEL, speculation(options.only, MODEL, Path(folder)), options.batch, timed=options.rounds > 1)
         found = measure(run, given, options)
     content: dict[str, Any] = {
-        "model": "carpool-demo", "batch": options.batch, "prompt_tokens": options.prompt, "new_tokens": options.tokens,
+        "model": "carpool-demo", "model_sha256": sha256_file(MODEL / "model.safetensors"),
+        "batch": options.batch, "prompt_tokens": options.prompt, "new_tokens": options.tokens,
         "draft_tokens": DRAFTS, "rounds": options.rounds, "seed": SEED, "machine": machine(), "speculation": {},
     }  # fmt: skip
     if options.output.exists() and options.only != options.speculation[0]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-from generators import Block, load, rows
+from generators import ROOT, Block, load, rows
 
+MODEL = "demo/src/carpool_demo/model/model.safetensors"
 NAMES = {"qwen3-30b-a3b": "Qwen3-30B-A3B", "olmoe-1b-7b": "OLMoE-1B-7B", "gpt-oss-20b": "gpt-oss-20b"}
 FULL = "xshare(budget=1.0)"
 HEADS = (
@@ -103,8 +105,10 @@ def speculation(content: dict[str, Any]) -> str:
                         f"{row['natural_union']:.1f}", _ratio(row, "stock"),
                     ]
                 )  # fmt: skip
+    same = hashlib.sha256((ROOT / MODEL).read_bytes()).hexdigest() == content["model_sha256"]
+    model = "The reference model" if same else "An earlier version of the reference model"
     about = (
-        f"The reference model, {content['batch']} requests, {content['prompt_tokens']} prompt and "
+        f"{model}, {content['batch']} requests, {content['prompt_tokens']} prompt and "
         f"{content['new_tokens']} new tokens each, {content['draft_tokens']} draft tokens, greedy."
     )
     return f"{about}\n\n{rows(heads, lines)}"
