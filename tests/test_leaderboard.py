@@ -1,0 +1,107 @@
+"""The leaderboard: its grid, and comparisons at equal bytes on sums whose answer is known."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+LEADERBOARD = Path(__file__).parent.parent / "leaderboard"
+EXPERIMENTS = sorted((LEADERBOARD / "experiments").glob("*.toml"))
+
+
+def module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"leaderboard_{name}", LEADERBOARD / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = made
+    spec.loader.exec_module(made)
+    return made
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_setting_of_the_grid_fits_the_reference_model(path: Path) -> None:
+    experiment, run = tomllib.loads(path.read_text()), module("run")
+    for batch, _, _, count in run.cells(experiment, ["math", "prose"]):
+        plans = [plan for _, plan in run.plans_at(experiment, batch)]
+        assert count > 0
+        assert len(plans) == len(set(plans)) > 1
+        for plan in plans:
+            plan.check(64, 8)
+
+
+def setting(label: str, share: float, kl: float, batches: int = 6) -> dict[str, Any]:
+    """A setting that reads `share` of stock's bytes at this KL, in batches that differ in size."""
+    sizes = [float(10 + index) for index in range(batches)]
+    return {
+        "label": label,
+        "policy": f"{label}({share})",
+        **{name: [share * 4 * size for size in sizes] for name in ("bytes", "union")},
+        "kl": [kl * size * (1 + index / 10) for index, size in enumerate(sizes)],
+        "nll": [2 * size for size in sizes],
+        "agree": sizes,
+        "tokens": sizes,
+    }
+
+
+def content(*settings: dict[str, Any]) -> dict[str, Any]:
+    labels = dict.fromkeys(one["label"] for one in settings)
+    return {
+        "settings": {"series": [{"label": label, "control": label == "control"} for label in labels]},
+        "model": {"layers": 2},
+        "cells": [
+            {
+                "batch": 4,
+                "domain": "all",
+                "seed": 0,
+                "layout": {"positions": 9, "prefill": 5},
+                "rows": [setting("stock", 1.0, 0.0), *settings],
+            }
+        ],
+    }
+
+
+def test_ratios_at_equal_bytes() -> None:
+    compare = module("compare")
+    found = compare.cells(
+        content(
+            setting("ours", 0.25, 0.08), setting("ours", 0.75, 0.02),
+            setting("good", 0.2, 0.16), setting("good", 0.7, 0.04),
+            setting("bad", 0.2, 0.3), setting("bad", 0.8, 0.2),
+            setting("control", 0.1, 1e-3), setting("control", 0.9, 1e-4),
+        )
+    )  # fmt: skip
+    by_share = {cell.share: cell for cell in found}
+    half = by_share[0.5]
+    assert half.best == "good"
+    expected = (0.08 * 0.02) ** 0.5 / (0.16 * (0.04 / 0.16) ** 0.6)
+    assert half.ratio[0] == pytest.approx(expected)
+    assert half.ratio[1] <= half.ratio[0] <= half.ratio[2]
+    assert half.verdict == "win"
+    assert by_share[0.2].verdict == "n/a", "ours does not reach so far"
+    assert by_share[0.2].kl["ours"] is None
+    assert by_share[0.9].best is None
+    assert "n/a" in compare.table(found)
+
+
+def test_a_loss_is_a_loss() -> None:
+    compare = module("compare")
+    two = [setting("ours", s, 0.2 - s / 10) for s in (0.2, 0.8)] + [
+        setting("good", s, 0.1 - s / 10) for s in (0.2, 0.8)
+    ]
+    verdicts = {cell.share: cell.verdict for cell in compare.cells(content(*two))}
+    assert verdicts[0.5] == "loss"
+    same = [setting(label, s, 0.2 - s / 10) for label in ("ours", "good") for s in (0.2, 0.8)]
+    assert {cell.verdict for cell in compare.cells(content(*same)) if cell.ratio} == {"tie"}
+
+
+def test_settings_are_shown_as_measured() -> None:
+    shown = module("compare").settings_table(content(setting("ours", 0.5, 0.08)), 4)
+    assert "| ours | `ours(0.5)` |" in shown
+    assert "| 50% |" in shown
