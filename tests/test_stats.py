@@ -156,7 +156,7 @@ def test_metadata_are_checked(tmp_path, metadata, message):
         Statistics.load(path)
 
 
-@pytest.mark.parametrize("key", ["weight", "layers.x.coverage", "layers.-1.coverage", "layers.1.a.b"])
+@pytest.mark.parametrize("key", ["weight", "layers.x.coverage", "layers.-1.coverage"])
 def test_foreign_tensors_are_refused(tmp_path, key):
     write_raw(tmp_path / "s.safetensors", {key: torch.ones(2)})
     with pytest.raises(CarpoolError, match="none of carpool's"):

@@ -120,6 +120,8 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         raise CarpoolError(f"{path} is truncated: it has {size} bytes, its header alone takes {header}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            # copies: what is read stays as it is when somebody writes over the file
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
     except (SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise CarpoolError(f"{path} is no safetensors file, or is damaged or truncated ({error})") from None

@@ -117,7 +117,7 @@ class Residual:
     def __init__(self, model: nn.Module, layer: Layer) -> None:
         self._near: list[tuple[Tensor, Tensor]] = []  # input and output of the block's siblings
         self._stream: Tensor | None = None
-        self._block: Tensor | None = None
+        self._block: Any = None
         parent = model.get_submodule(layer.name.rpartition(".")[0])
         self.handles = [
             *(child.register_forward_hook(self._sibling) for child in parent.children() if child is not layer.block),
@@ -144,7 +144,8 @@ class Residual:
     def _sum(self, module: nn.Module, args: tuple, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output
         block, self._block = self._block, None
-        if self._stream is None or block is None or output.shape != self._stream.shape:
+        tensors = isinstance(output, Tensor) and isinstance(block, Tensor)
+        if self._stream is None or not tensors or output.shape != self._stream.shape:
             self._stream = None
             return
         error = (output.float() - self._stream.float() - block.reshape(output.shape).float()).norm()
