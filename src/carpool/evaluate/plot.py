@@ -15,7 +15,7 @@ from carpool.files import atomic_path
 # distinct for colour-blind readers too; methods take them in the order they are listed
 COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4EAB", "#8C564B", "#4C9A2A", "#B2182B",
-    "#0B3C5D", "#A6761D",
+    "#0B3C5D", "#A6761D", "#F781BF", "#66A61E",
 )  # fmt: skip
 INK, MUTED, PALE = "#1f2328", "#6e7781", "#d8dee4"
 LABEL_GAP = 0.042  # least distance of two labels, as a share of the axis' height
@@ -85,7 +85,7 @@ def headline(curves: Sequence[Curve]) -> str:
     if best is None:
         return "What sharing experts saves and costs"
     cost = 100 * (np.exp(best.log_ratio_at(HALF)) - 1)
-    return f"Reading half as many experts changes perplexity by {cost:+.1f} % with {best.series.label}"
+    return f"Reading half as much changes perplexity by {cost:+.1f} % with {best.series.label}"
 
 
 def _draw(axes: Any, curve: Curve, colour: str, stock: float) -> None:

@@ -9,7 +9,8 @@ from carpool.grammar import Plan, parse
 from carpool.policies.registry import policies, policy_class
 
 KNOBS = ("budget", "size", "k0", "top", "k")
-DEFAULT = ("surrogate", "base", "xshare(budget=1, utility='squared')", "xshare", "des_vote", "lynx")
+# what both engines load; `surrogate` has to be asked for, as vLLM does not add its output yet
+DEFAULT = ("base", "xshare(budget=1, utility='squared')", "xshare", "des_vote", "lynx")
 
 
 @dataclass(frozen=True)
