@@ -71,8 +71,29 @@ def test_a_page_of_two_files(results, tmp_path):
     assert not re.search(r"(src|href)=\"(?!data:)", own)
     assert EVIL not in own
     assert "a<i>" not in own.replace("\\u003ci\\u003e", "")
-    one_of_many = load(results)[1].at(4)[1]
+    one_of_many = load(results)[0][1].at(4)[1]
     assert f"{one_of_many.value('kl'):.4f}" in own
+
+
+def test_interference_beside_an_evaluation(results, tmp_path):
+    quantiles = {"mean": 0.01, "quantiles": {"p99": 0.1, "p100": 0.4321}, "histogram": [1, 2, 3]}
+    row = {
+        "policy": "oea(k0=1)", "kl": quantiles, "kl_between_co_batches": quantiles, "flipped_greedy": 0.1,
+        "unstable_greedy": 0.2, "worst_displaced_mass": 0.3, "worst_token": {"text": EVIL},
+    }  # fmt: skip
+    content = {"kind": "carpool interference", "schema": 1, "histogram_edges": [0.01, 0.1], "results": [row]}
+    path, out = tmp_path / "interference.json", tmp_path / "report.html"
+    path.write_text(json.dumps(content))
+    assert invoke(results[0], path, "-o", out).exit_code == 0
+    own = without_libraries(out.read_text())
+    assert "What neighbours change" in own
+    assert "0.432" in own
+    assert EVIL not in own
+    out.unlink()
+    assert "beside those of" in invoke(path, "-o", out).output
+    path.write_text(json.dumps(content | {"histogram_edges": [1]}))
+    assert "lacks results" in invoke(results[0], path, "-o", out).output
+    assert not out.exists()
 
 
 def test_methods_are_recognised():

@@ -13,7 +13,10 @@ from carpool.errors import CarpoolError
 
 @command("report")
 def report(
-    results: Annotated[list[Path], typer.Argument(help="JSON files of `carpool evaluate --json` or `carpool demo`.")],
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="JSON files of `carpool evaluate --json` or `carpool demo`; --interference too."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("report.html"),
     like: Annotated[
         str | None, typer.Option(help="Model or configuration whose expert size the bandwidth section begins with.")
@@ -30,11 +33,11 @@ def report(
     if not 0 < bandwidth < float("inf"):
         raise CarpoolError(f"--bandwidth {bandwidth}: give GB/s above 0")
     require_writable(output)
-    evaluations = load(results)
+    evaluations, interferences = load(results)
     diagnosis = None
     if like is not None:
         from carpool.doctor import diagnose
 
         diagnosis = diagnose(like)
-    write_text(output, page(evaluations, like=diagnosis, bandwidth=bandwidth))
+    write_text(output, page(evaluations, interferences, like=diagnosis, bandwidth=bandwidth))
     Console().print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)

@@ -29,10 +29,10 @@ def frontier(evaluations: Sequence[Evaluation], batch: int) -> Any:
     """Cost over experts read at one batch size; buttons change both axes."""
     import plotly.graph_objects as go
 
-    figure = _figure(height=560)
+    made = figure(height=560)
     lines = _lines(evaluations, batch)
     for name, rows, colour, dash in lines:
-        figure.add_trace(
+        made.add_trace(
             go.Scatter(
                 name=name, mode="lines+markers", x=[row.value("bytes_share") for row in rows],
                 y=_shown(rows, "kl"), error_y=_bars(rows, "kl"), text=[_hover(row) for row in rows],
@@ -40,8 +40,8 @@ def frontier(evaluations: Sequence[Evaluation], batch: int) -> Any:
                 marker={"size": 7, "line": {"color": "white", "width": 1}},
             )
         )  # fmt: skip
-    figure.update_xaxes(title=AXES["bytes_share"][0], tickformat=AXES["bytes_share"][1])
-    figure.update_yaxes(title=COSTS["kl"], type="log", dtick=LOG_TICKS)
+    made.update_xaxes(title=AXES["bytes_share"][0], tickformat=AXES["bytes_share"][1])
+    made.update_yaxes(title=COSTS["kl"], type="log", dtick=LOG_TICKS)
     across = [
         {
             "label": label,
@@ -71,30 +71,30 @@ def frontier(evaluations: Sequence[Evaluation], batch: int) -> Any:
         }
         for label, name in (("KL", "kl"), ("perplexity", "perplexity_ratio"), ("displaced", "displaced_mass"))
     ]  # fmt: skip
-    _buttons(figure, (across, 0.0), (down, 0.42))
-    return figure
+    _buttons(made, (across, 0.0), (down, 0.42))
+    return made
 
 
 def layers(evaluation: Evaluation, batch: int) -> Any:
     """Union of every layer, stock as bars and policies as lines."""
     import plotly.graph_objects as go
 
-    figure = _figure(height=400)
+    made = figure(height=400)
     stock = evaluation.stock(batch)
     names = [str(layer) for layer in range(len(stock.data["union_by_layer"]))]
-    figure.add_trace(
+    made.add_trace(
         go.Bar(name="stock", x=names, y=stock.data["union_by_layer"], marker={"color": PALE}, hovertemplate="%{y:.1f}")
     )
     for row, colour in _representatives(evaluation, batch):
-        figure.add_trace(
+        made.add_trace(
             go.Scatter(
                 name=row.policy, x=names, y=row.data["union_by_layer"], mode="lines+markers", hovertemplate="%{y:.1f}",
                 line={"color": colour, "width": 2}, marker={"size": 7},
             )
         )  # fmt: skip
-    figure.update_xaxes(title="MoE layer", type="category")
-    figure.update_yaxes(title="distinct experts read in a step", rangemode="tozero")
-    return figure
+    made.update_xaxes(title="MoE layer", type="category")
+    made.update_yaxes(title="distinct experts read in a step", rangemode="tozero")
+    return made
 
 
 def expert_use(evaluation: Evaluation, batch: int) -> Any | None:
@@ -147,20 +147,20 @@ def displaced(evaluation: Evaluation, batch: int) -> Any | None:
     shown = [(row, colour) for row, colour in _representatives(evaluation, batch) if row.data.get("details")]
     if not shown:
         return None
-    figure = _figure(height=400)
+    made = figure(height=400)
     for row, colour in shown:
         counts = row.data["details"]["displaced_histogram"]
         total, width = max(sum(counts), 1), 1 / len(counts)
-        figure.add_trace(
+        made.add_trace(
             go.Scatter(
                 name=row.policy, x=[(index + 0.5) * width for index in range(len(counts))],
                 y=[count / total if count else None for count in counts], mode="lines",
                 line={"shape": "hvh", "color": colour, "width": 2}, hovertemplate="%{x:.0%}: %{y:.2%}",
             )
         )  # fmt: skip
-    figure.update_xaxes(title="displaced mass of a token in a layer", tickformat=".0%", range=[0, 1])
-    figure.update_yaxes(title="share of (token, layer) pairs", type="log", tickformat=".2~%", dtick=1)
-    return figure
+    made.update_xaxes(title="displaced mass of a token in a layer", tickformat=".0%", range=[0, 1])
+    made.update_yaxes(title="share of (token, layer) pairs", type="log", tickformat=".2~%", dtick=1)
+    return made
 
 
 def _use(row: Row) -> tuple[list[list[float]], list[str]]:
@@ -233,12 +233,13 @@ def _buttons(figure: Any, *groups: tuple[list[dict[str, Any]], float]) -> None:
     )  # fmt: skip
 
 
-def _figure(height: int) -> Any:
+def figure(height: int) -> Any:
+    """An empty figure in the report's style."""
     import plotly.graph_objects as go
 
-    figure = go.Figure()
-    _style(figure, height)
-    return figure
+    made = go.Figure()
+    _style(made, height)
+    return made
 
 
 def _style(figure: Any, height: int) -> None:

@@ -12,7 +12,7 @@ from carpool.errors import CarpoolError
 from carpool.evaluate.report import SCHEMA
 from carpool.grammar import parse
 
-KIND = "carpool evaluation"
+KIND, INTERFERENCE = "carpool evaluation", "carpool interference"
 CONTROLS = ("topk", "random")
 
 
@@ -78,11 +78,24 @@ class Evaluation:
         return next(row for row in self.at(batch) if row.policy == "stock")
 
 
-def load(paths: Sequence[Path]) -> list[Evaluation]:
-    """Read result files of `carpool evaluate` and `carpool demo`.
+@dataclass(frozen=True)
+class Interference:
+    """One file of `carpool evaluate --interference`.
+
+    Attributes:
+        label: as of an evaluation. facts: everything but the results. rows: a policy each, as they are in the file.
+    """
+
+    label: str
+    facts: dict[str, Any]
+    rows: tuple[dict[str, Any], ...]
+
+
+def load(paths: Sequence[Path]) -> tuple[list[Evaluation], list[Interference]]:
+    """Read result files of `carpool evaluate`, with and without `--interference`, and of `carpool demo`.
 
     Raises:
-        CarpoolError: no file, not readable, not results of an evaluation, another schema, or results without stock.
+        CarpoolError: no file, not readable, not such results, another schema, results without stock, or no evaluation.
     """
     if not paths:
         raise CarpoolError("no results were given: name one or more JSON files of `carpool evaluate --json`")
@@ -92,22 +105,53 @@ def load(paths: Sequence[Path]) -> list[Evaluation]:
         while label in labels:
             label, count = f"{path.stem} ({count})", count + 1
         labels.append(label)
-    return [_evaluation(path, label) for path, label in zip(paths, labels, strict=True)]
+    evaluations: list[Evaluation] = []
+    interferences: list[Interference] = []
+    for path, label in zip(paths, labels, strict=True):
+        content = _content(path)
+        if content["kind"] == KIND:
+            evaluations.append(_evaluation(path, label, content))
+        else:
+            interferences.append(_interference(path, label, content))
+    if not evaluations:
+        raise CarpoolError("a report needs results of `carpool evaluate` beside those of `--interference`")
+    return evaluations, interferences
 
 
-def _evaluation(path: Path, label: str) -> Evaluation:
+def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise CarpoolError(f"cannot read the results {path}: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise CarpoolError(f"{path} is not JSON; give a file that `carpool evaluate --json` wrote") from None
-    if not isinstance(content, dict) or content.get("kind") != KIND:
+    if not isinstance(content, dict) or content.get("kind") not in (KIND, INTERFERENCE):
         raise CarpoolError(
             f"{path} holds no results of an evaluation; give a file that `carpool evaluate --json` wrote"
         )
     if content.get("schema") != SCHEMA:
         raise CarpoolError(f"{path}: schema {content.get('schema')!r}, this version of Carpool reads schema {SCHEMA}")
+    return content
+
+
+def _interference(path: Path, label: str, content: dict[str, Any]) -> Interference:
+    try:
+        rows = tuple(content.pop("results"))
+        for row in rows:
+            for name in ("kl", "kl_between_co_batches"):
+                found = row[name]
+                if len(found["histogram"]) != len(content["histogram_edges"]) + 1:
+                    raise ValueError
+                float(found["mean"]), float(found["quantiles"]["p99"]), float(found["quantiles"]["p100"])
+            for name in ("flipped_greedy", "unstable_greedy", "worst_displaced_mass"):
+                float(row[name])
+            str(row["policy"]), row["worst_token"]
+    except (KeyError, TypeError, ValueError):
+        raise CarpoolError(f"{path} lacks results that a report needs; evaluate again with this version") from None
+    return Interference(label, content, rows)
+
+
+def _evaluation(path: Path, label: str, content: dict[str, Any]) -> Evaluation:
     try:
         rows = tuple(_row(label, entry) for entry in content.pop("results"))
         made = Evaluation(label, content, rows)

@@ -12,17 +12,26 @@ from typing import Any
 from carpool.doctor import Diagnosis
 from carpool.errors import CarpoolError
 from carpool.report import figures
-from carpool.report.load import Evaluation, Row
+from carpool.report.load import Evaluation, Interference, Row
+from carpool.report.neighbours import neighbours
+from carpool.report.neighbours import table as neighbours_table
 
 QWEN3_30B = (9.44, 48)  # MB of an expert in bf16, MoE layers
 CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]}
 
 
-def page(evaluations: Sequence[Evaluation], *, like: Diagnosis | None = None, bandwidth: float = 1000.0) -> str:
+def page(
+    evaluations: Sequence[Evaluation],
+    interferences: Sequence[Interference] = (),
+    *,
+    like: Diagnosis | None = None,
+    bandwidth: float = 1000.0,
+) -> str:
     """The whole report.
 
     Args:
         evaluations: what to show; the first one is shown in full, others beside it.
+        interferences: what neighbours change, a section each.
         like: the model whose sizes the section on bandwidth begins with; None is Qwen3-30B-A3B in bf16.
         bandwidth: memory bandwidth to begin with, GB/s.
 
@@ -34,7 +43,9 @@ def page(evaluations: Sequence[Evaluation], *, like: Diagnosis | None = None, ba
     except ImportError:
         raise CarpoolError("a report needs plotly: pip install 'carpool[report]'") from None
     first = evaluations[0]
-    sections = [*_frontiers(evaluations), *_first(first), *_comparison(evaluations), _provenance(evaluations)]
+    sections = [*_frontiers(evaluations), *_first(first), *_comparison(evaluations)]
+    sections += [_neighbours(one) for one in interferences]
+    sections.append(_provenance([*evaluations, *interferences]))
     return Template(_asset("page.html")).substitute(
         title=escape(f"Carpool report: {', '.join(one.label for one in evaluations)}"),
         style=_asset("page.css"),
@@ -218,7 +229,16 @@ def _comparison(evaluations: Sequence[Evaluation]) -> list[str]:
     return [_section("Side by side", "", f"<div class='scroll'>{table}<tbody>{body}</tbody></table></div>")]
 
 
-def _provenance(evaluations: Sequence[Evaluation]) -> str:
+def _neighbours(found: Interference) -> str:
+    note = (
+        "The same sequences beside other neighbours. KL: stock against policy; between: one set of neighbours against "
+        "the next; flipped: tokens whose likeliest next token is not stock's; unstable: whose likeliest next token "
+        "depends on the neighbours; displaced: the largest share of a token's native weight that is not computed."
+    )
+    return _section("What neighbours change", note, _draw(neighbours(found)) + neighbours_table(found))
+
+
+def _provenance(evaluations: Sequence[Evaluation | Interference]) -> str:
     blocks = "".join(
         f"<h3>{escape(one.label)}</h3><pre>{escape(json.dumps(one.facts, indent=1))}</pre>" for one in evaluations
     )
