@@ -15,11 +15,24 @@ from carpool.batch import Batch, Grouping
 from carpool.errors import CarpoolError
 from carpool.grammar import Plan, parse
 from carpool.pipeline import Outcome, route
+from carpool.policy_file import PolicyFile
 from carpool.routing import RouteSpec, Routing
 
 __version__ = "0.1.0"
 
-__all__ = ["Batch", "CarpoolError", "Grouping", "Outcome", "Plan", "RouteSpec", "Routing", "parse", "route", "share"]
+__all__ = [
+    "Batch",
+    "CarpoolError",
+    "Grouping",
+    "Outcome",
+    "Plan",
+    "PolicyFile",
+    "RouteSpec",
+    "Routing",
+    "parse",
+    "route",
+    "share",
+]
 
 
 def __getattr__(name: str) -> Any:

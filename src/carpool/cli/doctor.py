@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from carpool.cli.app import command
+from carpool.errors import CarpoolError
 
 
 @command("doctor")
@@ -19,6 +20,8 @@ def doctor(
     """Read a model's configuration: routing rule, experts read at each batch size, what a policy needs."""
     from carpool.doctor import BATCHES, diagnose
 
+    if not 0 <= bandwidth < float("inf"):
+        raise CarpoolError(f"--bandwidth {bandwidth}: give GB/s, 0 for none")
     console = Console()
     found = diagnose(model)
     spec = found.spec
