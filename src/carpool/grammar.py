@@ -124,12 +124,14 @@ def _build(name: str, args: list[Any], kwargs: dict[str, Any]) -> Policy | Guard
         kind = policy_class(name)
     else:
         known = ", ".join((*policies(), *GUARDS))
-        raise CarpoolError(f"unknown policy or guard {name!r}; known names: {known}")
+        raise CarpoolError(f"unknown policy or guard {_short(name)}; known names: {known}")
     names = [field.name for field in fields(kind)]
     unknown = [given for given in kwargs if given not in names]
     if unknown:
-        raise CarpoolError(f"{name} has no parameter {unknown[0]!r}; it takes: {', '.join(names) or 'none'}")
+        raise CarpoolError(f"{name} has no parameter {_short(unknown[0])}; it takes: {', '.join(names) or 'none'}")
     try:
         return kind(*args, **kwargs)
     except TypeError:
-        raise CarpoolError(f"{name} takes {', '.join(names) or 'no parameters'}; given: {args or kwargs}") from None
+        raise CarpoolError(
+            f"{name} takes {', '.join(names) or 'no parameters'}; given: {_short(str(args or kwargs))}"
+        ) from None
