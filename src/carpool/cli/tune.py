@@ -80,19 +80,20 @@ def tune(
     require_writable(output)
     paths = text or embedded_texts()
     halves = split(load_texts(paths), seed)
+    data = [(path.name, sha256_file(path)) for path in paths]
     loaded, tokenizer, _ = load(model, None, device_map=device_map)
     moe = describe(loaded)
     families = [one for one in families if one.values(moe.experts, moe.top_k)]
     source = stats or (shipped_statistics() if model is None else None)
     if source is None and any(one.required_stats for one in families):
-        source = _calibrate(loaded, tokenizer, halves[0], output, seed, [(p.name, sha256_file(p)) for p in paths])
+        source = _calibrate(loaded, tokenizer, halves[0], output, seed, data)
     statistics = None if source is None else Statistics.load(source)
     facts = model_facts(loaded, model)
     ((layout, batches),) = settings.layouts()
     indices = [layer.index for layer in find_layers(loaded)]
     memory = output.with_name(f".{output.name}.progress")
     depends = {
-        "model": facts["fingerprint"], "texts": [sha256_file(path) for path in paths], "group": group, "batch": batch,
+        "model": facts["fingerprint"], "texts": data, "group": group, "batch": batch,
         "sequence": sequence, "prefill": prefill, "tokens": tokens, "seed": seed,
         "statistics": None if source is None else sha256_file(source),
     }  # fmt: skip

@@ -10,10 +10,10 @@ from typing import Any
 
 from carpool.errors import CarpoolError
 from carpool.evaluate.report import SCHEMA
+from carpool.evaluate.table import CONTROLS
 from carpool.grammar import parse
 
 KIND, INTERFERENCE = "carpool evaluation", "carpool interference"
-CONTROLS = ("topk", "random")
 
 
 @dataclass(frozen=True)
