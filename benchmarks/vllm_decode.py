@@ -6,8 +6,10 @@
 One engine decodes one batch of requests; between steps it is switched between stock (all hooks of the plugin taken
 out), the plugin switched off, a budget of all experts, policies, and for each policy two ideals: routing forced to
 rotating random sets of experts of the same mean union (`ideal`), and to the policy's own ids (`replayed`), neither
-running a policy. Every round times a few steps of each in random order; intervals resample whole rounds. A cell whose
-checks fail gets no speeds. Cells that the output already holds are left as they are, so a run can be continued.
+running a policy. Every round times a few steps of each, in random order but a policy right beside its ideals. Ratios
+are medians over rounds of what stood side by side (a virtual machine pauses now and then, and a mean would show that),
+intervals resample rounds. A cell whose checks fail gets no speeds. Cells that the output already holds are left as they
+are, so a run can be continued.
 """
 
 from __future__ import annotations
@@ -19,14 +21,16 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from engines import GEOMETRIES, machine, read_bandwidth, start
+from numpy.typing import NDArray
 
-from carpool.evaluate.bootstrap import estimate, resample
+from carpool.evaluate.bootstrap import Estimate, interval, resample
 from carpool.files import write_text
 
 POLICIES = ("xshare(budget=16)", "xshare(budget=32)", "xshare(budget=64)", "oea(k0=2)")
@@ -143,10 +147,13 @@ def measure(
 
 def interleave(engine: Any, states: dict[str, Any], rounds: int, steps: int) -> dict[str, list[float]]:
     """Seconds of every state's block in each round."""
-    order, shuffle = list(states), random.Random(SEED)
+    shuffle = random.Random(SEED)
+    groups: dict[str, list[str]] = {}
+    for name in states:
+        groups.setdefault(name.split(": ")[-1], []).append(name)
     times: dict[str, list[float]] = {name: [] for name in states}
     for _ in range(rounds):
-        shuffle.shuffle(order)
+        order = [name for group in shuffled(groups.values(), shuffle) for name in shuffled(group, shuffle)]
         for name in order:
             states[name]["switch"]()
             if "counted" in states[name]:
@@ -160,11 +167,21 @@ def interleave(engine: Any, states: dict[str, Any], rounds: int, steps: int) -> 
     return times
 
 
+def shuffled(items: Collection[Any], shuffle: random.Random) -> list[Any]:
+    return shuffle.sample(list(items), len(items))
+
+
+def paired(numerator_M: NDArray[np.float64], denominator_M: NDArray[np.float64]) -> Estimate:
+    """The median over rounds of a ratio, with its interval."""
+    ratio_M = np.sort(numerator_M / denominator_M)
+    counts_RM = resample(len(ratio_M), SEED)
+    place_R = (counts_RM.cumsum(1) >= len(ratio_M) / 2).argmax(1)
+    return Estimate(float(np.median(ratio_M)), *interval(ratio_M[place_R]))
+
+
 def summarise(states: dict[str, Any], times: dict[str, list[float]], tokens: int, steps: int, bandwidth: float,
               bytes_per_expert: int) -> dict[str, Any]:  # fmt: skip
     """Throughput, unions, and ratios of time with intervals, by state."""
-    rounds = len(times["stock"])
-    counts = resample(rounds, SEED)
     seconds = {name: np.array(values) for name, values in times.items()}
     result: dict[str, Any] = {}
     for name, state in states.items():
@@ -175,20 +192,19 @@ def summarise(states: dict[str, Any], times: dict[str, list[float]], tokens: int
         }
         read = per_step.get("union") or state["union"]
         read_gb = read * bytes_per_expert / 1e9
+        block = float(np.median(seconds[name]))
         row = {
-            "tokens_per_second": tokens * rounds / seconds[name].sum(),
-            "ms_per_step": 1000 * seconds[name].sum() / rounds / steps,
+            "tokens_per_second": tokens / block,
+            "ms_per_step": 1000 * block / steps,
             "union": read,
             "natural_union": per_step.get("natural_union"),
             "expert_gb_per_step": read_gb,
-            "share_of_read_bandwidth": read_gb * steps * rounds / seconds[name].sum() / bandwidth,
+            "share_of_read_bandwidth": read_gb * steps / block / bandwidth,
             "seconds_per_block": [round(value, 6) for value in times[name]],
         }
         for against in ("stock", f"ideal: {name}", f"replayed: {name}"):
             if against in states and against != name:
-                row[f"throughput_over_{against.split(':')[0]}"] = asdict(
-                    estimate(seconds[against], seconds[name], counts)
-                )
+                row[f"throughput_over_{against.split(':')[0]}"] = asdict(paired(seconds[against], seconds[name]))
         result[name] = row
     return result
 
@@ -226,8 +242,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--policy", nargs="+", default=list(POLICIES))
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=3, help="steps a block")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=2, help="steps a block")
     parser.add_argument("--eager", action="store_true", help="the plugin without its compiled graph")
     parser.add_argument("--quick", action="store_true", help="a tiny model; its speeds mean nothing")
     parser.add_argument("--output", type=Path, required=True)

@@ -49,7 +49,7 @@ def where(content: dict[str, Any], cell: dict[str, Any]) -> str:
         f"Random weights with the layers of {name} ({experts}), {cell['layers']} layers, {cell['dtype']}; "
         f"{machine['cpu']}, {machine['cores']} cores, last-level cache {machine['last_level_cache']}; "
         f"vLLM {versions['vllm']}, torch {versions['torch']}, {machine['date']}; {rounds}, seed {cell['seed']}; "
-        "95 % intervals over rounds."
+        "ratios are medians over rounds with 95 % intervals."
     )
 
 
