@@ -49,6 +49,15 @@ def batch_at(step: int, streams: dict[str, np.ndarray], mixture: dict, train: di
     return torch.from_numpy(np.stack(rows))
 
 
+def build_optimizer(model: PreTrainedModel, train: dict) -> torch.optim.Optimizer:
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": train["weight_decay"]}, {"params": rest, "weight_decay": 0.0}],
+        lr=train["learning_rate"], betas=tuple(train["betas"]), fused=True,
+    )  # fmt: skip
+
+
 def balance_loss(router_logits: list[torch.Tensor], top_k: int) -> torch.Tensor:
     """Switch-style load balancing (`E * sum_e f_e P_e`), averaged over layers so that every layer is balanced."""
     losses = []
@@ -115,12 +124,7 @@ def main() -> None:
     captured: list[torch.Tensor] = []
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(lambda module, args, output: captured.append(output[0]))
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": train["weight_decay"]}, {"params": rest, "weight_decay": 0.0}],
-        lr=train["learning_rate"], betas=tuple(train["betas"]), fused=True,
-    )  # fmt: skip
+    optimizer = build_optimizer(model, train)
 
     steps = arguments.tokens // (train["batch"] * train["sequence"])
     decay_from = int(steps * (1 - train["decay_fraction"]))

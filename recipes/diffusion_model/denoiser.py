@@ -1,0 +1,158 @@
+"""What block diffusion trains on: noisy copies of a text, and one forward pass through all of its blocks at once.
+
+The model that comes out decodes as SDAR does (arXiv 2510.06303): attention is causal between blocks and goes both ways
+inside one, and a masked token is predicted at its own position. The blocks before the current one are clean. Training
+sees all blocks of a text in one pass (block diffusion, arXiv 2503.09573): the clean text runs beside its noisy copies,
+and a noisy block attends to itself and to the clean blocks before it.
+
+Shapes: `B` rows of text, `C` noisy copies of each, `R = 1 + C` (the clean row first), `S` positions, `M` masked tokens
+of all copies, `H` hidden size, `D` head size, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+from transformers.models.qwen3_moe.modeling_qwen3_moe import apply_rotary_pos_emb
+
+SPAN = 64  # queries of one attention call, so that it need not look at keys far ahead; block sizes must divide it
+HEAD_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Noised:
+    """`weight_BCS` is 1 / t at masked positions, t being the masked share of the block, and 0 elsewhere."""
+
+    clean_BS: Tensor
+    noisy_BCS: Tensor
+    masked_BCS: Tensor
+    weight_BCS: Tensor
+    block_B: list[int]
+
+
+def noised(clean_BS: Tensor, sizes: list[int], copies: int, mask_id: int, rng: np.random.Generator) -> Noised:
+    """Mask every block of every copy to a level of its own.
+
+    The number of masked tokens of a block is uniform over 1 .. its size, spread evenly over the blocks of a row; which
+    ones is uniform. With the weight 1 / t the mean loss is an upper bound of a block's negative log likelihood,
+    exactly that of filling it in random order (arXiv 2110.02037, equation 3).
+    """
+    rows, length = clean_BS.shape
+    block_B = rng.permutation(np.resize(sizes, rows)).tolist()
+    masked_BCS = np.empty((rows, copies, length), dtype=bool)
+    weight_BCS = np.empty((rows, copies, length), dtype=np.float32)
+    for row, size in enumerate(block_B):
+        blocks = copies * length // size
+        spread = (rng.permutation(blocks) + rng.random(blocks)) / blocks
+        level = np.floor(spread * size).astype(int) + 1
+        rank = rng.random((blocks, size)).argsort(1).argsort(1)
+        masked = rank < level[:, None]
+        masked_BCS[row] = masked.reshape(copies, length)
+        weight_BCS[row] = (masked * (size / level)[:, None]).reshape(copies, length)
+    masked = torch.from_numpy(masked_BCS)
+    noisy_BCS = clean_BS[:, None].expand(-1, copies, -1).masked_fill(masked, mask_id)
+    return Noised(clean_BS, noisy_BCS, masked, torch.from_numpy(weight_BCS), block_B)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Additive, for one span of queries: `clean` over the clean keys up to its end, `noisy` over those and its own."""
+
+    clean: Tensor
+    noisy: Tensor
+
+
+def attention_masks(start: int, block_B: list[int], copies: int, groups: int, dtype: torch.dtype) -> Masks:
+    """For the queries `start .. start + SPAN`, repeated for the `groups` query heads that share keys."""
+    query_S1 = torch.arange(start, start + SPAN)[:, None]
+    past_K, own_K = torch.arange(start + SPAN), torch.arange(start, start + SPAN)
+    clean, noisy = [], []
+    for size in block_B:
+        block_S1 = query_S1 // size
+        clean.append(past_K // size <= block_S1)
+        noisy.append(torch.cat([past_K // size < block_S1, own_K // size == block_S1], dim=-1))
+
+    def additive(allowed: list[Tensor], times: int) -> Tensor:
+        bias_SK = [torch.zeros(a.shape, dtype=dtype).masked_fill(~a, -torch.inf).repeat(groups, 1) for a in allowed]
+        return torch.stack(bias_SK).repeat_interleave(times, dim=0)[:, None]
+
+    return Masks(additive(clean, 1), additive(noisy, copies))
+
+
+def attend(attention: nn.Module, normed_BRSH: Tensor, rotary: tuple, masks: list[Masks], last: bool) -> Tensor:
+    """Attention of all rows before the output projection; of the noisy ones alone if `last`."""
+    head, groups = attention.head_dim, attention.num_key_value_groups
+    queries_from = 1 if last else 0  # nobody looks at what the clean row becomes after the last layer
+    q = attention.q_norm(attention.q_proj(normed_BRSH[:, queries_from:]).unflatten(-1, (-1, head)))
+    k = attention.k_norm(attention.k_proj(normed_BRSH).unflatten(-1, (-1, head)))
+    v = attention.v_proj(normed_BRSH).unflatten(-1, (-1, head)).transpose(2, 3)
+    q, k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2)
+    q, k = q.transpose(2, 3), k.transpose(2, 3)  # [B, R, heads, S, D]
+    rows, copies = k.shape[0], k.shape[1] - 1
+
+    def call(q_XQSD: Tensor, k_XTKD: Tensor, v_XTKD: Tensor, mask: Tensor) -> Tensor:
+        folded = q_XQSD.reshape(len(q_XQSD), -1, groups * SPAN, head)  # query heads that share keys, one below another
+        out = scaled_dot_product_attention(folded, k_XTKD, v_XTKD, attn_mask=mask, scale=attention.scaling)
+        return out.reshape(len(q_XQSD), -1, SPAN, head).transpose(1, 2).flatten(2)  # [X, SPAN, heads * D]
+
+    def keys(x: Tensor, start: int, end: int) -> Tensor:
+        shared = x[:, :1, :, :end].expand(-1, copies, -1, -1, -1)
+        return torch.cat([shared, x[:, 1:, :, start:end]], dim=3).flatten(0, 1)
+
+    spans = []
+    for index, mask in enumerate(masks):
+        start, end = index * SPAN, (index + 1) * SPAN
+        noisy_q = q[:, 1 - queries_from :, :, start:end].flatten(0, 1)
+        out = call(noisy_q, keys(k, start, end), keys(v, start, end), mask.noisy).unflatten(0, (rows, copies))
+        if not last:
+            clean = call(q[:, 0, :, start:end], k[:, 0, :, :end], v[:, 0, :, :end], mask.clean)
+            out = torch.cat([clean[:, None], out], dim=1)
+        spans.append(out)
+    return torch.cat(spans, dim=2)
+
+
+def masked_states(model: PreTrainedModel, batch: Noised) -> Tensor:
+    """Final hidden states `[M, H]` of the masked tokens, in the order of `batch.masked_BCS`.
+
+    In the last layer only masked tokens pass the output projection and the experts: nothing reads the others.
+    """
+    inner = model.model
+    tokens_BRS = torch.cat([batch.clean_BS[:, None], batch.noisy_BCS], dim=1)
+    hidden = inner.embed_tokens(tokens_BRS)
+    length, copies = tokens_BRS.shape[2], batch.noisy_BCS.shape[1]
+    rotary = inner.rotary_emb(hidden, torch.arange(length)[None])
+    groups = inner.layers[0].self_attn.num_key_value_groups
+    masks = [attention_masks(start, batch.block_B, copies, groups, hidden.dtype) for start in range(0, length, SPAN)]
+    for layer in inner.layers:
+        last = layer is inner.layers[-1]
+        mixed = attend(layer.self_attn, layer.input_layernorm(hidden), rotary, masks, last)
+        if last:
+            hidden, mixed = hidden[:, 1:][batch.masked_BCS], mixed[batch.masked_BCS]
+        hidden = hidden + layer.self_attn.o_proj(mixed)
+        normed = layer.post_attention_layernorm(hidden)
+        hidden = hidden + layer.mlp(normed.reshape(1, -1, normed.shape[-1])).view_as(hidden)
+    return inner.norm(hidden)
+
+
+def head_gradients(weight_VH: Tensor, states_MH: Tensor, targets_M: Tensor, scale_M: Tensor) -> tuple:
+    """Loss of each masked token, and the gradients of `sum(scale * loss)`: the logits of a batch never exist at once.
+
+    Returns:
+        loss_M in nats, gradient of the states, gradient of the output head
+    """
+    loss_M, dstates_MH, dweight_VH = torch.empty_like(scale_M), torch.empty_like(states_MH), torch.zeros_like(weight_VH)
+    for start in range(0, len(states_MH), HEAD_ROWS):
+        rows = slice(start, start + HEAD_ROWS)
+        states, targets = states_MH[rows], targets_M[rows, None]
+        probability = torch.softmax(states @ weight_VH.T, dim=-1)
+        chosen = probability.gather(1, targets)
+        loss_M[rows] = -chosen.clamp(min=1e-30).log()[:, 0]
+        probability.scatter_(1, targets, chosen - 1).mul_(scale_M[rows, None])
+        torch.mm(probability, weight_VH, out=dstates_MH[rows])
+        dweight_VH.addmm_(probability.T, states)
+    return loss_M, dstates_MH, dweight_VH

@@ -1,0 +1,152 @@
+"""The recipe of the block-diffusion model: its training pass is what decoding computes, its noise what it says."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SIZES = [8, 16, 32]
+MASK = 96
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """Imports a module of the recipe, which is a folder of scripts and no package."""
+    monkeypatch.syspath_prepend(str(RECIPES / "reference_model"))
+    monkeypatch.syspath_prepend(str(RECIPES / "diffusion_model"))
+    return importlib.import_module
+
+
+@pytest.fixture
+def model(recipe):
+    torch.manual_seed(0)
+    config = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": True,
+    }
+    model = recipe("train").build_model(config, vocab_size=MASK + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)  # so that attention and routers tell tokens apart
+    return model
+
+
+def noised_rows(recipe, length: int = 128, copies: int = 2, rows: int = 3, seed: int = 0):
+    clean = torch.randint(0, MASK, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return recipe("denoiser").noised(clean, SIZES, copies, MASK, np.random.default_rng(seed))
+
+
+def decoded_states(model, clean_S: torch.Tensor, noisy_L: torch.Tensor, start: int, size: int) -> torch.Tensor:
+    """What a decoder computes: the blocks before `start` into a cache, one after the other, then the noisy block."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    for first in range(0, start + 1, size):
+        tokens = noisy_L if first == start else clean_S[first : first + size]
+        seen = torch.ones(1, 1, size, first + size, dtype=torch.bool)
+        position = torch.arange(first, first + size)[None]
+        states = model.model(tokens[None], attention_mask=seen, position_ids=position, past_key_values=cache)
+    return states.last_hidden_state[0]
+
+
+@torch.no_grad()
+def test_training_pass_is_what_decoding_computes(recipe, model):
+    model.set_experts_implementation("eager")
+    batch = noised_rows(recipe)
+    states_MH = recipe("denoiser").masked_states(model, batch)
+    index_BCS = batch.masked_BCS.flatten().cumsum(0).view_as(batch.masked_BCS) - 1
+    assert len(states_MH) == batch.masked_BCS.sum()
+    assert sorted(batch.block_B) == SIZES
+    for row, size in enumerate(batch.block_B):
+        for copy in range(2):
+            for start in range(0, 128, size):
+                span = slice(start, start + size)
+                masked = batch.masked_BCS[row, copy, span]
+                decoded = decoded_states(model, batch.clean_BS[row], batch.noisy_BCS[row, copy, span], start, size)
+                ours = states_MH[index_BCS[row, copy, span][masked]]
+                torch.testing.assert_close(ours, decoded[masked], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_those_of_the_weighted_loss(recipe, model):
+    denoiser, adapt, train = recipe("denoiser"), recipe("adapt"), recipe("train")
+    model.double()
+    captured: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda module, args, output: captured.append(output[0]))
+    batch = noised_rows(recipe, length=256, copies=3)  # more masked tokens than one chunk of the output head
+    loss_M, even = adapt.backward(model, batch, captured, balance=0.5)
+    assert len(loss_M) > denoiser.HEAD_ROWS
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    captured.clear()
+    targets = batch.clean_BS[:, None].expand_as(batch.masked_BCS)[batch.masked_BCS]
+    logits = model.lm_head(denoiser.masked_states(model, batch))
+    plain_M = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    balance = train.balance_loss(captured, 2)
+    ((plain_M * batch.weight_BCS[batch.masked_BCS]).sum() / batch.masked_BCS.numel() + 0.5 * balance).backward()
+    torch.testing.assert_close(loss_M.double(), plain_M.detach(), rtol=1e-4, atol=1e-5)
+    assert even == pytest.approx(balance.item())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(ours[name], p.grad, rtol=1e-5, atol=1e-9, msg=name)
+
+
+def test_noise_is_uniform_over_levels_and_weighs_every_block_alike(recipe):
+    batch = noised_rows(recipe, length=256, copies=4, rows=30)
+    assert sorted(batch.block_B) == sorted(SIZES * 10)
+    masked = batch.noisy_BCS == MASK
+    assert torch.equal(masked, batch.masked_BCS)
+    clean = batch.clean_BS[:, None].expand_as(masked)
+    assert torch.equal(batch.noisy_BCS[~masked], clean[~masked])
+    for row, size in enumerate(batch.block_B):
+        blocks = masked[row].view(-1, size)
+        level = blocks.sum(1)
+        assert level.min() >= 1
+        assert abs(level.float().mean() - (size + 1) / 2) < 0.5, "levels are spread evenly over a row's blocks"
+        weight = batch.weight_BCS[row].view(-1, size)
+        torch.testing.assert_close(weight.sum(1), torch.full((len(level),), float(size)))
+        assert (weight[~blocks] == 0).all()
+    assert (masked.float().mean((0, 1)) - 0.54).abs().max() < 0.2, "no position is favoured"
+
+
+def test_noise_depends_on_its_seed_alone(recipe):
+    first, again, other = (noised_rows(recipe, seed=seed).noisy_BCS for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_exported_checkpoint_loads_as_it_was_trained(recipe, model, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    checkpoint, reference = recipe("checkpoint"), tmp_path / "reference"
+    vocabulary = {"<|endoftext|>": 0, "<|pad|>": 1, **{f"t{n}": n for n in range(2, MASK + 1)}}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="<|pad|>")).save(str(tmp_path / "tokenizer.json"))
+    model.save_pretrained(reference)
+    adapted = checkpoint.adapted(reference)
+    assert adapted.config.vocab_size == MASK + 2
+    assert adapted.config.mask_token_id == MASK + 1
+    weight = adapted.get_input_embeddings().weight
+    torch.testing.assert_close(weight[-1], weight[:-1].mean(0))
+    torch.save({"model": adapted.state_dict(), "step": 7, "masked": 5}, tmp_path / "last.pt")
+    checkpoint.export(tmp_path / "last.pt", reference, tmp_path, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(loaded).__name__ == "Qwen3MoeForCausalLM"
+    assert loaded.config.mask_token_id == AutoTokenizer.from_pretrained(tmp_path / "out").mask_token_id == MASK + 1
+    assert loaded.config.block_size in loaded.config.block_sizes
+    assert torch.equal(loaded.lm_head.weight, adapted.lm_head.weight.bfloat16())
+    facts = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert facts["noisy_tokens"] == 3 * facts["text_tokens"] == 7 * 9 * 3 * 256
