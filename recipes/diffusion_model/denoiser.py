@@ -49,14 +49,30 @@ def noised(clean_BS: Tensor, sizes: list[int], copies: int, mask_id: int, rng: n
     for row, size in enumerate(block_B):
         blocks = copies * length // size
         spread = (rng.permutation(blocks) + rng.random(blocks)) / blocks
-        level = np.floor(spread * size).astype(int) + 1
-        rank = rng.random((blocks, size)).argsort(1).argsort(1)
-        masked = rank < level[:, None]
-        masked_BCS[row] = masked.reshape(copies, length)
-        weight_BCS[row] = (masked * (size / level)[:, None]).reshape(copies, length)
-    masked = torch.from_numpy(masked_BCS)
-    noisy_BCS = clean_BS[:, None].expand(-1, copies, -1).masked_fill(masked, mask_id)
-    return Noised(clean_BS, noisy_BCS, masked, torch.from_numpy(weight_BCS), block_B)
+        level_N = np.floor(spread * size).astype(int) + 1
+        masked_NL = random_masks(level_N, size, rng)
+        masked_BCS[row] = masked_NL.reshape(copies, length)
+        weight_BCS[row] = (masked_NL * (size / level_N)[:, None]).reshape(copies, length)
+    return _masked(clean_BS, masked_BCS, weight_BCS, block_B, mask_id)
+
+
+def noised_to(clean_BS: Tensor, size: int, shares: list[float], mask_id: int, rng: np.random.Generator) -> Noised:
+    """One copy for each share of masked tokens, which every block of it has (rounded to whole tokens); all weigh 1."""
+    rows, length = clean_BS.shape
+    level_BCN = np.broadcast_to(np.rint(np.array(shares) * size)[:, None], (rows, len(shares), length // size))
+    masked_BCS = random_masks(level_BCN.reshape(-1), size, rng).reshape(rows, len(shares), length)
+    return _masked(clean_BS, masked_BCS, masked_BCS.astype(np.float32), [size] * rows, mask_id)
+
+
+def random_masks(level_N: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Bool `[N, size]` with `level_N` positions of each row set, any of them as likely as another."""
+    return rng.random((len(level_N), size)).argsort(1).argsort(1) < level_N[:, None]
+
+
+def _masked(clean_BS: Tensor, masked: np.ndarray, weight: np.ndarray, block_B: list[int], mask_id: int) -> Noised:
+    masked_BCS = torch.from_numpy(masked)
+    noisy_BCS = clean_BS[:, None].expand_as(masked_BCS).masked_fill(masked_BCS, mask_id)
+    return Noised(clean_BS, noisy_BCS, masked_BCS, torch.from_numpy(weight), block_B)
 
 
 @dataclass(frozen=True)
