@@ -37,6 +37,17 @@ def tiny_config() -> dict:
     }
 
 
+@pytest.fixture
+def second_config() -> dict:
+    """The second model's family, as small as it gets: a dense layer, a sparse one of 4 groups."""
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "moe_intermediate_size": 16}
+    attention = {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8}
+    heads = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    experts = {"n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2}
+    layers = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "tie_word_embeddings": True}
+    return {"model_type": "deepseek_v3"} | sizes | attention | heads | experts | layers
+
+
 def loss_and_gradients(model, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
     logits = model(tokens).logits
@@ -45,9 +56,10 @@ def loss_and_gradients(model, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[
     return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def test_experts_kernel_is_the_eager_one(recipe, tiny_config):
+@pytest.mark.parametrize("family", ["tiny_config", "second_config"])
+def test_experts_kernel_is_the_eager_one(recipe, family, request):
     torch.manual_seed(0)
-    model = recipe("train").build_model(tiny_config, vocab_size=64).double()
+    model = recipe("train").build_model(request.getfixturevalue(family), vocab_size=64).double()
     tokens = torch.randint(0, 64, (2, 9))
     ours, our_gradients = loss_and_gradients(model, tokens)
     model.set_experts_implementation("eager")
@@ -55,7 +67,54 @@ def test_experts_kernel_is_the_eager_one(recipe, tiny_config):
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     for name, gradient in their_gradients.items():
         torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-8, atol=1e-12, msg=name)
-    assert their_gradients["model.layers.0.mlp.experts.down_proj"].abs().sum() > 0
+    sparse = max(name for name in their_gradients if name.endswith("mlp.experts.down_proj"))
+    assert their_gradients[sparse].abs().sum() > 0
+
+
+def test_correction_bias_evens_the_load(recipe, second_config):
+    torch.manual_seed(0)
+    train = recipe("train")
+    model = train.build_model(second_config, vocab_size=64)
+    (router,) = train.routers_of(model)
+    with torch.no_grad():
+        router.weight.mul_(20)  # logits as far apart as a trained router's
+    hidden_NH, busiest = torch.randn(512, 32) + 0.3, []  # a common direction favours some experts
+    for _ in range(300):
+        load = train.loads([router(hidden_NH)[2]], router.num_experts)
+        assert load[0].sum().item() == pytest.approx(16)
+        busiest.append(load[0].max().item())
+        train.correct([router], load, 0.003)
+    assert busiest[0] > 1.5
+    assert max(busiest[-10:]) < 1.2
+    assert router.e_score_correction_bias.abs().amax() > 0.01
+
+
+def test_saved_model_chooses_the_same_experts(recipe, second_config, tmp_path):
+    """The bias stays in fp32: rounded to bf16 it would swap experts that are close."""
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    train = recipe("train")
+    model = train.build_model(second_config, vocab_size=64)
+    (router,) = train.routers_of(model)
+    bias_E = 1 + torch.rand(16) * 1e-3  # bf16 would make most of them equal
+    router.e_score_correction_bias.copy_(bias_E)
+    Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    train.save_model(model, tmp_path, tokens=0)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(train.routers_of(loaded)[0].e_score_correction_bias, bias_E)
+
+
+def test_second_configuration_is_the_first_one_but_for_its_router(recipe):
+    load_config, folder = recipe("corpus").load_config, RECIPE
+    first, second = load_config(), load_config(folder / "config_deepseek.toml")
+    assert [first[part] for part in ("tokenizer", "mixture")] == [second[part] for part in ("tokenizer", "mixture")]
+    for name in ("sequence", "batch", "learning_rate", "decay_fraction", "seed"):
+        assert first["train"][name] == second["train"][name], name
+    for name in ("hidden_size", "moe_intermediate_size", "num_experts_per_tok"):
+        assert first["model"][name] == second["model"][name], name
 
 
 def test_chunked_backward_is_the_plain_one(recipe, tiny_config):

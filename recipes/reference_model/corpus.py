@@ -18,13 +18,14 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 HERE = Path(__file__).parent
+CONFIG = HERE / "config.toml"
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 TELLING = 30  # characters
 
 
-def load_config() -> dict:
-    return tomllib.loads((HERE / "config.toml").read_text())
+def load_config(path: Path = CONFIG) -> dict:
+    return tomllib.loads(path.read_text())
 
 
 def write_atomically(path: Path, text: str) -> None:

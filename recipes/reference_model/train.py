@@ -4,6 +4,7 @@
     python train.py WORK --tokens 25_000_000
 
 (The two allocator settings keep glibc from returning every activation to the kernel: three times faster.)
+`--config config_deepseek.toml` trains the second model, with a WORK of its own that holds the same token streams.
 
 WORK is what `corpus.py` filled. A checkpoint (`WORK/last.pt`) is written every 10 minutes and `WORK/stable.pt`
 right before the learning rate decays: to go on with a larger `--tokens` later, copy `stable.pt` to `last.pt`.
@@ -20,21 +21,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from corpus import END_OF_TEXT, PAD, load_config
+from corpus import CONFIG, END_OF_TEXT, PAD, load_config
 from experts import register
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 CHECKPOINT_SECONDS = 600
 LOSS_ROWS = 512
+BIAS = "e_score_correction_bias"
+FIXED = {  # by family: what a configuration need not say
+    "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": [], "router_aux_loss_coef": 0.0},
+    "deepseek_v3": {"num_mtp_layers": 0},
+}
 
 
 def build_model(model: dict, vocab_size: int) -> PreTrainedModel:
+    family = model.get("model_type", "qwen3_moe")
+    given = {name: value for name, value in model.items() if name != "model_type"}
     config = AutoConfig.for_model(
-        "qwen3_moe", vocab_size=vocab_size, decoder_sparse_step=1, mlp_only_layers=[],
-        bos_token_id=0, eos_token_id=0, pad_token_id=1, router_aux_loss_coef=0.0, **model,
-    )  # fmt: skip
+        family, vocab_size=vocab_size, bos_token_id=0, eos_token_id=0, pad_token_id=1, **FIXED[family], **given
+    )
     return AutoModelForCausalLM.from_config(config, experts_implementation=register())
+
+
+def routers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The routers of the sparse layers, first layer first; they return logits, weights and ids."""
+    return [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
 
 
 def batch_at(step: int, streams: dict[str, np.ndarray], mixture: dict, train: dict) -> torch.Tensor:
@@ -69,6 +81,18 @@ def balance_loss(router_logits: list[torch.Tensor], top_k: int) -> torch.Tensor:
     return torch.stack(losses).mean()
 
 
+def loads(chosen: list[torch.Tensor], experts: int) -> list[torch.Tensor]:
+    """Assignments of every expert over the mean, `[E]` a layer, from the ids that its tokens got."""
+    counts = [torch.bincount(ids_NK.flatten(), minlength=experts).float() for ids_NK in chosen]
+    return [count_E / count_E.mean() for count_E in counts]
+
+
+def correct(routers: list[torch.nn.Module], load: list[torch.Tensor], rate: float) -> None:
+    """Balancing without a loss (Wang et al., arXiv 2408.15664): what got less than the mean is preferred hereafter."""
+    for router, load_E in zip(routers, load, strict=True):
+        router.get_buffer(BIAS).add_(rate * (1 - load_E).sign())
+
+
 def backward(model: PreTrainedModel, tokens: torch.Tensor, routers: list[torch.Tensor], balance: float) -> tuple:
     """Accumulate gradients; the output head runs in chunks, so that the logits of a batch never exist at once.
 
@@ -98,12 +122,18 @@ def save_atomically(state: dict, path: Path) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-def save_model(model: PreTrainedModel, work: Path, **facts) -> None:
-    folder = work / "model"
+def save_model(model: PreTrainedModel, work: Path, folder: Path | None = None, **facts) -> None:
+    """Model and tokenizer in transformers' format; the folder is `work / "model"` unless another one is named."""
+    folder = folder or work / "model"
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(work / "tokenizer.json"), eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=PAD
     )
-    model.to(torch.bfloat16).save_pretrained(folder)
+    biases = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith(BIAS)}
+    model.to(torch.bfloat16)
+    for name, bias_E in biases.items():  # transformers keeps them in fp32: a bf16 bias would choose other experts
+        module, _, own = name.rpartition(".")
+        setattr(model.get_submodule(module), own, bias_E)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -112,9 +142,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("--tokens", type=lambda text: int(text.replace("_", "")), default=25_000_000)
+    parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--bf16", action="store_true", help="autocast; only worth it where the CPU has bf16 GEMMs")
     arguments = parser.parse_args()
-    work, config = arguments.work, load_config()
+    work, config = arguments.work, load_config(arguments.config)
     train, mixture = config["train"], config["mixture"]
 
     torch.manual_seed(train["seed"])
@@ -122,8 +153,11 @@ def main() -> None:
     streams = {d: np.memmap(work / f"{d}.train.bin", dtype=np.uint16, mode="r") for d in mixture}
     model = build_model(config["model"], config["tokenizer"]["vocab_size"])
     captured: list[torch.Tensor] = []
-    for layer in model.model.layers:
-        layer.mlp.gate.register_forward_hook(lambda module, args, output: captured.append(output[0]))
+    chosen: list[torch.Tensor] = []
+    routers = routers_of(model)
+    for router in routers:
+        router.register_forward_hook(lambda module, args, output: captured.append(output[0]))
+        router.register_forward_hook(lambda module, args, output: chosen.append(output[2]))
     optimizer = build_optimizer(model, train)
 
     steps = arguments.tokens // (train["batch"] * train["sequence"])
@@ -148,19 +182,25 @@ def main() -> None:
             group["lr"] = train["learning_rate"] * learning_rate_factor(step, steps, train)
         tokens = batch_at(step, streams, mixture, train)
         captured.clear()
+        chosen.clear()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=arguments.bf16):
-            weight = train["balance"] if step < decay_from else train["balance_in_decay"]
-            loss, balance = backward(model, tokens, captured, weight)
+            phase = "" if step < decay_from else "_in_decay"
+            loss, balance = backward(model, tokens, captured, train["balance" + phase])
         torch.nn.utils.clip_grad_norm_(model.parameters(), train["clip"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        load = loads(chosen, routers[0].num_experts)
+        if "bias_rate" in train:
+            correct(routers, load, train["bias_rate" + phase])
         step += 1
         running.append(loss)
         if step % 50 == 0:
             now = time.monotonic()
             speed = 50 * train["batch"] * train["sequence"] / (now - logged)
             mean = sum(running) / len(running)
-            print(f"step {step}/{steps} loss {mean:.4f} balance {balance:.3f} {speed:.0f} tok/s", flush=True)
+            busiest = max(load_E.max().item() for load_E in load)
+            even = f"balance {balance:.3f} busiest {busiest:.2f}"
+            print(f"step {step}/{steps} loss {mean:.4f} {even} {speed:.0f} tok/s", flush=True)
             logged, running = now, []
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
             checkpoint("last.pt")
