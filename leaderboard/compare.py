@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from carpool.evaluate.bootstrap import Array, interval, resample
+from carpool.evaluate.bootstrap import FEWEST, Array, interval, resample
 from carpool.evaluate.series import LEAST_KL
 
 OURS = "ours"
@@ -28,6 +28,7 @@ class Cell:
     Attributes:
         kl: by method, nats per token; None where a method does not reach.
         best: the best published method. ratio: our KL over its, with its interval; None where either is missing.
+        controls: labels that are no methods.
     """
 
     batch: int
@@ -36,6 +37,7 @@ class Cell:
     kl: dict[str, float | None]
     best: str | None
     ratio: tuple[float, float | None, float | None] | None
+    controls: frozenset[str] = frozenset()
 
     @property
     def verdict(self) -> str:
@@ -47,6 +49,11 @@ class Cell:
             return "tie"
         return "win" if high < 1 else "loss" if low > 1 else "tie"
 
+    def beaten_by(self, method: str) -> list[str]:
+        """Controls whose KL is below a method's."""
+        own = self.kl[method]
+        return [name for name in self.controls if own is not None and (self.kl[name] or float("inf")) < own]
+
 
 def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
@@ -57,7 +64,7 @@ def pooled(content: dict[str, Any], batch: int, domain: str) -> dict[str, list[d
     seeds = [cell for cell in content["cells"] if (cell["batch"], cell["domain"]) == (batch, domain)]
     found: dict[str, list[dict[str, Array]]] = {}
     for same in zip(*(cell["rows"] for cell in seeds), strict=True):
-        names = ("bytes", "union", "kl", "nll", "tokens", "agree")
+        names = ("bytes", "union", "pairs", "kl", "nll", "tokens", "agree")
         joined = {name: np.concatenate([np.array(row[name], dtype=float) for row in same]) for name in names}
         found.setdefault(same[0]["label"], []).append(joined | {"policy": same[0]["policy"]})  # type: ignore[dict-item]
     return found
@@ -76,9 +83,42 @@ def at(share: float, bytes_RI: Array, log_RI: Array) -> Array:
     return np.array([np.interp(share, x, y) for x, y in zip(bytes_RI, log_RI, strict=True)])
 
 
+def versus(
+    one: list[dict[str, Array]], other: list[dict[str, Array]], stock: dict[str, Array], counts_RM: Array, share: float
+) -> tuple[float, float | None, float | None]:
+    """KL of one method over another's at a share, with its interval if there are batches enough for one."""
+    once_1M = np.ones((1, counts_RM.shape[1]))
+    value_1, draws_R = (
+        at(share, *curve(one, stock, counts)) - at(share, *curve(other, stock, counts))
+        for counts in (once_1M, counts_RM)
+    )
+    low, high = np.exp(interval(draws_R)).tolist() if counts_RM.shape[1] >= FEWEST else (None, None)
+    return float(np.exp(value_1[0])), low, high
+
+
+def variants_table(content: dict[str, Any], batch: int, shares: tuple[float, ...], seed: int = 0) -> str:
+    """Markdown: the KL of every series over ours at equal bytes; `n/a` where one of them does not reach."""
+    rows = pooled(content, batch, "all")
+    (stock,) = rows.pop("stock")
+    batches = len(stock["kl"])
+    once_1M, counts_RM = np.ones((1, batches)), resample(batches, seed)
+    lines = [
+        "| | " + " | ".join(f"{share:.0%} of the bytes" for share in shares) + " |",
+        "|---" + "|--:" * len(shares) + "|",
+    ]
+    reach = {label: curve(own, stock, once_1M)[0][0] for label, own in rows.items()}
+    for label, own in rows.items():
+        parts = []
+        for share in shares:
+            both = all(reach[name][0] <= share <= reach[name][-1] for name in (label, OURS))
+            parts.append(shown(versus(own, rows[OURS], stock, counts_RM, share)) if both else "n/a")
+        lines.append(f"| {label} | " + " | ".join(parts if label != OURS else ["1"] * len(shares)) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def cells(content: dict[str, Any], seed: int = 0) -> list[Cell]:
     """Every batch size, domain and share of an experiment."""
-    controls = {series["label"] for series in content["settings"]["series"] if series.get("control")}
+    controls = frozenset(series["label"] for series in content["settings"]["series"] if series.get("control"))
     found = []
     for batch, domain in dict.fromkeys((cell["batch"], cell["domain"]) for cell in content["cells"]):
         rows = pooled(content, batch, domain)
@@ -95,14 +135,49 @@ def cells(content: dict[str, Any], seed: int = 0) -> list[Cell]:
                 label: value for label, value in kl.items() if value is not None and label not in (OURS, *controls)
             }
             best = min(published, key=lambda label: published[label], default=None)
-            ours, ratio = kl.get(OURS), None
-            if ours is not None and best is not None:
-                draws_R = at(share, *curve(rows[OURS], stock, counts_RM)) - at(
-                    share, *curve(rows[best], stock, counts_RM)
-                )
-                ratio = (ours / published[best], *np.exp(interval(draws_R)).tolist())
-            found.append(Cell(batch, domain, share, kl, best, ratio))
+            ratio = None
+            if best is not None and kl.get(OURS) is not None:
+                ratio = versus(rows[OURS], rows[best], stock, counts_RM, share)
+            found.append(Cell(batch, domain, share, kl, best, ratio, controls))
     return found
+
+
+def shown(ratio: tuple[float, float | None, float | None]) -> str:
+    value, low, high = ratio
+    return f"{value:.2f}" if low is None or high is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def summary(found: list[Cell]) -> str:
+    """Markdown: verdicts and ratios by batch size and text, all of them in the last line."""
+    lines = [
+        "| batch | text | cells | n/a | win | tie | loss | lower KL | half the KL | ratio, geometric mean |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    groups = dict.fromkeys((cell.batch, cell.domain) for cell in found)
+    for group in [*groups, None]:
+        own = [cell for cell in found if group in (None, (cell.batch, cell.domain))]
+        ratios = [cell.ratio[0] for cell in own if cell.ratio is not None]
+        verdicts = [cell.verdict for cell in own]
+        counts = [len(own), *(verdicts.count(verdict) for verdict in ("n/a", "win", "tie", "loss"))]
+        if not ratios:
+            shares = ["n/a"] * 3
+        else:
+            below = [sum(ratio < limit for ratio in ratios) / len(ratios) for limit in (1, 0.5)]
+            shares = [*(f"{share:.0%}" for share in below), f"{np.exp(np.mean(np.log(ratios))):.2f}"]
+        named = ["**all**", ""] if group is None else [str(group[0]), group[1]]
+        lines.append("| " + " | ".join([*named, *map(str, counts), *shares]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def controls_table(found: list[Cell]) -> str:
+    """Markdown: how often each method has a higher KL than a control at equal bytes."""
+    lines = ["| method | cells that it reaches beside a control | of these, a control is better |", "|---|--:|--:|"]
+    for method in (name for name in found[0].kl if name not in found[0].controls):
+        both = [c for c in found if c.kl[method] is not None and any(c.kl[name] is not None for name in c.controls)]
+        lost = [cell for cell in both if cell.beaten_by(method)]
+        names = ", ".join(sorted({name for cell in lost for name in cell.beaten_by(method)}))
+        lines.append(f"| {method} | {len(both)} | {len(lost)}{f' ({names})' if names else ''} |")
+    return "\n".join(lines) + "\n"
 
 
 def table(found: list[Cell]) -> str:
@@ -117,7 +192,7 @@ def table(found: list[Cell]) -> str:
             str(cell.batch), cell.domain, f"{cell.share:.0%}",
             "n/a" if ours is None else f"{ours:.4f}",
             "n/a" if best is None else f"{best:.4f} ({cell.best})",
-            "n/a" if cell.ratio is None else "{:.2f} [{:.2f}, {:.2f}]".format(*cell.ratio),
+            "n/a" if cell.ratio is None else shown(cell.ratio),
             cell.verdict,
         ]  # fmt: skip
         lines.append("| " + " | ".join(parts) + " |")
@@ -129,14 +204,15 @@ def settings_table(content: dict[str, Any], batch: int, domain: str = "all") -> 
     rows = pooled(content, batch, domain)
     (stock,) = rows.pop("stock")
     lines = [
-        "| | setting | experts read | bytes, of stock | KL, nats/token | perplexity ratio |",
-        "|---|---|--:|--:|--:|--:|",
+        "| | setting | experts read | bytes, of stock | pairs a token | KL, nats/token | perplexity ratio |",
+        "|---|---|--:|--:|--:|--:|--:|",
     ]
     layout = next(cell["layout"] for cell in content["cells"] if cell["batch"] == batch)
     steps = (layout["positions"] - layout["prefill"]) * content["model"]["layers"] * len(stock["kl"])
     for label, settings in rows.items():
         for one in settings:
             shares = f"{one['union'].sum() / steps:.1f} | {one['bytes'].sum() / stock['bytes'].sum():.0%}"
+            shares += f" | {one['pairs'].sum() / steps / batch:.1f}"
             kl, nll = one["kl"].sum() / one["tokens"].sum(), (one["nll"] - stock["nll"]).sum() / one["tokens"].sum()
             lines.append(f"| {label} | `{one['policy']}` | {shares} | {kl:.5f} | {np.exp(nll):.4f} |")
     return "\n".join(lines) + "\n"
@@ -148,6 +224,7 @@ if __name__ == "__main__":
     for name in sys.argv[1:]:
         content = load(Path(name))
         if any(series["label"] == OURS for series in content["settings"]["series"]):
-            print(table(cells(content)))
+            found = cells(content)
+            print("\n".join((summary(found), table(found), controls_table(found))))
         for batch in dict.fromkeys(cell["batch"] for cell in content["cells"]):
             print(settings_table(content, batch))

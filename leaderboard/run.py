@@ -2,7 +2,7 @@
 
     carpool calibrate --text TRAIN.jsonl --energy --surrogates 16 -o stats.safetensors
     python leaderboard/run.py --stats stats.safetensors                 # embedded held-out text
-    python leaderboard/run.py --stats stats.safetensors --text FILE.jsonl --output FOLDER design
+    python leaderboard/run.py --model MODEL --stats stats.safetensors --text FILE.jsonl --output FOLDER frontier
 
 A cell is one batch size, one domain (or all of them mixed) and one seed of the batches' composition. Cells are written
 as soon as they are measured; a second run does what is missing. Sums by batch are kept, so that `compare.py` can
@@ -12,7 +12,6 @@ resample them.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import tomllib
 from collections.abc import Iterator
@@ -20,9 +19,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import carpool.cli.app  # noqa: F401 - commands import one another, this one first
 from carpool.batch import Grouping
-from carpool.cli.evaluate import embedded_texts, load, model_facts
+from carpool.cli.common import embedded_texts, load, model_facts, shipped_statistics
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.measure import Measured, measure
 from carpool.evaluate.report import provenance, text_facts
@@ -30,11 +28,21 @@ from carpool.evaluate.sequences import draw
 from carpool.evaluate.study import describe
 from carpool.files import sha256_file, write_text
 from carpool.grammar import Plan, parse
+from carpool.stats import Statistics
 from carpool.texts import Document, load_texts
 
 HERE = Path(__file__).parent
 MIXED = "all"
 LONGEST = 4000  # characters of a document that are tokenized; a batch takes few windows of each
+
+
+def read(name: str) -> dict[str, Any]:
+    """An experiment; what it does not set itself it takes from the one that it names under `like`, but for batches."""
+    own = tomllib.loads((HERE / "experiments" / f"{name}.toml").read_text())
+    if "like" in own:
+        other = read(own["like"])
+        own = {key: value for key, value in other.items() if not key.startswith("batches")} | own
+    return own
 
 
 def plans_at(experiment: dict[str, Any], batch: int) -> list[tuple[str, Plan]]:
@@ -49,12 +57,31 @@ def plans_at(experiment: dict[str, Any], batch: int) -> list[tuple[str, Plan]]:
 
 def cells(experiment: dict[str, Any], domains: list[str]) -> Iterator[tuple[int, str, int, int]]:
     """Batch size, domain, seed and number of batches of every cell."""
-    for batch, count in experiment["batches"].items():
-        for seed in experiment["seeds"]:
-            yield int(batch), MIXED, seed, count
-    for batch, count in experiment.get("batches_by_domain", {}).items():
-        for domain in domains:
-            yield int(batch), domain, experiment["seeds"][0], count
+    for key, texts in (("batches", [MIXED]), ("batches_by_domain", domains)):
+        for batch, count in experiment.get(key, {}).items():
+            for domain in texts:
+                for seed in experiment["seeds"]:
+                    yield int(batch), domain, seed, count
+
+
+def training(model: str | None) -> dict[str, Any]:
+    """Tokens and weights of a model that the recipe trained; nothing of another one."""
+    folder = Path(model or "")
+    if model is None or not (folder / "training.json").exists():
+        return {}
+    weights = sha256_file(folder / "model.safetensors")
+    return {"trained_tokens": json.loads((folder / "training.json").read_text())["tokens"], "weights_sha256": weights}
+
+
+def explained(stats: Statistics) -> dict[str, float]:
+    """Share of the experts' output energy that their surrogates explain, on tokens kept out of the fit, by layer."""
+    found = {}
+    for index, tensors in stats.layers.items():
+        if "surrogate_energy" in tensors:
+            energy_E = tensors["surrogate_energy"] * tensors["coverage"]
+            left = (energy_E * tensors["surrogate_unexplained"]).sum() / energy_E.sum()
+            found[str(index)] = round(1 - float(left), 4)
+    return found
 
 
 def sums(label: str, one: Measured) -> dict[str, Any]:
@@ -83,20 +110,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results")
     given = parser.parse_args()
     model, tokenizer, stats = load(given.model, given.stats)
+    used = given.stats or (shipped_statistics() if given.model is None else None)
     paths = given.text or embedded_texts()
     documents = [replace(document, text=document.text[:LONGEST]) for document in load_texts(paths)]
     facts = {
-        "model": model_facts(model, given.model),
+        "model": model_facts(model, given.model) | training(given.model),
         "texts": text_facts(paths),
-        "stats": None if given.stats is None else sha256_file(given.stats),
+        "stats": None if used is None else sha256_file(used),
+        "explained": {} if stats is None else explained(stats),
     }
     for name in given.experiments or sorted(path.stem for path in (HERE / "experiments").glob("*.toml")):
-        source = HERE / "experiments" / f"{name}.toml"
-        experiment = tomllib.loads(source.read_text())
+        experiment = read(name)
         if given.reduced:
-            experiment |= {"batches": {"16": experiment["batches"]["16"]}, "seeds": experiment["seeds"][:1]}
-            experiment.pop("batches_by_domain", None)
-        facts |= {"experiment": hashlib.sha256(source.read_bytes()).hexdigest(), "settings": experiment}
+            experiment |= {"batches": {"16": 2}, "batches_by_domain": {}, "seeds": experiment["seeds"][:1]}
+        facts |= {"settings": experiment}
         run(experiment, given.output / f"{name}.json", facts, (model, tokenizer, stats), documents)
 
 

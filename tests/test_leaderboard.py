@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +26,8 @@ def module(name: str) -> ModuleType:
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_setting_of_the_grid_fits_the_reference_model(path: Path) -> None:
-    experiment, run = tomllib.loads(path.read_text()), module("run")
+    run = module("run")
+    experiment = run.read(path.stem)
     for batch, _, _, count in run.cells(experiment, ["math", "prose"]):
         plans = [plan for _, plan in run.plans_at(experiment, batch)]
         assert count > 0
@@ -36,13 +36,23 @@ def test_every_setting_of_the_grid_fits_the_reference_model(path: Path) -> None:
             plan.check(64, 8)
 
 
+def test_an_experiment_like_another() -> None:
+    run = module("run")
+    frontier, domains = run.read("frontier"), run.read("domains")
+    assert domains["series"] == frontier["series"]
+    assert "batches" not in domains, "batches are an experiment's own"
+    made = list(run.cells(domains, ["math", "prose"]))
+    assert {(domain, seed) for _, domain, seed, _ in made} == {(d, s) for d in ("math", "prose") for s in (0, 1, 2)}
+    assert run.read("checkpoints")["series"] != frontier["series"]
+
+
 def setting(label: str, share: float, kl: float, batches: int = 6) -> dict[str, Any]:
     """A setting that reads `share` of stock's bytes at this KL, in batches that differ in size."""
     sizes = [float(10 + index) for index in range(batches)]
     return {
         "label": label,
         "policy": f"{label}({share})",
-        **{name: [share * 4 * size for size in sizes] for name in ("bytes", "union")},
+        **{name: [share * 4 * size for size in sizes] for name in ("bytes", "union", "pairs")},
         "kl": [kl * size * (1 + index / 10) for index, size in enumerate(sizes)],
         "nll": [2 * size for size in sizes],
         "agree": sizes,
@@ -88,6 +98,37 @@ def test_ratios_at_equal_bytes() -> None:
     assert by_share[0.2].kl["ours"] is None
     assert by_share[0.9].best is None
     assert "n/a" in compare.table(found)
+    (line,) = [line for line in compare.summary(found).splitlines() if line.startswith("| 4 | all |")]
+    counts = [int(part) for part in line.split("|")[3:8]]
+    assert counts == [8, 3, 5, 0, 0]
+    assert half.beaten_by("ours") == ["control"]
+    reached = sum(0.25 <= share <= 0.75 for share in by_share)
+    assert f"| ours | {reached} | {reached} (control) |" in compare.controls_table(found)
+
+
+def test_a_control_that_does_not_reach_beats_nobody() -> None:
+    compare = module("compare")
+    wide = [setting(label, s, 0.1) for label in ("ours", "good") for s in (0.1, 0.9)]
+    found = compare.cells(content(*wide, setting("control", 0.1, 1e-3), setting("control", 0.35, 1e-3)))
+    assert [bool(cell.beaten_by("good")) for cell in found] == [cell.share <= 0.35 for cell in found]
+
+
+def test_variants_over_ours() -> None:
+    compare = module("compare")
+    made = content(*(setting(label, s, kl) for label, kl in (("ours", 0.1), ("half", 0.05)) for s in (0.3, 0.7)))
+    shown = compare.variants_table(made, 4, (0.5, 0.9))
+    assert "| ours | 1 | 1 |" in shown
+    assert "| half | 0.50 [0.50, 0.50] | n/a |" in shown
+
+
+def test_few_batches_have_no_interval() -> None:
+    compare = module("compare")
+    two = [setting(label, s, kl, batches=3) for label, kl in (("ours", 0.1), ("good", 0.5)) for s in (0.2, 0.8)]
+    made = content(*two)
+    made["cells"][0]["rows"][0] = setting("stock", 1.0, 0.0, batches=3)
+    cell = next(cell for cell in compare.cells(made) if cell.share == 0.5)
+    assert cell.ratio == (pytest.approx(0.2), None, None)
+    assert cell.verdict == "tie"
 
 
 def test_a_loss_is_a_loss() -> None:
