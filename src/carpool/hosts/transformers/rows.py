@@ -66,7 +66,7 @@ def _padded(
         given |= {"group_N": column_N, "num_groups": S, "step_N": column_N, "num_steps": S}
     else:
         positions_N = _positions(kwargs, B, S, column_N)
-        given |= _groups(rules.grouping, request_N, B, positions_N, S)
+        given |= groups_of(rules.grouping, request_N, B, positions_N, S)
     return _finish(rules, B * S, device, given)
 
 
@@ -79,7 +79,7 @@ def _packed(rules: RowRules, N: int, ends: Tensor, position_ids: Tensor | None) 
     positions_N = row_N if position_ids is None else position_ids.reshape(-1, N)[0]
     if rules.grouping.kind == "position":
         raise CarpoolError("grouping by position needs rows of equal length, not packed requests; use 'batch'")
-    given |= _groups(rules.grouping, request_N, len(ends) - 1, positions_N, N)
+    given |= groups_of(rules.grouping, request_N, len(ends) - 1, positions_N, N)
     return _finish(rules, N, ends.device, given)
 
 
@@ -89,7 +89,8 @@ def _finish(rules: RowRules, N: int, device: torch.device, given: dict[str, Any]
     return Batch.of(N, device=device, **given)
 
 
-def _groups(grouping: Grouping, request_N: Tensor, requests: int, positions_N: Tensor, S: int) -> dict[str, Any]:
+def groups_of(grouping: Grouping, request_N: Tensor, requests: int, positions_N: Tensor, S: int) -> dict[str, Any]:
+    """Arguments of `Batch.of` for rows of `requests` requests that hold at most `S` consecutive positions each."""
     if grouping.kind == "batch":
         return {}
     if grouping.kind == "tenant":

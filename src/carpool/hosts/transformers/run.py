@@ -60,6 +60,11 @@ class Run:
         self._left: dict[int, Routing] = {}  # by layer, what the next call of its experts leaves to surrogates
         self._counters, self._place = _counters(self.layers)
 
+    @property
+    def grouping(self) -> Grouping:
+        """Which rows share, for loops that set `batch` themselves."""
+        return self._rules.grouping
+
     def report(self) -> list[LayerReport]:
         """Totals of every layer since the run began."""
         rows = [counters.report() for counters in self._counters]
