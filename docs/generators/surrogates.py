@@ -1,15 +1,20 @@
-"""Surrogates: the leaderboard's results, `python leaderboard/run.py`."""
+"""Surrogates and the leaderboard: `python leaderboard/run.py`."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from generators import ROOT, Block, rows
 
-PAGE = "docs/surrogates.md"
+PAGE, CELLS = "docs/surrogates.md", "docs/leaderboard.md"
+RESULTS = ROOT / "leaderboard/results"
+MODELS = {"Reference model": RESULTS, "Second model": RESULTS / "second"}
+RUNS = {"reference": "Reference model", "second": "Second model"}
+SHOWN = (0.3, 0.5, 0.7)  # shares of stock's bytes where few can be shown
 
 
 def comparison() -> ModuleType:
@@ -35,18 +40,70 @@ def trials(content: dict[str, Any]) -> list[Block]:
     ]
 
 
+def described(title: str, content: dict[str, Any]) -> str:
+    model, texts = content["model"], ", ".join(Path(text["name"]).stem for text in content["texts"])
+    trained = f", {model['trained_tokens'] / 1e6:.1f} M training tokens" if "trained_tokens" in model else ""
+    return f"**{title}** ({model['architecture']}{trained}); held-out text: {texts}.\n\n"
+
+
+def frontier(compare: ModuleType) -> list[Block]:
+    """The comparison on both models: in short, and every cell."""
+    short, every = [], []
+    for title, folder in MODELS.items():
+        paths = [folder / f"{name}.json" for name in ("frontier", "domains")]
+        contents = [compare.load(path) for path in paths if path.exists()]
+        if not contents:
+            continue
+        found = [cell for content in contents for cell in compare.cells(content)]
+        head = described(title, contents[0])
+        short.append(head + compare.summary(found))
+        settings = compare.settings_table(contents[0], 16)
+        controls = compare.controls_table(found)
+        every += [f"## {title}\n", head + compare.table(found), "Against controls:\n", controls]
+        every += ["Every setting, as measured at batch 16, domains mixed:\n", settings]
+    return [Block(PAGE, "frontier", "\n".join(short)), Block(CELLS, "cells", "\n".join(every))]
+
+
+def ablation(compare: ModuleType) -> Block:
+    """Ours with an ingredient changed: its KL over the full method's at equal bytes."""
+    parts = []
+    for title, folder in MODELS.items():
+        if (folder / "ablation.json").exists():
+            content = compare.load(folder / "ablation.json")
+            parts.append(described(title, content) + compare.variants_table(content, 16, SHOWN))
+    if not parts:
+        design = compare.load(RESULTS / "design/ablation.json")
+        parts.append("Train text (the run that decided the design).\n\n" + compare.variants_table(design, 16, SHOWN))
+    return Block(PAGE, "ablation", "\n".join(parts))
+
+
+def checkpoints(compare: ModuleType) -> Block:
+    """How linear experts are, and what that is worth, along training."""
+    heads = [
+        "model", ">training tokens", ">loss, nats/token", ">energy explained",
+        *(f">KL, ours, at {share:.0%}" for share in SHOWN), *(f">over the best published, at {s:.0%}" for s in SHOWN),
+    ]  # fmt: skip
+    lines = []
+    for path in (RESULTS / "checkpoints").glob("*/checkpoints.json"):
+        content = compare.load(path)
+        cells = {cell.share: cell for cell in compare.cells(content)}
+        (stock,) = compare.pooled(content, 16, "all")["stock"]
+        explained = sorted(content["explained"].values())
+        shown = [cells[share] for share in SHOWN]
+        tokens = content["model"]["trained_tokens"]
+        line = [
+            RUNS[path.parent.name.split("-")[0]],
+            f"{tokens / 1e6:.1f} M",
+            f"{stock['nll'].sum() / stock['tokens'].sum():.2f}",
+            f"{explained[0]:.0%} to {explained[-1]:.0%}",
+            *("n/a" if cell.kl["ours"] is None else f"{cell.kl['ours']:.4f}" for cell in shown),
+            *("n/a" if cell.ratio is None else compare.shown(cell.ratio) for cell in shown),
+        ]
+        lines.append(((line[0], tokens, path.parent.name), line))
+    return Block(PAGE, "checkpoints", rows(heads, [line for _, line in sorted(lines)]))
+
+
 def blocks() -> list[Block]:
     compare = comparison()
-    made = trials(compare.load(ROOT / "leaderboard/results/design/trials.json"))
-    for name in ("ablation", "frontier"):
-        held_out = ROOT / f"leaderboard/results/{name}.json"
-        design = ROOT / f"leaderboard/results/design/{name}.json"
-        path = held_out if held_out.exists() else design
-        if not path.exists():
-            continue
-        content = compare.load(path)
-        kind = "Held-out text" if path == held_out else "Train text (the run that decided the design)"
-        facts = f"{kind}; texts: {', '.join(text['name'] for text in content['texts'])}.\n\n"
-        table = compare.settings_table(content, 16) if name == "ablation" else compare.table(compare.cells(content))
-        made.append(Block(PAGE, name, facts + table))
-    return made
+    made = trials(compare.load(RESULTS / "design/trials.json")) + frontier(compare)
+    return [*made, ablation(compare), checkpoints(compare)]
