@@ -105,13 +105,18 @@ def _details(details: Details, domains: Sequence[str], decode: Decode | None) ->
 
 def write(path: Path, results: Sequence[Result], *, decode: Decode | None = None, **facts: Any) -> None:
     """Write an evaluation in one piece; `facts` (model, texts, seed, arguments, ...) go beside the results."""
+    write_rows(path, [as_dict(result, decode) for result in results], kind="carpool evaluation", **facts)
+
+
+def write_rows(path: Path, results: Sequence[dict[str, Any]], *, kind: str, **facts: Any) -> None:
+    """Write results of any kind, a line each, under what they have in common."""
     content = {
         "schema": SCHEMA,
-        "kind": "carpool evaluation",
+        "kind": kind,
         **provenance(),
         **facts,
         "intervals": {"level": LEVEL, "method": "paired bootstrap over batches", "draws": DRAWS},
     }
     head = json.dumps(content, indent=1, allow_nan=False).removesuffix("\n}")
-    rows = ",\n  ".join(json.dumps(as_dict(result, decode), allow_nan=False) for result in results)
-    write_text(path, f'{head},\n "results": [\n  {rows}\n ]\n}}\n')  # a line a result
+    rows = ",\n  ".join(json.dumps(result, allow_nan=False) for result in results)
+    write_text(path, f'{head},\n "results": [\n  {rows}\n ]\n}}\n')

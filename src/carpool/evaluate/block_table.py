@@ -1,0 +1,77 @@
+"""Results of block diffusion as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from carpool.evaluate.block_study import BlockResult
+from carpool.evaluate.bootstrap import Estimate
+from carpool.evaluate.table import CONTROLS, WIDE
+
+NOTE = (
+    "T: distinct experts read in a layer and denoising forward; of stock: over stock's; pairs: experts computed for a "
+    "token in a layer; displaced: share of a token's native weight that is not computed; tokens/forward: accepted for "
+    "a request in a denoising forward; agreement: positions that hold stock's token; blocks: the same with each block "
+    "decoded after stock's text; perplexity: of the generated text under an autoregressive model, over stock's. On "
+    "masked tokens of held-out text: KL, stock against policy, in nats; top-1: tokens whose likeliest token stays; "
+    "denoising: perplexity over stock's. 95 %: interval over batches (from four on)."
+)
+
+
+def table(results: Sequence[BlockResult], console: Console) -> Table:
+    """Rows of one batch size; controls are dim; intervals only where the console is wide enough."""
+    settings, layout = results[0].settings, results[0].denoised.measured.layout
+    wide = console.width >= WIDE + 20
+    made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    made.title = (
+        f"blocks of {settings.decoding.block}, threshold {settings.decoding.threshold:g}, batch {layout.rows}, grouped "
+        f"by {settings.grouping}, {results[0].denoised.measured.batches} batches"
+    )
+    made.title_justify, made.title_style = "left", "bold"
+    made.add_column("policy", overflow="fold")
+    for name in _cells(results[0], wide):
+        made.add_column("95 %" if "95 %" in name else name, justify="right", no_wrap=True)
+    family = None
+    for result in results:
+        if result.plan is not None and result.plan.policy.name != family:
+            family = result.plan.policy.name
+            made.add_section()
+        control = result.plan is not None and result.plan.policy.name in CONTROLS
+        cells = _cells(result, wide).values()
+        made.add_row(Text(result.name), *map(Text, cells), style="dim" if control else "")
+    return made
+
+
+def _cells(result: BlockResult, wide: bool) -> dict[str, str]:
+    """Cells after the policy's name, by heading."""
+    text, made = result.denoised, result.decoded
+    cells = {
+        "T": f"{made.union.value:.1f}",
+        "of stock": f"{made.union_share.value:.0%}",
+        "pairs": f"{made.pairs:.2f}",
+        "displaced": f"{made.displaced_mass.value:.1%}",
+        "tokens/forward": f"{made.tokens_per_forward.value:.2f}",
+        "agreement": f"{made.agreement.value:.1%}",
+        "agreement 95 %": _interval(made.agreement),
+        "blocks": _share(made.followed_agreement),
+        "perplexity": "–" if made.perplexity_ratio is None else f"{made.perplexity_ratio.value:.3f}",
+        "KL": f"{text.kl.value:.4f}",
+        "KL 95 %": _interval(text.kl),
+        "top-1": f"{text.top1_agreement.value:.1%}",
+        "denoising": f"{text.perplexity_ratio.value:.3f}",
+    }
+    return cells if wide else {name: cell for name, cell in cells.items() if "95 %" not in name}
+
+
+def _share(estimate: Estimate | None) -> str:
+    return "–" if estimate is None else f"{estimate.value:.1%}"
+
+
+def _interval(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None or estimate.low == estimate.high:
+        return "–"
+    return f"{estimate.low:.4f}–{estimate.high:.4f}"

@@ -1,0 +1,286 @@
+"""What block diffusion decodes under a policy: experts read, tokens a forward, agreement with stock, perplexity.
+
+Shapes: `M` batches, `B` requests, `L` MoE layers, `D` new tokens of a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from carpool.batch import Batch
+from carpool.diffusion import Decoding, Generation, Session, generate
+from carpool.errors import CarpoolError
+from carpool.evaluate.bootstrap import Array, Estimate, estimate, ratio, resample
+from carpool.evaluate.measure import MoE
+from carpool.grammar import Plan
+from carpool.pipeline import Outcome
+
+QUARTERS = 4  # the union is also kept by the share of the block that is still masked
+GRAM = 4  # tokens of the runs whose repetition is counted
+FIELDS = (
+    "union", "natural_union", "pairs", "displaced", "changed", "rows", "layer_forwards", "commit_union",
+    "layer_commits", "forwards", "accepted", "request_forwards", "same", "before", "tokens", "equal", "requests",
+    "judge_nll", "judged", "repeated", "grams", "followed_same", "followed",
+)  # fmt: skip
+
+
+class Reads:
+    """Sums what every layer did in the denoising forwards, and what the forwards that write the cache read."""
+
+    def __init__(self) -> None:
+        self.session: Session | None = None
+        self.sums = dict.fromkeys(FIELDS, 0.0)
+        self.by_masked = np.zeros((QUARTERS + 1, 2))  # union and layer forwards; the last row: nothing but masks
+        self.masked = 1.0
+
+    def __call__(self, layer: int, batch: Batch, outcome: Outcome) -> None:
+        phase = None if self.session is None else self.session.phase
+        union = int(outcome.union_SE.sum())
+        if phase == "commit":
+            self.sums["commit_union"] += union
+            self.sums["layer_commits"] += 1
+        elif phase == "denoise":
+            found = {
+                "union": union, "natural_union": int(outcome.natural_SE.sum()),
+                "pairs": int((outcome.routing.weights_NK != 0).sum()),
+                "displaced": float(outcome.displaced_N.double().sum()), "changed": int(outcome.changed_N.sum()),
+                "rows": len(outcome.changed_N), "layer_forwards": 1,
+            }  # fmt: skip
+            for name, value in found.items():
+                self.sums[name] += value
+            self.by_masked[min(int(self.masked * QUARTERS), QUARTERS)] += (union, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Generated:
+    """Sums of one plan over batches of prompts.
+
+    Attributes:
+        plan: None is stock.
+        sums: by field of `FIELDS`, one value a batch, `[M]`.
+        by_masked: union and layer forwards by the masked share of the rows' blocks: quarters, then all masked.
+        generations: what was generated, a batch each.
+    """
+
+    plan: Plan | None
+    batch: int
+    sums: dict[str, Array]
+    by_masked: Array
+    generations: list[Generation] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return "stock" if self.plan is None else str(self.plan)
+
+    @property
+    def changed_rows(self) -> int:
+        return int(self.sums["changed"].sum())
+
+
+def decode_plan(
+    model: Any,
+    plan: Plan,
+    prompts: Sequence[Tensor],
+    decoding: Decoding,
+    *,
+    group: Any,
+    stats: Any = None,
+    share_commits: bool = False,
+    watch: Callable[[Any], None] | None = None,
+    **given: Any,
+) -> tuple[Generation, Reads]:
+    """Generate under a plan and sum what its layers read; `given` goes to `generate`."""
+    from carpool.hosts.transformers import share
+
+    reads = Reads()
+
+    def seen(block: Any) -> None:
+        active = block.active()
+        if active:
+            reads.masked = float(block.masked_AL[active].float().mean())
+        if watch is not None:
+            watch(block)
+
+    with share(model, plan, group=group, stats=stats, observe=reads) as run:
+        reads.session = session = Session(model, prompts, decoding.block, run=run, share_commits=share_commits)
+        made = generate(session, prompts, decoding, watch=seen, **given)
+    return made, reads
+
+
+def decode(
+    model: Any,
+    moe: MoE,
+    plans: Sequence[Plan],
+    prompts: Sequence[Tensor],
+    decoding: Decoding,
+    batch: int,
+    *,
+    group: Any,
+    stats: Any = None,
+    share_commits: bool = False,
+    judge: Any = None,
+    stock: Generated | None = None,
+    follow: bool = False,
+    advance: Callable[[int], None] = lambda requests: None,
+) -> list[Generated]:
+    """Stock first, then every plan, over the prompts in batches of `batch`.
+
+    Args:
+        judge: an autoregressive model with the same tokens, whose perplexity of the generated text is measured.
+        stock: measured before on the same prompts, taken as it is.
+        follow: decode once more under every plan, each block after stock's text (`Generation.blocks`), so that one
+            changed token does not change all that follows it.
+        advance: told the requests of every generation that is done.
+
+    Raises:
+        CarpoolError: what `share` and `generate` raise; prompts that do not fill whole batches.
+    """
+    if len(prompts) % batch or not len(prompts):
+        raise CarpoolError(f"{len(prompts)} prompts do not fill batches of {batch}")
+    parts = [list(prompts[first : first + batch]) for first in range(0, len(prompts), batch)]
+    how: dict[str, Any] = {"group": group, "stats": stats, "share_commits": share_commits}
+    found = [] if stock is None else [stock]
+    for plan in ([None] if stock is None else []) + list(plans):
+        rows, by_masked, made = [], np.zeros((QUARTERS + 1, 2)), []
+        for index, part in enumerate(parts):
+            generation, reads = decode_plan(model, plan or moe.stock, part, decoding, **how)
+            base = found[0].generations[index] if found else generation
+            again = None
+            if follow and plan is not None:
+                again, _ = decode_plan(model, plan, part, decoding, **how, follow=base.blocks)
+            _compare(reads.sums, generation, base, again)
+            _judge(reads.sums, judge, part, generation)
+            rows.append([reads.sums[name] for name in FIELDS])
+            by_masked += reads.by_masked
+            made.append(generation)
+            advance(len(part))
+        sums = dict(zip(FIELDS, np.array(rows).T, strict=True))
+        found.append(Generated(plan, batch, sums, by_masked, made))
+    return found
+
+
+def _compare(sums: dict[str, float], made: Generation, stock: Generation, followed: Generation | None) -> None:
+    """How much of stock's text a generation shares, request by request."""
+    sums["forwards"] += len(made.forwards)
+    sums["accepted"] += int(made.accepted_B.sum())
+    sums["request_forwards"] += int(made.forwards_B.sum())
+    same, total = agreement(made.tokens, stock.tokens)
+    sums["same"] += same
+    sums["tokens"] += total
+    for mine, theirs in zip(made.tokens, stock.tokens, strict=True):
+        same_D = (mine[: len(theirs)] == theirs[: len(mine)]).tolist()
+        sums["before"] += [*same_D, False].index(False)
+        sums["equal"] += len(mine) == len(theirs) and all(same_D)
+        sums["requests"] += 1
+        grams = [tuple(mine[i : i + GRAM].tolist()) for i in range(len(mine) - GRAM + 1)]
+        sums["repeated"] += len(grams) - len(set(grams))
+        sums["grams"] += len(grams)
+    if followed is None:
+        return
+    same, total = agreement(followed.tokens, stock.tokens)
+    sums["followed_same"] += same
+    sums["followed"] += total
+
+
+def agreement(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> tuple[int, int]:
+    """Positions that hold the same token in two generations of the same requests, and all positions."""
+    pairs = list(zip(mine, theirs, strict=True))
+    same = sum(int((one[: len(other)] == other[: len(one)]).sum()) for one, other in pairs)
+    return same, sum(max(len(one), len(other)) for one, other in pairs)
+
+
+def _judge(sums: dict[str, float], judge: Any, prompts: Sequence[Tensor], made: Generation) -> None:
+    """Negative log-likelihood of the generated tokens under an autoregressive model, after the prompt."""
+    if judge is None:
+        return
+    for prompt, tokens in zip(prompts, made.tokens, strict=True):
+        if not len(tokens) or not len(prompt):
+            continue
+        ids_T = torch.cat([prompt.to(tokens.device), tokens])
+        with torch.inference_mode():
+            logits_TV = judge(input_ids=ids_T[None, :-1], use_cache=False).logits[0, len(prompt) - 1 :]
+        nll = torch.nn.functional.cross_entropy(logits_TV.float(), tokens, reduction="sum")
+        sums["judge_nll"] += float(nll)
+        sums["judged"] += len(tokens)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The metrics of one plan's generations; what has an interval is an `Estimate`.
+
+    Attributes:
+        union: distinct experts read in a layer and denoising forward (DES's T). union_share: the same over stock's.
+        union_with_commits: the same with the forwards that write finished blocks to the cache.
+        natural_union: what the rows of this run would have read under native routing.
+        pairs: experts computed for a row in a layer. displaced_mass: mean over rows and layers.
+        tokens_per_forward: accepted tokens of a request in a denoising forward it takes part in.
+        forwards: denoising forwards of a batch.
+        agreement: share of positions that hold stock's token. agreed_prefix: share before the first other token.
+        equal: share of requests whose tokens are all stock's.
+        followed_agreement: share of positions that hold stock's token, each block decoded after stock's text.
+        perplexity: of the generated text under the judge; None without one. perplexity_ratio: over stock's.
+        repeated: share of runs of four tokens that their text holds before (degenerate text has a low perplexity).
+        union_by_masked: mean union by masked share of the blocks (quarters, all masked); None where none was seen.
+    """
+
+    union: Estimate
+    union_share: Estimate
+    union_with_commits: float
+    natural_union: float
+    pairs: float
+    displaced_mass: Estimate
+    tokens_per_forward: Estimate
+    forwards: float
+    agreement: Estimate
+    agreed_prefix: Estimate
+    equal: float
+    followed_agreement: Estimate | None
+    perplexity: Estimate | None
+    perplexity_ratio: Estimate | None
+    repeated: float
+    union_by_masked: list[float | None]
+
+
+def metrics(generated: Sequence[Generated], seed: int) -> list[Decoded]:
+    """Metrics of stock (the first) and of every plan on the same prompts, resampled by the same draws."""
+    stock = generated[0]
+    counts_RM = resample(len(stock.sums["union"]), seed)
+    return [_metrics(one.sums, stock.sums, one.by_masked, counts_RM) for one in generated]
+
+
+def _metrics(s: dict[str, Array], stock: dict[str, Array], by_masked: Array, counts_RM: Array) -> Decoded:
+    per_forward = ratio(stock["union"], stock["layer_forwards"])
+    perplexity = change = followed = None
+    if s["judged"].any():
+        perplexity = estimate(s["judge_nll"], s["judged"], counts_RM, exponential=True)
+        # paired: equal numbers of tokens unless somebody met an end token
+        change = estimate(
+            s["judge_nll"] - stock["judge_nll"] * s["judged"] / np.maximum(stock["judged"], 1), s["judged"],
+            counts_RM, exponential=True,
+        )  # fmt: skip
+    if s["followed"].any():
+        followed = estimate(s["followed_same"], s["followed"], counts_RM)
+    return Decoded(
+        union=estimate(s["union"], s["layer_forwards"], counts_RM),
+        union_share=estimate(s["union"], s["layer_forwards"] * per_forward, counts_RM),
+        union_with_commits=ratio(s["union"] + s["commit_union"], s["layer_forwards"] + s["layer_commits"]),
+        natural_union=ratio(s["natural_union"], s["layer_forwards"]),
+        pairs=ratio(s["pairs"], s["rows"]),
+        displaced_mass=estimate(s["displaced"], s["rows"], counts_RM),
+        tokens_per_forward=estimate(s["accepted"], s["request_forwards"], counts_RM),
+        forwards=float(s["forwards"].mean()),
+        agreement=estimate(s["same"], s["tokens"], counts_RM),
+        agreed_prefix=estimate(s["before"], s["tokens"], counts_RM),
+        equal=ratio(s["equal"], s["requests"]),
+        followed_agreement=followed,
+        perplexity=perplexity,
+        perplexity_ratio=change,
+        repeated=ratio(s["repeated"], s["grams"]),
+        union_by_masked=[float(union / count) if count else None for union, count in by_masked.tolist()],
+    )
