@@ -113,16 +113,9 @@ def main() -> None:
     text, calibrated_on = documents(options.calibrate)
     windows = token_sequences(text, tokenizer, options.tokens, 256, options.seed)
     with progress("calibrating", windows.ids_BT.numel()) as advance:
-        done = 0
-
-        def told(tokens: int) -> None:
-            nonlocal done
-            advance(tokens - done)
-            done = tokens
-
         measured = calibrate(
             model, layers, windows.ids_BT,
-            domains=windows.domains, seed=options.seed, energy=True, progress=told,
+            domains=windows.domains, seed=options.seed, energy=True, progress=advance,
         )  # fmt: skip
     domains = sorted(set(windows.domains))
     stats, meaning = with_criteria(measured, domains, options.random)

@@ -76,6 +76,19 @@ def test_missing_and_broken_files(tmp_path):
         diagnose(tmp_path)
 
 
+def test_a_file_is_read_whatever_its_name(tmp_path):
+    folder(tmp_path, **QWEN3_30B)
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps({**QWEN3_30B, "num_experts": 16}))
+    assert diagnose(small).num_experts == 16
+    assert diagnose(tmp_path / "config.json").num_experts == 128
+    other = {"qwen3_moe.json": "{}", "policy.json": '{"policy": "oea(k0=1)"}', "model.safetensors": "\0"}
+    for name, content in other.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(CarpoolError, match="no JSON object with a model_type"):
+            diagnose(tmp_path / name)
+
+
 @pytest.mark.parametrize("family", ["cohere2_moe", "deepseek_v2", "gemma4_text", "mistral4", "qwen3_vl_moe_text"])
 def test_families_from_their_configuration_alone(tmp_path, family):
     tiny_config(family).save_pretrained(tmp_path)

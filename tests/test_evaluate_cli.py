@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from lockstep_tools import NumberTokenizer, small_model, write_texts
+from lockstep_tools import NumberTokenizer, opening, small_model, write_texts
 from tiny_models import tiny_config
 from typer.testing import CliRunner
 
@@ -11,15 +11,19 @@ from carpool.cli import demo as demo_command
 from carpool.cli import evaluate as evaluate_command
 from carpool.cli.app import app
 from carpool.evaluate import series
+from carpool.grammar import parse
+from carpool.policy_file import PolicyFile
 
+NUMBERS = {"batch": 4, "group": "batch", "sequence": 9, "prefill": 3, "batches": 2, "seed": 0}
 SMALL = ["--batch", "2,4", "--batches", "2", "--sequence", "9", "--prefill", "3"]
 
 
 @pytest.fixture
 def texts(tmp_path, monkeypatch):
     paths = write_texts(tmp_path)
+    monkeypatch.setattr("carpool.hosts.transformers.open_model", opening(small_model(), NumberTokenizer()))
+    monkeypatch.setattr("carpool.cli.common.shipped_statistics", lambda: None)
     for module in (evaluate_command, demo_command):
-        monkeypatch.setattr(module, "load", lambda *given: (small_model(), NumberTokenizer(), None))
         monkeypatch.setattr(module, "embedded_texts", lambda: paths)
     return paths
 
@@ -60,6 +64,56 @@ def test_a_domain_without_a_sequence_is_left_out(texts, tmp_path):
     assert seen == [1, 1, 2, 2]
 
 
+@pytest.fixture
+def policy_file(tmp_path):
+    """Layer 1 keeps its native routing, layer 0 does not."""
+    path = tmp_path / "mine.json"
+    PolicyFile(parse("oea(k0=1)"), layers={1: {"k0": 2}}).save(path)
+    return path
+
+
+def test_evaluate_takes_policy_files(texts, tmp_path, policy_file):
+    out = tmp_path / "out.json"
+    done = invoke("evaluate", "-p", policy_file, "-p", "oea(k0=1)", "-p", policy_file, *SMALL, "--json", out)
+    assert done.exit_code == 0, done.output
+    content = json.loads(out.read_text())
+    stock, mine, plain = content["results"][:3]
+    assert (mine["policy"], plain["policy"]) == ("mine.json: oea(k0=1)", "oea(k0=1)")
+    assert mine["union_by_layer"][0] == plain["union_by_layer"][0] < stock["union_by_layer"][0]
+    assert mine["union_by_layer"][1] > plain["union_by_layer"][1]
+    assert [one["name"] for one in content["arguments"]["policy_files"]] == ["mine.json"]
+    shown = invoke("report", out, "-o", tmp_path / "report.html")
+    assert shown.exit_code == 0, shown.output
+
+
+def test_interference_and_the_check_take_policy_files(texts, tmp_path, policy_file):
+    out = tmp_path / "out.json"
+    few = ["--batch", "2", *SMALL[2:]]
+    done = invoke("evaluate", "-p", policy_file, *few, "--interference", "--co-batches", "2", "--json", out)
+    assert done.exit_code == 0, done.output
+    assert [row["policy"] for row in json.loads(out.read_text())["results"]] == ["stock", "mine.json: oea(k0=1)"]
+    done = invoke("evaluate", "-p", policy_file, *few, "--check-lockstep")
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fewer"),
+    [
+        (["evaluate", "-p", "oea(k0=1)", "--batch", "5000"], "lower --sequence, --batch or --tokens"),
+        (["evaluate", "-p", "oea(k0=1)", "--batches", "5000"], "lower --sequence, --batch or --batches"),
+        (["demo", "--batches", "5000"], "lower --batches"),
+    ],
+)
+def test_too_little_text_is_found_before_the_weights_are_read(texts, monkeypatch, arguments, fewer):
+    bare = opening(small_model(), NumberTokenizer(), without_weights=True)
+    monkeypatch.setattr("carpool.hosts.transformers.open_model", bare)
+    made = [series.Series("OEA", (series.parse("oea(k0=1)"),), False)]
+    monkeypatch.setattr(series, "load_demo", lambda: (NUMBERS, made))
+    done = invoke(*arguments)
+    assert done.exit_code == 2, done.output
+    assert f"are needed: add text, or {fewer}\n" in done.output
+
+
 def test_check_lockstep(texts):
     done = invoke("evaluate", "-p", "oea(k0=1)", "--batch", "2", *SMALL[2:], "--check-lockstep")
     assert done.exit_code == 0, done.output
@@ -78,6 +132,7 @@ def test_check_lockstep(texts):
         (["-p", "oea(k0=1)", "--batch", "5000"], "separate sequences"),
         (["-p", "oea(k0=1)", "--sequence", "2"], "nothing to decode"),
         (["-p", "oea(k0=1)", "--group", "planet"], "unknown grouping"),
+        (["-p", "missing.json"], "missing.json"),
         (["-p", "oea(k0=1)", "--text", "missing.jsonl"], "cannot read missing.jsonl"),
         (["-p", "oea(k0=1)", "--json", "/no/such/folder/x.json"], "does not exist"),
     ],
@@ -98,10 +153,9 @@ def test_an_impossible_budget_is_found_before_the_weights_are_read(tmp_path):
 
 
 def test_demo(texts, tmp_path, monkeypatch):
-    numbers = {"batch": 4, "group": "batch", "sequence": 9, "prefill": 3, "batches": 2, "seed": 0}
     rows = [("OEA", "oea(k0=1)", False), ("SERE", "sere(top=1)", False), ("random", "random(budget=3)", True)]
     made = [series.Series(label, (series.parse(text),), control) for label, text, control in rows]
-    monkeypatch.setattr(series, "load_demo", lambda: (numbers, made))
+    monkeypatch.setattr(series, "load_demo", lambda: (NUMBERS, made))
     done = invoke("demo", "-o", tmp_path)
     assert done.exit_code == 0, done.output
     assert "SERE is left out" in done.output

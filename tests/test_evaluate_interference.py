@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lockstep_tools import NumberTokenizer, small_model, write_texts
+from lockstep_tools import NumberTokenizer, opening, small_model, write_texts
 from typer.testing import CliRunner
 
 from carpool import CarpoolError, parse
@@ -74,7 +74,7 @@ def test_a_spread_counts_every_value() -> None:
 
 def test_the_command_writes_table_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths, out = write_texts(tmp_path), tmp_path / "out.json"
-    monkeypatch.setattr("carpool.cli.evaluate.load", lambda *given: (small_model(), NumberTokenizer(), None))
+    monkeypatch.setattr("carpool.hosts.transformers.open_model", opening(small_model(), NumberTokenizer()))
     monkeypatch.setattr("carpool.cli.evaluate.embedded_texts", lambda: paths)
     arguments = ["evaluate", "--interference", "-p", POLICIES[0], "-p", POLICIES[1], *SMALL, "--json", str(out)]
     done = CliRunner().invoke(app, arguments)

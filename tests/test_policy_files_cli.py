@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lockstep_tools import NumberTokenizer
+from lockstep_tools import NumberTokenizer, opening
 from tiny_models import tiny_model, tokens
 from typer.testing import CliRunner
 
@@ -41,7 +41,7 @@ def command(tmp_path, monkeypatch, stats):
     monkeypatch.chdir(tmp_path)
     stats.save("stats.safetensors")
     Path("text.txt").write_text(" ".join(str(3 + i * i % 60) for i in range(3000)))
-    monkeypatch.setattr("carpool.hosts.transformers.load_model", lambda path, **given: (MODEL, Numbers()))
+    monkeypatch.setattr("carpool.hosts.transformers.open_model", opening(MODEL, Numbers()))
 
     def call(*arguments):
         result = CliRunner().invoke(app, list(map(str, arguments)))
@@ -91,6 +91,19 @@ def test_allow_list_of_a_domain(command, stats):
         assert set(read_E.nonzero().flatten().tolist()) == set(loaded.plan_for(index).policy.experts)
 
 
+def test_allow_list_of_the_one_domain_that_begins_so(command, stats):
+    def listing(domain, *more):
+        """With the scores of domain `a` under more names."""
+        known = {f"{kind}/{name}": f"{kind}/a" for name in more for kind in ("easy_ep", "coverage")}
+        layers = {i: t | {new: t[old] for new, old in known.items()} for i, t in stats.layers.items()}
+        dataclasses.replace(stats, layers=layers).save("named.safetensors")
+        return command("allow-list", "named.safetensors", "--size", "3", "--domain", domain)[1]
+
+    assert "for b.c; wrote" in listing("b")
+    assert "for a; wrote" in listing("a", "a2")  # an exact name is no beginning of another
+    assert "no domain 'b'; they know 'a', 'b.c', 'b2'" in listing("b", "b2")
+
+
 def test_experts_that_no_token_reached_are_named(command, stats):
     layers = {i: {**t, "coverage/a": torch.zeros(8, dtype=torch.int64)} for i, t in stats.layers.items()}
     dataclasses.replace(stats, layers=layers).save("bare.safetensors")
@@ -117,7 +130,14 @@ def test_threshold_writes_a_policy_file(command):
     ("arguments", "message"),
     [
         (("allow-list", "stats.safetensors", "--domain", "law"), "have no domain 'law'; they know 'a', 'b.c'"),
-        (("allow-list", "stats.safetensors", "--size", "many"), "give a number of experts"),
+        (("allow-list", "stats.safetensors", "--domain", ""), "have no domain ''; they know 'a', 'b.c'"),
+        (("allow-list", "stats.safetensors", "--size", "many"), "--size 'many': give a number of experts"),
+        (("allow-list", "nowhere.safetensors", "--size", "nan"), "--size 'nan': give a number of experts"),
+        (("allow-list", "nowhere.safetensors", "--size", "0"), "--size '0': give a number of experts"),
+        (("threshold", "--skip", "2"), "--skip 2.0: give 0 to 1"),
+        (("threshold", "--skip", "nan"), "--skip nan: give 0 to 1"),
+        (("threshold", "--tokens", "3"), "--tokens 3: give 256 or more"),
+        (("threshold", "--sequence", "3"), "--sequence 3: give 8 or more"),
         (("allow-list", "stats.safetensors", "--size", "9"), "asks for 9 of 8"),
         (("allow-list", "stats.safetensors", "--fill", "x"), "use 'backfill' or 'drop'"),
         (("threshold", "--text", "text.txt"), "needs --stats"),

@@ -5,7 +5,7 @@ import json
 import math
 
 import pytest
-from lockstep_tools import NumberTokenizer, noise, small_model
+from lockstep_tools import NumberTokenizer, noise, opening, small_model
 from typer.testing import CliRunner
 
 from carpool.batch import Grouping
@@ -39,13 +39,13 @@ def command(tmp_path, monkeypatch):
     paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for seed, path in enumerate(paths):
         path.write_text(noise(path.stem, 400, seed).text)
-    monkeypatch.setattr(tune_command, "load", lambda *given, **named: (MODEL, NumberTokenizer(), None))
+    monkeypatch.setattr("carpool.hosts.transformers.open_model", opening(MODEL, NumberTokenizer()))
     monkeypatch.setattr(tune_command, "embedded_texts", lambda: paths)
     monkeypatch.setattr(tune_command, "shipped_statistics", lambda: None)
 
     def run(*arguments):
         out = tmp_path / "policy.json"
-        return CliRunner().invoke(app, ["tune", *map(str, arguments), *SMALL, "-o", str(out)]), out
+        return CliRunner().invoke(app, ["tune", *SMALL, *map(str, arguments), "-o", str(out)]), out
 
     return run
 
@@ -138,6 +138,7 @@ def test_progress_is_taken_up(command, monkeypatch):
         (["--max-kl", "0"], "--max-kl 0.0: give a number above 0"),
         (["--union", "1.5"], "--union 1.5: give a number between 0 and 1"),
         (["--max-perplexity-ratio", "0.9"], "give a number above 1"),
+        (["--max-kl", "0.1", "--tokens", "90000"], "add text, or lower --sequence, --tokens or --batch"),
         (["--max-kl", "1e-12"], "no policy reaches KL of at most 1e-12"),
         (["--max-kl", "0.1", "-p", "top_p"], "top_p has no number to tune"),
         (["--max-kl", "0.1", "-p", "nonsense"], "unknown policy"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,11 +82,12 @@ def diagnose(model: str | Path) -> Diagnosis:
     import torch
 
     from carpool.hosts.transformers import find_layers
+    from carpool.hosts.transformers.loading import auto_class
 
     config = _config(model)
     try:
         with torch.device("meta"):
-            built = _auto_class(config).from_config(config)
+            built = auto_class(config).from_config(config)
     except (ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
         reason = str(error).splitlines()[0][:120]
         raise CarpoolError(f"transformers cannot build a language model from {model}: {reason}") from None
@@ -114,17 +116,17 @@ def _config(model: str | Path) -> Any:
     from carpool.hosts.transformers.loading import HUB_NAME
 
     path = Path(model).expanduser()
-    folder = path.parent if path.is_file() else path
     cached = not path.exists()
     if cached and not HUB_NAME.fullmatch(str(model)):
         raise CarpoolError(
             f"there is no folder or file {str(model)!r}; give a model's folder, its config.json, or the name "
             "organisation/model of a model in the local cache"
         )
-    if not cached and not (folder / "config.json").is_file():
-        raise CarpoolError(f"{folder} holds no config.json; give a model's folder or its configuration")
+    file = path / "config.json" if path.is_dir() else path
+    if not cached:
+        _require_configuration(file)
     try:
-        return AutoConfig.from_pretrained(str(model) if cached else folder, local_files_only=True)
+        return AutoConfig.from_pretrained(str(model) if cached else str(file), local_files_only=True)
     except (OSError, ValueError) as error:
         if cached and isinstance(error, OSError):
             raise CarpoolError(
@@ -135,12 +137,19 @@ def _config(model: str | Path) -> Any:
         raise CarpoolError(f"cannot read a model configuration from {str(model)!r}: {reason}") from None
 
 
-def _auto_class(config: Any) -> Any:
-    """What builds a model from the configuration; models for images and speech have text layers to look at too."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel)
-    return next((kind for kind in kinds if type(config) in kind._model_mapping), AutoModelForCausalLM)
+def _require_configuration(file: Path) -> None:
+    """Transformers guesses a family from a path when the file does not name one."""
+    if not file.is_file():
+        raise CarpoolError(f"{file.parent} holds no config.json; give a model's folder or its configuration")
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+        raise CarpoolError(
+            f"cannot read a model configuration from {str(file)!r}: it is no JSON object with a model_type; give a "
+            "model's folder or its config.json"
+        )
 
 
 def _storage(config: Any) -> tuple[str, float]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from carpool.errors import CarpoolError
 from carpool.files import require_file, sha256_file, write_text
 from carpool.grammar import Plan, parse
 from carpool.guards import Floor, Guard
+from carpool.policies import Policy
 
 SCHEMA = 1
 MAX_BYTES = 16 << 20
@@ -37,6 +39,7 @@ class PolicyFile:
         model: fingerprint, num_layers, num_experts and top_k of the model it was made for; may be empty.
         statistics: path of the statistics file, or None.
         curve: measured points, as whatever made the file wrote them.
+        name: of the file that was read, for people; empty for settings that come from elsewhere.
     """
 
     plan: Plan
@@ -44,6 +47,30 @@ class PolicyFile:
     model: dict[str, Any] = field(default_factory=dict)
     statistics: Path | None = None
     curve: tuple[Any, ...] = ()
+    name: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.plan}" if self.name else str(self.plan)
+
+    @property
+    def policy(self) -> Policy:
+        """Of the layers without settings of their own."""
+        return self.plan.policy
+
+    @property
+    def guards(self) -> tuple[Guard, ...]:
+        """Of the layers without settings of their own."""
+        return self.plan.guards
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The plan of layers without settings of their own, then those of the layers that have some."""
+        return [self.plan, *map(self.plan_for, self.layers)]
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        """Raises CarpoolError if any layer's plan is impossible for `E` experts, `K` a token."""
+        for plan in self.plans:
+            plan.check(num_experts, top_k)
 
     def plan_for(self, layer: int) -> Plan:
         """The plan of one layer."""
@@ -85,17 +112,19 @@ class PolicyFile:
             raise CarpoolError(
                 f"{path}: schema {content.get('schema')!r}, this version of Carpool reads schema {SCHEMA}"
             )
+        policy: Any = content.get("policy")
         layers, model = content.get("layers", {}), content.get("model", {})
         if not isinstance(layers, dict) or not isinstance(model, dict):
             raise CarpoolError(f"{path}: 'layers' and 'model' must be objects")
         if not isinstance(content.get("curve", []), list):
             raise CarpoolError(f"{path}: 'curve' must be a list")
         loaded = cls(
-            plan=parse(content.get("policy")),  # type: ignore[arg-type]
+            plan=parse(policy),
             layers={_layer_index(path, key): _settings(path, key, value) for key, value in layers.items()},
             model=model,
             statistics=_statistics(path, content.get("statistics")),
             curve=tuple(content.get("curve", ())),
+            name=path.name,
         )
         names = {parameter.name for parameter in fields(loaded.plan.policy)} | {"floor"}
         for index, settings in loaded.layers.items():
@@ -121,6 +150,25 @@ class PolicyFile:
         if self.curve:
             content["curve"] = list(self.curve)
         write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+AnyPlan = Plan | PolicyFile  # both have a policy, guards, a check and a text
+
+
+def plan_or_file(text: str) -> AnyPlan:
+    """A policy text, or a policy file where the text names one (it exists, or ends in .json).
+
+    Raises:
+        CarpoolError: what `parse` and `PolicyFile.load` raise.
+    """
+    named = text.strip()
+    # os.path: unlike Path.is_file it says no, and raises nothing, where a text is too long for a path
+    return PolicyFile.load(named) if named.endswith(".json") or os.path.isfile(named) else parse(text)  # noqa: PTH113
+
+
+def stats_for(plan: AnyPlan, stats: Any) -> Any:
+    """The statistics that a plan is given where several plans run: a policy file that names its own takes no others."""
+    return None if isinstance(plan, PolicyFile) and plan.statistics is not None else stats
 
 
 def _read(path: Path) -> dict[str, Any]:

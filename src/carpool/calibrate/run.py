@@ -54,7 +54,7 @@ def calibrate(
         seed: of the sample for CKA.
         energy: also measure output norms, gate sums, the norm predictor and EASY-EP's scores by domain.
         collectors: what else to measure, made once a layer; see `carpool.calibrate.capture.Collector`.
-        progress: told the number of tokens done after each step.
+        progress: told the tokens of every forward pass.
 
     Raises:
         CarpoolError: layers of different widths, ids outside the vocabulary, sequences longer than the model's,
@@ -85,7 +85,7 @@ def calibrate(
                 samples[position].append(routed.hidden_NH[picked_N.to(routed.hidden_NH.device)])
                 _measure(runners[position], routed, of_BT.flatten(), similarities[position], collected[position])
             done += ids_BT.numel()
-            progress(done)
+            progress(ids_BT.numel())
         results = {
             layer.index: similarity.result() | {"similarity_cka": _cka(runner, torch.cat(hidden))}
             for layer, similarity, runner, hidden in zip(layers, similarities, runners, samples, strict=True)
@@ -116,7 +116,7 @@ def require_fitting(model: Any, sequences_BT: Tensor) -> None:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if int(sequences_BT.max()) >= vocabulary:
         raise CarpoolError(f"token {int(sequences_BT.max())} is outside the model's vocabulary of {vocabulary}")
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and sequences_BT.shape[1] > longest:
         raise CarpoolError(f"sequences of {sequences_BT.shape[1]} tokens exceed the model's {longest}: shorten them")
 

@@ -59,7 +59,7 @@ def token_sequences(documents: Sequence[Document], tokenizer: Any, tokens: int, 
     if len(windows) * sequence < MIN_TOKENS:
         raise CarpoolError(
             f"the text gives {len(windows)} full sequences of {sequence} tokens, at least {MIN_TOKENS} tokens are "
-            "needed: give more text or a shorter sequence"
+            "needed: give more text, or shorter sequences"
         )
     ids, domains = zip(*windows, strict=True)
     return Windows(torch.tensor(ids), domains)

@@ -147,6 +147,22 @@ def _passes(
             progress(ids_BT.numel())
 
 
+def domain_of(stats: Statistics, named: str | None) -> str | None:
+    """The domain of that name, or the one domain that begins so; None stays None.
+
+    Raises:
+        CarpoolError: no such domain, or several that begin so.
+    """
+    if named is None:
+        return None
+    tensors = stats.for_layer(min(stats.layers))
+    known = [name.removeprefix("easy_ep/") for name in tensors if name.startswith("easy_ep/")]
+    found = [named] if named in known else [name for name in known if name.startswith(named)]
+    if len(found) != 1:
+        raise CarpoolError(_no_scores(tensors, named))
+    return found[0]
+
+
 def fixed_lists(stats: Statistics, size: Any, domain: str | None) -> tuple[dict[int, list[int]], list[str]]:
     """By layer, the experts of `allow_list(size=..., domain=...)`, and those (`layer:expert`) on a list without any
     token of the domain: nothing says that they are of use.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from carpool.cli.app import command
+from carpool.cli.common import open_model, progress, require_number
 
 if TYPE_CHECKING:
     from carpool.stats import Statistics
@@ -54,30 +53,32 @@ def calibrate(
     from carpool.calibrate.sensitivity import sensitivity as measure_sensitivity
     from carpool.calibrate.surrogates import SurrogateFit
     from carpool.files import require_writable, sha256_file
+    from carpool.hosts.transformers import find_layers
     from carpool.texts import load_texts
 
     console = Console()
+    require_windows(tokens, sequence, seed)
+    require_number("--surrogates", surrogates, 1)
     require_writable(output)
     paths = text or []
     documents = load_texts(paths)
     data = [(path.name, sha256_file(path)) for path in paths]
 
-    from carpool.hosts.transformers import find_layers, load_model
-
-    loaded, tokenizer = load_model(model)
+    opened = open_model(model)
+    windows = token_sequences(documents, opened.tokenizer, tokens, sequence, seed)
+    loaded = opened.weights()
     layers = find_layers(loaded)
-    windows = token_sequences(documents, tokenizer, tokens, sequence, seed)
     total = windows.ids_BT.numel()
-    with _progress("calibrating", total) as bar:
+    with progress("calibrating", total, "tokens") as advance:
         stats = run(
             loaded, layers, windows.ids_BT,
             domains=windows.domains, data=data, seed=seed, energy=energy,
             collectors=[] if surrogates is None else [lambda layer: SurrogateFit(layer, surrogates)],
-            progress=lambda done: bar(done, None),
+            progress=advance,
         )  # fmt: skip
     if sensitivity:
-        with _progress("leaving layers out", total * (1 + len(layers))) as bar:
-            found = measure_sensitivity(loaded, layers, windows.ids_BT, progress=lambda more: bar(None, more))
+        with progress("leaving layers out", total * (1 + len(layers)), "tokens") as advance:
+            found = measure_sensitivity(loaded, layers, windows.ids_BT, progress=advance)
         stats = replace(stats, layers={index: {**tensors, **found[index]} for index, tensors in stats.layers.items()})
     stats.save(output)
     _show(console, stats)
@@ -88,15 +89,13 @@ def calibrate(
     console.print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)
 
 
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int | None, int | None], None]]:
-    """A bar on stderr; yields a function that is told the tokens done, or how many more are."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def require_windows(tokens: int, sequence: int, seed: int) -> None:
+    """Raises CarpoolError for numbers that no calibration text can be cut by."""
+    from carpool.stats import MIN_TOKENS
 
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done, more: bar.update(task, completed=done, advance=more)
+    require_number("--tokens", tokens, MIN_TOKENS)
+    require_number("--sequence", sequence, 8)
+    require_number("--seed", seed, 0, 2**63 - 1)
 
 
 def _show(console: Console, stats: Statistics) -> None:

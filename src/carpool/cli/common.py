@@ -1,20 +1,31 @@
-"""What several commands share: the reference model and its texts, loading, facts, the progress bar."""
+"""What several commands share: the reference model and its texts, loading, checks of options, the progress bar."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from carpool.errors import CarpoolError
 
 if TYPE_CHECKING:
-    from carpool.grammar import Plan
-    from carpool.hosts.transformers import MoELayer
+    from carpool.hosts.transformers import MoELayer, Opened
+    from carpool.policy_file import AnyPlan
 
 REQUIRED = (
     "the reference model and its texts are not installed: pip install 'carpool[demo]', or name a model and --text"
@@ -30,17 +41,18 @@ def embedded_texts() -> list[Path]:
     return sorted(TEXTS.glob("*.jsonl"))
 
 
-def load(
-    model: str | None, stats: Path | None, plans: Sequence[Plan] = (), device_map: str | None = None
-) -> tuple[Any, Any, Any]:
-    """Model, tokenizer and statistics; the reference model brings its own statistics.
+def require_number(option: str, value: float | None, low: float, high: float = inf) -> None:
+    """Raises CarpoolError unless an option's number lies between two others, ends included; None was not given."""
+    if value is not None and not (low <= value <= high and abs(value) < inf):
+        span = f"{low:g} to {high:g}" if high < inf else f"{low:g} or more"
+        raise CarpoolError(f"{option} {value}: give {span}")
 
-    Plans that are impossible for the model's layers are refused before its weights are read.
-    """
+
+def open_model(model: str | None, plans: Sequence[AnyPlan] = ()) -> Opened:
+    """A model's layers and tokenizer, before its weights are read; plans that are impossible for it are refused."""
     from transformers.utils import logging
 
-    from carpool.hosts.transformers import load_model
-    from carpool.stats import Statistics
+    from carpool.hosts import transformers as host
 
     logging.disable_progress_bar()
 
@@ -49,10 +61,30 @@ def load(
             for plan in plans:
                 plan.check(layer.num_experts, layer.top_k)
 
-    loaded, tokenizer = load_model(model, check=check, device_map=device_map)
-    if stats is None and model is None:
-        stats = shipped_statistics()
-    return loaded, tokenizer, None if stats is None else Statistics.load(stats)
+    return host.open_model(model, check=check)
+
+
+def load(model: str | None, stats: Path | None, plans: Sequence[AnyPlan] = ()) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and statistics in one go."""
+    opened = open_model(model, plans)
+    return opened.weights(), opened.tokenizer, statistics_of(model, stats)
+
+
+def statistics_of(model: str | None, stats: Path | None) -> Any:
+    """The statistics that were named, or those that the reference model brings; None where there are none."""
+    from carpool.stats import Statistics
+
+    source = shipped_statistics() if stats is None and model is None else stats
+    return None if source is None else Statistics.load(source)
+
+
+def require_statistics(plans: Sequence[AnyPlan], stats: Any) -> None:
+    """Raises CarpoolError if a policy needs statistics and neither `stats` nor its own file has any."""
+    from carpool.hosts.transformers.plans import missing_statistics
+
+    for plan in plans:
+        if plan.policy.required_stats() and stats is None and getattr(plan, "statistics", None) is None:
+            raise missing_statistics(plan.policy)
 
 
 def shipped_statistics() -> Path | None:
@@ -79,10 +111,24 @@ def model_facts(loaded: Any, name: str | None) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A progress bar: call it with what was added; `say` prints a line above it."""
+
+    advance: Callable[[float], None]
+    say: Callable[[str], None]
+
+    def __call__(self, amount: float) -> None:
+        self.advance(amount)
+
+
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Any]:
-    """A progress bar on stderr with the remaining time; yields a function to call with what was added."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+def progress(what: str, total: float, unit: str | None = None) -> Iterator[Bar]:
+    """A bar on stderr with the remaining time; with a unit it counts (`3/8 trials`), else it shows a percentage."""
+    counted: list[ProgressColumn] = [TaskProgressColumn()]
+    if unit is not None:
+        counted = [MofNCompleteColumn(), TextColumn(unit)]
+    columns = (TextColumn("{task.description}"), BarColumn(), *counted, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True, soft_wrap=True, highlight=False), transient=True) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda amount: bar.advance(task, amount)
+        yield Bar(lambda amount: bar.advance(task, amount), lambda said: bar.console.print(escape(said)))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from carpool.cli.app import command
-from carpool.cli.common import embedded_texts, load, model_facts, progress
+from carpool.cli.common import embedded_texts, model_facts, open_model, progress, statistics_of
 
 JSON, PICTURE = "carpool-demo.json", "carpool-demo.png"
 
@@ -34,7 +34,8 @@ def demo(
     json_path, picture_path = (require_writable(output / name) for name in (JSON, PICTURE))
     paths = embedded_texts()
     documents = load_texts(paths)
-    model, tokenizer, statistics = load(None, None)
+    opened = open_model(None)
+    tokenizer, statistics = opened.tokenizer, statistics_of(None, None)
     numbers, series = load_demo()
     without = [one for one in series if statistics is None and any(plan.policy.required_stats() for plan in one.plans)]
     series = [one for one in series if one not in without]
@@ -45,8 +46,9 @@ def demo(
         sequence=numbers["sequence"], prefill=numbers["prefill"],
         batches=numbers["batches"] if batches is None else batches, seed=numbers["seed"],
     )  # fmt: skip
+    sequences = sequences_for(settings, documents, tokenizer, fewer="lower --batches")
+    model = opened.weights()
     require_possible(model, settings, statistics)
-    sequences = sequences_for(settings, documents, tokenizer)
     with progress("decoding in lockstep", settings.num_rows) as advance:
         (results,) = study(model, settings, sequences, stats=statistics, advance=advance)
     counts_RM = resample(results[0].measured.batches, settings.seed)

@@ -9,12 +9,22 @@ import typer
 from rich.console import Console
 
 from carpool.cli.app import command
-from carpool.cli.common import embedded_texts, load, model_facts, progress
+from carpool.cli.common import (
+    embedded_texts,
+    model_facts,
+    open_model,
+    progress,
+    require_statistics,
+    statistics_of,
+)
 from carpool.errors import CarpoolError
 
 if TYPE_CHECKING:
     from carpool.evaluate.check import Agreement
     from carpool.evaluate.study import Settings
+
+
+LOCKSTEP, BLOCKS = "lockstep", "block-diffusion"
 
 
 @command("evaluate")
@@ -23,9 +33,13 @@ def evaluate(
         str | None, typer.Argument(help="Folder or hub name of a transformers model; default: the reference model.")
     ] = None,
     policy: Annotated[
-        list[str] | None, typer.Option("--policy", "-p", help="'xshare(budget=16) | floor(0.3)'; may be repeated.")
+        list[str] | None,
+        typer.Option("--policy", "-p", help="'xshare(budget=16) | floor(0.3)', or a policy file; may be repeated."),
     ] = None,
-    group: Annotated[str, typer.Option(help="Rows that share a coreset: batch, request or block:n.")] = "batch",
+    group: Annotated[
+        str | None,
+        typer.Option(help="Rows that share a coreset: batch, request or block:n; default: batch, of blocks request."),
+    ] = None,
     batch: Annotated[str, typer.Option(help="Sequences that decode together, such as 1,4,16,64.")] = "16",
     text: Annotated[
         list[Path] | None,
@@ -33,7 +47,10 @@ def evaluate(
     ] = None,
     sequence: Annotated[int, typer.Option(help="Tokens of a sequence, prompt included.")] = 128,
     prefill: Annotated[int, typer.Option(help="Tokens of the prompt, which keeps its native routing.")] = 32,
-    tokens: Annotated[int, typer.Option(help="Decoded tokens to measure at every batch size.")] = 24_576,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Decoded tokens to measure at every batch size; default: 24,576, of blocks 2,048."),
+    ] = None,
     batches: Annotated[int | None, typer.Option(help="Batches at every batch size, in place of --tokens.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sequences and the intervals.")] = 0,
     stats: Annotated[
@@ -50,19 +67,50 @@ def evaluate(
         bool, typer.Option("--interference", help="Measure what its neighbours in the batch do to a sequence instead.")
     ] = False,
     co_batches: Annotated[int, typer.Option(help="With --interference: sets of neighbours of every sequence.")] = 16,
+    decode: Annotated[
+        str, typer.Option(help="lockstep, or block-diffusion for a model that fills masked blocks.")
+    ] = LOCKSTEP,
+    block_size: Annotated[int | None, typer.Option(help="Of block diffusion; default: the model's.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Of block diffusion: accepted probability; default: 0.9.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Of block diffusion: most forwards of a block.")] = None,
+    mask_token: Annotated[int | None, typer.Option(help="Of block diffusion: its id; default: the model's.")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Of block diffusion: autoregressive model that judges what was generated.")
+    ] = None,
 ) -> None:
-    """Decode a text in lockstep, stock and under policies, and compare experts read with quality."""
+    """Decode a text in lockstep, stock and under policies, and compare experts read with quality.
+
+    With --decode block-diffusion: denoise blocks of a text, and decode prompts.
+    """
     from carpool.batch import Grouping
     from carpool.evaluate.report import text_facts, write
     from carpool.evaluate.study import Settings, require_possible, sequences_for, study
     from carpool.evaluate.table import NOTE, table, wide_console
     from carpool.files import require_writable
-    from carpool.grammar import parse
+    from carpool.policy_file import PolicyFile, plan_or_file
     from carpool.texts import load_texts
 
     console = wide_console()
+    given = {one: plan_or_file(one) for one in policy or []}
+    plans = list(given.values())
+    unique = tuple(plan for place, plan in enumerate(plans) if plan not in plans[:place])
+    of_blocks = {
+        "block_size": block_size, "threshold": threshold, "steps": steps, "mask_token": mask_token, "judge": judge,
+    }  # fmt: skip
+    if is_block_diffusion(decode, of_blocks, {"--check-lockstep": check_lockstep, "--interference": interference}):
+        from carpool.cli.block_diffusion import evaluate_blocks
+
+        evaluate_blocks(
+            console, model, unique, Grouping.parse(group or "request"), batch_sizes(batch), text, sequence=sequence,
+            prefill=prefill, tokens=tokens, batches=batches, seed=seed, stats=stats, json_path=json_path,
+            allow_unchanged=allow_unchanged, **of_blocks,
+        )  # fmt: skip
+        return
+    group, tokens = group or "batch", 24_576 if tokens is None else tokens
     settings = Settings(
-        plans=tuple(dict.fromkeys(parse(one) for one in policy or [])),
+        plans=unique,
         grouping=Grouping.parse(group),
         batch_sizes=batch_sizes(batch),
         sequence=sequence, prefill=prefill, tokens=tokens, batches=batches, seed=seed, allow_unchanged=allow_unchanged,
@@ -75,10 +123,14 @@ def evaluate(
         require_writable(json_path)
     paths = text or embedded_texts()
     documents = load_texts(paths)
-    loaded, tokenizer, statistics = load(model, stats, settings.plans)
-    require_possible(loaded, settings, statistics)
+    opened = open_model(model, settings.plans)
+    statistics = statistics_of(model, stats)
+    require_statistics(settings.plans, statistics)
+    fewer = f"lower --sequence, --batch or {'--tokens' if batches is None else '--batches'}"
     with progress("tokenizing", sum(len(document.text) for document in documents)) as advance:
-        sequences = sequences_for(settings, documents, tokenizer, advance)
+        sequences = sequences_for(settings, documents, opened.tokenizer, advance, fewer=fewer)
+    loaded, tokenizer = opened.weights(), opened.tokenizer
+    require_possible(loaded, settings, statistics)
     if check_lockstep:
         _check(console, loaded, settings, sequences.ids_ST[:, :-1], statistics, json_path)
         return
@@ -86,6 +138,7 @@ def evaluate(
         "policies": [str(plan) for plan in settings.plans], "group": group, "batch": batch, "tokens": tokens,
         "batches": batches, "sequence": sequence, "prefill": prefill,
         "stats": None if stats is None else stats.name, "allow_unchanged": allow_unchanged,
+        "policy_files": text_facts([Path(text) for text, plan in given.items() if isinstance(plan, PolicyFile)]),
     }  # fmt: skip
     facts = {"texts": text_facts(paths), "seed": seed, "arguments": arguments}
     if interference:
@@ -109,6 +162,19 @@ def evaluate(
             **facts,
         )
         console.print(f"wrote {json_path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def is_block_diffusion(decode: str, of_blocks: dict[str, Any], of_lockstep: dict[str, bool]) -> bool:
+    """Which way to decode; raises CarpoolError for an unknown one, and for options of the other."""
+    if decode not in (LOCKSTEP, BLOCKS):
+        raise CarpoolError(f"--decode {decode!r}: use {LOCKSTEP} or {BLOCKS}")
+    blocks = decode == BLOCKS
+    given = [option for option, value in of_lockstep.items() if value]
+    if not blocks:
+        given = ["--" + name.replace("_", "-") for name, value in of_blocks.items() if value is not None]
+    if given:
+        raise CarpoolError(f"{given[0]} belongs to --decode {LOCKSTEP if blocks else BLOCKS}: leave one of them out")
+    return blocks
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:

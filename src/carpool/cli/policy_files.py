@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,8 @@ import typer
 from rich.console import Console
 
 from carpool.cli.app import command
+from carpool.cli.calibrate import require_windows
+from carpool.cli.common import open_model, progress, require_number, statistics_of
 from carpool.errors import CarpoolError
 
 SHOWN = 12  # experts that a warning names
@@ -23,18 +26,20 @@ def allow_list(
     output: Annotated[Path, typer.Option("--output", "-o", help="Policy file to write.")] = Path("policy.json"),
 ) -> None:
     """Write a policy file with the experts that a domain needs, a list for each layer (EASY-EP)."""
-    from carpool.calibrate.skipping import fixed_lists
+    from carpool.calibrate.skipping import domain_of, fixed_lists
     from carpool.files import require_writable
     from carpool.policies import AllowList
     from carpool.policy_file import Plan, PolicyFile
     from carpool.stats import Statistics
 
     console = Console()
+    number = _number(size)
     require_writable(output)
     given = Statistics.load(stats)
-    lists, unseen = fixed_lists(given, _number(size), domain)
+    domain = domain_of(given, domain)
+    lists, unseen = fixed_lists(given, number, domain)
     first = next(iter(lists.values()))
-    fixed: Any = AllowList(experts=tuple(first), fill=fill)  # type: ignore[arg-type]
+    fixed: Any = AllowList(experts=tuple(first), fill=fill)  # type: ignore[arg-type]  # checked there
     layers = {index: {"experts": experts} for index, experts in lists.items()}
     PolicyFile(Plan(fixed), layers=layers, model=_model(given)).save(output)
     if unseen:
@@ -69,13 +74,14 @@ def threshold(
     """Find the threshold that skips a share of the experts' work (MoDES, NAEE, top-p); write a policy file."""
     from carpool.calibrate import token_sequences
     from carpool.calibrate.skipping import STEPS, find_threshold
-    from carpool.cli.common import load, progress
     from carpool.files import require_writable
-    from carpool.hosts.transformers import find_layers, fingerprint
+    from carpool.hosts.transformers import fingerprint
     from carpool.policy_file import PolicyFile
     from carpool.texts import load_texts
 
     console = Console()
+    require_number("--skip", skip, 0, 1)
+    require_windows(tokens, sequence, seed)
     require_writable(output)
     if policy != "layer_threshold" and stats is not None:
         raise CarpoolError(f"{policy} needs no statistics; leave out --stats")
@@ -85,16 +91,16 @@ def threshold(
         if stats.resolve().parent != output.resolve().parent:
             raise CarpoolError(f"{stats} is not beside {output}: a policy file and its statistics lie in one folder")
     documents = load_texts(text or [])
-    loaded, tokenizer, given = load(model, stats)
-    windows = token_sequences(documents, tokenizer, tokens, sequence, seed)
+    opened, given = open_model(model), statistics_of(model, stats)
+    windows = token_sequences(documents, opened.tokenizer, tokens, sequence, seed)
+    loaded = opened.weights()
     with progress("searching", windows.ids_BT.numel() * (STEPS.bit_length() + 2)) as advance:
         found = find_threshold(loaded, policy, skip, windows.ids_BT, stats=given, progress=advance)
-    layers = find_layers(loaded)
     PolicyFile(
         found.plan,
         model={
-            "fingerprint": fingerprint(loaded), "num_layers": len(layers),
-            "num_experts": layers[0].num_experts, "top_k": layers[0].top_k,
+            "fingerprint": fingerprint(loaded), "num_layers": len(opened.layers),
+            "num_experts": opened.layers[0].num_experts, "top_k": opened.layers[0].top_k,
         },
         statistics=stats,
         curve=tuple({"threshold": value, "skipped": share} for value, share in found.tried),
@@ -107,11 +113,13 @@ def threshold(
 
 
 def _number(text: str) -> int | float:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
+    """Raises CarpoolError unless it is a whole number of experts, or a share in (0, 1]."""
+    with suppress(ValueError):
+        if int(text) >= 1:
+            return int(text)
+    with suppress(ValueError):
+        if 0 < float(text) <= 1:
+            return float(text)
     raise CarpoolError(f"--size {text!r}: give a number of experts (32) or a share of them (0.5)")
 
 

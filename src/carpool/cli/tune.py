@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from math import ceil, log2
 from pathlib import Path
@@ -14,14 +13,14 @@ import typer
 from rich.console import Console
 
 from carpool.cli.app import command
-from carpool.cli.common import embedded_texts, load, model_facts, progress, shipped_statistics
+from carpool.cli.common import embedded_texts, model_facts, open_model, progress, shipped_statistics
 from carpool.cli.evaluate import batch_sizes
 from carpool.errors import CarpoolError
 from carpool.files import atomic_path
 
 if TYPE_CHECKING:
+    from carpool.calibrate.sequences import Windows
     from carpool.evaluate.measure import MoE
-    from carpool.texts import Document
     from carpool.tune import Family, Found, Target
 
 RANK = 16  # of the surrogates, where statistics are made on the way
@@ -60,9 +59,9 @@ def tune(
 ) -> None:
     """Find the policy that reads least within a quality target, verify it on unseen text, write a policy file."""
     from carpool.batch import Grouping
-    from carpool.evaluate.study import Settings, describe, sequences_for
+    from carpool.calibrate import token_sequences
+    from carpool.evaluate.study import Settings, describe_layers, sequences_for
     from carpool.files import require_writable, sha256_file
-    from carpool.hosts.transformers import find_layers
     from carpool.policy_file import PolicyFile
     from carpool.stats import Statistics
     from carpool.texts import load_texts
@@ -81,33 +80,38 @@ def tune(
     paths = text or embedded_texts()
     halves = split(load_texts(paths), seed)
     data = [(path.name, sha256_file(path)) for path in paths]
-    loaded, tokenizer, _ = load(model, None, device_map=device_map)
-    moe = describe(loaded)
+    opened = open_model(model)
+    moe, indices = describe_layers(opened.layers), [layer.index for layer in opened.layers]
     families = [one for one in families if one.values(moe.experts, moe.top_k)]
+    fewer = "lower --sequence, --tokens or --batch"
+    parts = [sequences_for(settings, half, opened.tokenizer, fewer=fewer) for half in halves]
     source = stats or (shipped_statistics() if model is None else None)
+    windows = None
     if source is None and any(one.required_stats for one in families):
-        source = _calibrate(loaded, tokenizer, halves[0], output, seed, data)
+        windows = token_sequences(halves[0], opened.tokenizer, CALIBRATION, 256, seed)
+    loaded = opened.weights(device_map=device_map)
+    if windows is not None:
+        source = _calibrate(loaded, windows, output, seed, data)
     statistics = None if source is None else Statistics.load(source)
     facts = model_facts(loaded, model)
     ((layout, batches),) = settings.layouts()
-    indices = [layer.index for layer in find_layers(loaded)]
     memory = output.with_name(f".{output.name}.progress")
     depends = {
         "model": facts["fingerprint"], "texts": data, "group": group, "batch": batch,
         "sequence": sequence, "prefill": prefill, "tokens": tokens, "seed": seed,
         "statistics": None if source is None else sha256_file(source),
     }  # fmt: skip
-    with _progress(_expected(families, moe, len(indices) if per_layer else 0)) as (advance, say):
+    with progress("tuning", _expected(families, moe, len(indices) if per_layer else 0), "trials") as bar:
         search, verify = (
             Trials(
-                loaded, moe, sequences_for(settings, half, tokenizer), layout, batches,
-                stats=statistics, seed=seed, memory=kept, settings=depends, advance=advance,
+                loaded, moe, part, layout, batches,
+                stats=statistics, seed=seed, memory=kept, settings=depends, advance=lambda policy: bar(1),
             )
-            for half, kept in zip(halves, (memory, None), strict=True)
+            for part, kept in zip(parts, (memory, None), strict=True)
         )  # fmt: skip
         if search.points:
-            say(f"resuming after {len(search.points)} trials")
-        found = search_for(families, target, search, verify, indices, per_layer=per_layer, say=say)
+            bar.say(f"resuming after {len(search.points)} trials")
+        found = search_for(families, target, search, verify, indices, per_layer=per_layer, say=bar.say)
     PolicyFile(
         found.chosen.plan,
         found.chosen.layers,
@@ -125,11 +129,9 @@ def tune(
         raise typer.Exit(1)
 
 
-def _calibrate(
-    model: Any, tokenizer: Any, documents: list[Document], output: Path, seed: int, data: list[tuple[str, str]]
-) -> Path:
+def _calibrate(model: Any, windows: Windows, output: Path, seed: int, data: list[tuple[str, str]]) -> Path:
     """Statistics beside the policy file; those of an interrupted run are taken up."""
-    from carpool.calibrate import calibrate, token_sequences
+    from carpool.calibrate import calibrate
     from carpool.calibrate.surrogates import SurrogateFit
     from carpool.hosts.transformers import find_layers, fingerprint
     from carpool.stats import Statistics
@@ -140,18 +142,10 @@ def _calibrate(
         if (old.fingerprint, old.seed, list(old.data)) == (fingerprint(model), seed, data):
             return path
         raise CarpoolError(f"{path} holds other statistics; name it with --stats, move it, or choose another --output")
-    windows = token_sequences(documents, tokenizer, CALIBRATION, 256, seed)
-    done = 0
-    with progress("calibrating", windows.ids_BT.numel()) as advance:
-
-        def told(total: int) -> None:
-            nonlocal done
-            advance(total - done)
-            done = total
-
+    with progress("calibrating", windows.ids_BT.numel(), "tokens") as advance:
         made = calibrate(
             model, find_layers(model), windows.ids_BT, domains=windows.domains, data=data, seed=seed, energy=True,
-            collectors=[lambda layer: SurrogateFit(layer, RANK)], progress=told,
+            collectors=[lambda layer: SurrogateFit(layer, RANK)], progress=advance,
         )  # fmt: skip
     made.save(path)
     return path
@@ -173,18 +167,6 @@ def _expected(families: Sequence[Family], moe: MoE, layers: int) -> int:
 
     bisections = sum(ceil(log2(len(one.values(moe.experts, moe.top_k)) + 1)) for one in families)
     return bisections + len(STEPS) * layers + 6 + REPAIRS
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
-    """A bar on stderr; yields what to call with every trial, and a way to print a line above the bar."""
-    from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("tuning"), BarColumn(), MofNCompleteColumn(), TextColumn("trials"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True, soft_wrap=True, highlight=False), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda policy: bar.advance(task), lambda said: bar.console.print(escape(said))
 
 
 def _show(console: Console, found: Found, target: Target, output: Path, batch: int) -> None:

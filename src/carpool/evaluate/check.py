@@ -16,9 +16,8 @@ from torch import Tensor
 
 from carpool.batch import Batch
 from carpool.evaluate.layout import Layout
-from carpool.evaluate.lockstep import decoded_logits
-from carpool.grammar import Plan
 from carpool.pipeline import Outcome
+from carpool.policy_file import AnyPlan, stats_for
 
 NO_TOKEN = -1  # every row of a text votes, whatever its token
 
@@ -46,7 +45,7 @@ class Agreement:
     pairs: int
 
 
-def check_lockstep(model: Any, plan: Plan, ids_ST: Tensor, layout: Layout, *, stats: Any = None) -> Agreement:
+def check_lockstep(model: Any, plan: AnyPlan, ids_ST: Tensor, layout: Layout, *, stats: Any = None) -> Agreement:
     """Evaluate one batch both ways, in the model's precision.
 
     Args:
@@ -55,6 +54,7 @@ def check_lockstep(model: Any, plan: Plan, ids_ST: Tensor, layout: Layout, *, st
     Raises:
         CarpoolError: what `share` raises.
     """
+    stats = stats_for(plan, stats)
     lockstep_RV, lockstep_LNE = _lockstep(model, plan, ids_ST, layout, stats)
     decoded_RV, decoded_LNE = _decode(model, plan, ids_ST, layout, stats)
     p_RV, q_RV = decoded_RV.double().log_softmax(-1), lockstep_RV.double().log_softmax(-1)
@@ -86,7 +86,7 @@ def in_float64(model: Any) -> Iterator[None]:
             model.set_experts_implementation(implementation)
 
 
-def _lockstep(model: Any, plan: Plan, ids_ST: Tensor, layout: Layout, stats: Any) -> tuple[Tensor, Tensor]:
+def _lockstep(model: Any, plan: AnyPlan, ids_ST: Tensor, layout: Layout, stats: Any) -> tuple[Tensor, Tensor]:
     """Logits `[R, V]` and the experts read `[L, R, E]`, rows by sequence and position."""
     from carpool.hosts.transformers import share
 
@@ -98,11 +98,11 @@ def _lockstep(model: Any, plan: Plan, ids_ST: Tensor, layout: Layout, stats: Any
 
     batch = layout.batch(1, ids_ST.device)
     with torch.inference_mode(), share(model, plan, group=layout.grouping, stats=stats, batch=batch, observe=observe):
-        logits_RV = decoded_logits(model, ids_ST, layout)
+        logits_RV = layout.logits(model, ids_ST)
     return logits_RV, torch.stack([read[layer] for layer in sorted(read)])
 
 
-def _decode(model: Any, plan: Plan, ids_ST: Tensor, layout: Layout, stats: Any) -> tuple[Tensor, Tensor]:
+def _decode(model: Any, plan: AnyPlan, ids_ST: Tensor, layout: Layout, stats: Any) -> tuple[Tensor, Tensor]:
     """The same by decoding `stride` positions at a time after one pass over the prompts."""
     from carpool.hosts.transformers import share
 

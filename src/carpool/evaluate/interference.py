@@ -22,8 +22,8 @@ from carpool.evaluate.layout import Layout
 from carpool.evaluate.lockstep import compare, forward
 from carpool.evaluate.measure import LOGITS_PER_PASS, ROWS_PER_PASS, MoE
 from carpool.evaluate.sequences import Sequences
-from carpool.grammar import Plan
 from carpool.pipeline import Outcome
+from carpool.policy_file import AnyPlan
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999, 1.0)
 EDGES = tuple(10.0 ** (half / 2) for half in range(-16, 5))  # nats, of the histograms: 1e-8 to 100, two a decade
@@ -71,7 +71,7 @@ class Interference:
         worst_context: ids up to that token.
     """
 
-    plan: Plan | None
+    plan: AnyPlan | None
     layout: Layout
     sequences: int
     deals: int
@@ -93,7 +93,7 @@ class Interference:
 def interference(
     model: Any,
     moe: MoE,
-    plans: Sequence[Plan],
+    plans: Sequence[AnyPlan],
     sequences: Sequences,
     layout: Layout,
     deals: int,
@@ -143,7 +143,7 @@ class _Run:
     advance: Callable[[int], None]
     displaced: float = field(default=0.0)
 
-    def logits(self, plan: Plan, order_S: Tensor) -> Tensor:
+    def logits(self, plan: AnyPlan, order_S: Tensor) -> Tensor:
         """Logits `[R, V]` in the order of the sequences, which run in batches in the order given."""
         layout, made_S = self.layout, torch.empty(len(order_S), dtype=torch.int64)
         batches = max(1, ROWS_PER_PASS // (layout.rows * layout.positions))
@@ -162,7 +162,7 @@ class _Run:
         self.displaced = max(self.displaced, float(outcome.displaced_N.max()))
 
 
-def _measure(run: _Run, plan: Plan | None, stock_RV: Tensor, dealt: list[Tensor]) -> Interference:
+def _measure(run: _Run, plan: AnyPlan | None, stock_RV: Tensor, dealt: list[Tensor]) -> Interference:
     run.displaced = 0.0
     targets_R = run.ids_ST[:, run.layout.prefill + 1 :].flatten().to(stock_RV.device)
     losses, changes, agreements = list[Tensor](), list[Tensor](), list[Tensor]()

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from carpool.batch import Batch, Grouping
 from carpool.errors import CarpoolError
+
+
+class Steps(Protocol):
+    """What lockstep evaluation has to know of the rows of a pass; `Layout` says what the members mean."""
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def grouping(self) -> Grouping: ...
+
+    def batch(self, copies: int, device: torch.device | str = "cpu") -> Batch: ...
+
+    def by_step(self, values_S: Tensor, copies: int) -> Tensor: ...
+
+    def by_row(self, values_N: Tensor, copies: int) -> Tensor: ...
+
+    def logits(self, model: Any, ids_ST: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -98,3 +117,7 @@ class Layout:
     def by_row(self, values_N: Tensor, copies: int) -> Tensor:
         """Values of rows, summed over the decoded positions of each batch, `[M]`."""
         return values_N.view(copies, self.rows, self.positions)[..., self.prefill :].sum((1, 2))
+
+    def logits(self, model: Any, ids_ST: Tensor) -> Tensor:
+        """Logits `[R, V]` of the decoded positions, sequence by sequence, in the model's dtype."""
+        return model(input_ids=ids_ST, use_cache=False, logits_to_keep=self.decoded).logits.flatten(0, 1)

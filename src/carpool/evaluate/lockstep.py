@@ -18,10 +18,9 @@ from torch import Tensor
 
 from carpool.batch import Batch
 from carpool.errors import CarpoolError
-from carpool.evaluate.layout import Layout
-from carpool.grammar import Plan
+from carpool.evaluate.layout import Steps
 from carpool.pipeline import Outcome
-from carpool.policy_file import PolicyFile
+from carpool.policy_file import AnyPlan, stats_for
 
 CHUNK = 1 << 19  # logits that are compared at a time; 2 MiB in float32 stay in a cache
 Observer = Callable[[int, Batch, Outcome], None]
@@ -36,7 +35,7 @@ class Watch:
         shares: bytes of one surrogate over those of one expert, by layer; `bytes` counts both in experts.
     """
 
-    def __init__(self, layout: Layout, copies: int) -> None:
+    def __init__(self, layout: Steps, copies: int) -> None:
         self.layout, self.copies = layout, copies
         self.sums: dict[int, Tensor] = {}
         self.shares: list[float] = []
@@ -76,9 +75,9 @@ class Pass:
 
 def forward(
     model: Any,
-    plan: Plan | PolicyFile,
+    plan: AnyPlan,
     ids_ST: Tensor,
-    layout: Layout,
+    layout: Steps,
     *,
     num_layers: int,
     stats: Any = None,
@@ -89,7 +88,7 @@ def forward(
     Args:
         ids_ST: inputs, int64 `[M * B, T]`.
         num_layers: MoE layers of the model; fewer that report mean that a router was bypassed.
-        stats: statistics for policies that need some.
+        stats: statistics for policies that need some; a policy file may name its own.
         observe: told what every layer did, too.
 
     Raises:
@@ -107,20 +106,15 @@ def forward(
         if observe is not None:
             observe(layer, batch, outcome)
 
-    how: dict[str, Any] = {"group": layout.grouping, "stats": stats, "batch": batch, "observe": seen}
+    how: dict[str, Any] = {"group": layout.grouping, "stats": stats_for(plan, stats), "batch": batch, "observe": seen}
     with torch.inference_mode(), share(model, plan, **how) as run:
         watch.shares = run.surrogate_shares()
-        logits_RV = decoded_logits(model, ids_ST.to(device), layout)
+        logits_RV = layout.logits(model, ids_ST.to(device))
     if len(watch.sums) != num_layers:
         raise CarpoolError(
             f"{plan} ran in {len(watch.sums)} of {num_layers} MoE layers: the model does not use its routers"
         )
     return Pass(logits_RV, torch.stack([watch.sums[layer] for layer in sorted(watch.sums)]))
-
-
-def decoded_logits(model: Any, ids_ST: Tensor, layout: Layout) -> Tensor:
-    """Logits `[R, V]` of the decoded positions in the model's dtype."""
-    return model(input_ids=ids_ST, use_cache=False, logits_to_keep=layout.decoded).logits.flatten(0, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,11 +15,12 @@ from carpool.errors import CarpoolError
 from carpool.evaluate.bootstrap import Array
 from carpool.evaluate.details import Details
 from carpool.evaluate.layout import Layout
-from carpool.evaluate.lockstep import LAYER_FIELDS, Pass, compare, decoded_logits, forward
+from carpool.evaluate.lockstep import LAYER_FIELDS, Pass, compare, forward
 from carpool.evaluate.sequences import Sequences
 from carpool.grammar import Plan
 from carpool.guards import MinBatch
 from carpool.policies import TopK
+from carpool.policy_file import AnyPlan, PolicyFile
 
 ROWS_PER_PASS = 4096  # small batches are stacked up to so many rows
 LOGITS_PER_PASS = 1 << 28  # ... and so many logits: 1 GiB in float32
@@ -53,7 +54,7 @@ class Measured:
         details: which experts each domain reads, and the rows that lose most.
     """
 
-    plan: Plan | None
+    plan: AnyPlan | None
     layout: Layout
     domains: tuple[str, ...]
     layers: dict[str, Array]
@@ -84,7 +85,7 @@ class Measured:
 def measure(
     model: Any,
     moe: MoE,
-    plans: Sequence[Plan],
+    plans: Sequence[AnyPlan],
     sequences: Sequences,
     layout: Layout,
     batches: int,
@@ -161,7 +162,7 @@ def passes(model: Any, sequences: Sequences, layout: Layout, batches: int) -> li
 
 def _require_untouched(model: Any, ids_SX: Tensor, layout: Layout, stock: Pass) -> None:
     with torch.inference_mode():
-        plain_RV = decoded_logits(model, ids_SX[:, :-1].to(stock.logits_RV.device), layout)
+        plain_RV = layout.logits(model, ids_SX[:, :-1].to(stock.logits_RV.device))
     if not torch.equal(plain_RV, stock.logits_RV):
         raise CarpoolError("counting the experts that stock reads changed the model's logits; please report this model")
 
@@ -171,8 +172,9 @@ def _require_changed(result: Measured, stock: Measured, moe: MoE) -> None:
     if result.changed_rows or result.plan is None:
         return
     voters = result.layout.rows * result.layout.stride // result.layout.groups
-    limit = result.plan.policy.limit(moe.experts, moe.top_k)
-    fits = isinstance(limit, int) and limit >= min(moe.experts, voters * moe.top_k)
+    plans = result.plan.plans if isinstance(result.plan, PolicyFile) else [result.plan]
+    limits = [plan.policy.limit(moe.experts, moe.top_k) for plan in plans]
+    fits = all(isinstance(limit, int) and limit >= min(moe.experts, voters * moe.top_k) for limit in limits)
     waits = result.plan.policy.kind == "group" and any(
         isinstance(guard, MinBatch) and guard.voters > voters for guard in result.plan.guards
     )
@@ -184,7 +186,7 @@ def _require_changed(result: Measured, stock: Measured, moe: MoE) -> None:
 
 
 class _Tally:
-    def __init__(self, plan: Plan | None, layout: Layout, sequences: Sequences, moe: MoE) -> None:
+    def __init__(self, plan: AnyPlan | None, layout: Layout, sequences: Sequences, moe: MoE) -> None:
         self.plan, self.layout, self.domains = plan, layout, sequences.domains
         self.details = Details.empty(len(sequences.domains), moe.layers, moe.experts)
         self.layers: list[Tensor] = []

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from carpool.errors import CarpoolError
 
+FEWER = "take fewer or shorter sequences"
+
 
 class Document(Protocol):
     """A text and the domain it belongs to."""
@@ -46,6 +48,7 @@ def draw(
     length: int,
     seed: int,
     progress: Callable[[int], None] | None = None,
+    fewer: str = FEWER,
 ) -> Sequences:
     """Draw `count` windows of `length + 1` tokens without overlap.
 
@@ -54,6 +57,7 @@ def draw(
 
     Args:
         progress: told the characters of every document that is tokenized.
+        fewer: what to do, beside adding text, where the texts do not hold so many.
 
     Raises:
         CarpoolError: the texts do not hold that many windows.
@@ -71,7 +75,7 @@ def draw(
     if available < count:
         raise CarpoolError(
             f"the texts hold {available} separate sequences of {length + 1} tokens and {count} are needed: "
-            "add text, or lower --sequence, --tokens, --batches or --batch"
+            f"add text, or {fewer}"
         )
     domains = tuple(sorted(name for name, pool in pools.items() if pool))
     queues = [sorted(pools[name], reverse=True) for name in domains]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from carpool.batch import Grouping
 from carpool.errors import CarpoolError
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.measure import MoE, measure
 from carpool.evaluate.metrics import Result, results
-from carpool.evaluate.sequences import Document, Sequences, draw
-from carpool.grammar import Plan
+from carpool.evaluate.sequences import FEWER, Document, Sequences, draw
+from carpool.policy_file import AnyPlan, stats_for
+
+if TYPE_CHECKING:
+    from carpool.hosts.transformers import MoELayer
 
 Advance = Callable[[int], None]
 
@@ -22,7 +25,7 @@ class Settings:
     """What to evaluate.
 
     Attributes:
-        plans: policies, bare or with guards.
+        plans: policies, bare or with guards, or policy files.
         grouping: which rows share a coreset.
         batch_sizes: sequences that decode together; every size uses the same sequences as far as it needs them.
         sequence: inputs of a sequence, prompt included. prefill: of these, the prompt.
@@ -32,7 +35,7 @@ class Settings:
         allow_unchanged: a plan may change no row.
     """
 
-    plans: tuple[Plan, ...]
+    plans: tuple[AnyPlan, ...]
     grouping: Grouping
     batch_sizes: tuple[int, ...]
     sequence: int = 128
@@ -81,7 +84,11 @@ def describe(model: Any) -> MoE:
     """
     from carpool.hosts.transformers import find_layers
 
-    layers = find_layers(model)
+    return describe_layers(find_layers(model))
+
+
+def describe_layers(layers: Sequence[MoELayer]) -> MoE:
+    """The same from the layers; raises CarpoolError where they differ."""
     shapes = sorted({(layer.num_experts, layer.top_k) for layer in layers})
     if len(shapes) > 1:
         raise CarpoolError(f"the model's layers differ in (experts, experts per token): {shapes}; not supported yet")
@@ -103,17 +110,22 @@ def require_possible(model: Any, settings: Settings, stats: Any) -> None:
         plan.check(moe.experts, moe.top_k)
     two_tokens = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
     for plan in settings.plans:
-        with torch.inference_mode(), share(model, plan, group=settings.grouping, stats=stats):
+        with torch.inference_mode(), share(model, plan, group=settings.grouping, stats=stats_for(plan, stats)):
             model(input_ids=two_tokens, use_cache=False)
 
 
 def sequences_for(
-    settings: Settings, documents: Iterable[Document], tokenizer: Any, progress: Advance | None = None
+    settings: Settings,
+    documents: Iterable[Document],
+    tokenizer: Any,
+    progress: Advance | None = None,
+    *,
+    fewer: str = FEWER,
 ) -> Sequences:
-    """The sequences that the largest batch size needs (others use the first of them)."""
+    """The sequences that the largest batch size needs (others use the first of them); raises as `draw` does."""
     return draw(
         documents, tokenizer, count=settings.num_sequences, length=settings.sequence, seed=settings.seed,
-        progress=progress,
+        progress=progress, fewer=fewer,
     )  # fmt: skip
 
 

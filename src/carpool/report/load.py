@@ -99,6 +99,7 @@ def load(paths: Sequence[Path]) -> tuple[list[Evaluation], list[Interference]]:
     """
     if not paths:
         raise CarpoolError("no results were given: name one or more JSON files of `carpool evaluate --json`")
+    _require_distinct(paths)
     labels: list[str] = []
     for path in paths:
         label, count = path.stem, 2
@@ -118,11 +119,27 @@ def load(paths: Sequence[Path]) -> tuple[list[Evaluation], list[Interference]]:
     return evaluations, interferences
 
 
-def _content(path: Path) -> dict[str, Any]:
+def _require_distinct(paths: Sequence[Path]) -> None:
+    """The same results twice would look like two measurements."""
+    seen: dict[bytes, Path] = {}
+    for path in paths:
+        content = _bytes(path)
+        first = seen.setdefault(content, path)
+        if first is not path:
+            same = "is given twice" if first == path else f"holds the same results as {first}"
+            raise CarpoolError(f"{path} {same}; name each file of results once")
+
+
+def _bytes(path: Path) -> bytes:
     try:
-        content = json.loads(path.read_bytes())
+        return path.read_bytes()
     except OSError as error:
         raise CarpoolError(f"cannot read the results {path}: {error.strerror}") from None
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_bytes(path))
     except (ValueError, RecursionError):
         raise CarpoolError(f"{path} is not JSON; give a file that `carpool evaluate --json` wrote") from None
     if not isinstance(content, dict) or content.get("kind") not in (KIND, INTERFERENCE):

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from carpool.hosts.transformers.hooks import Attachment, attach
 from carpool.hosts.transformers.layers import MoELayer, find_layers, fingerprint
-from carpool.hosts.transformers.loading import load_model
+from carpool.hosts.transformers.loading import Opened, load_model, open_model
 from carpool.hosts.transformers.run import Run, share
 
-__all__ = ["Attachment", "MoELayer", "Run", "attach", "find_layers", "fingerprint", "load_model", "share"]
+__all__ = [
+    "Attachment",
+    "MoELayer",
+    "Opened",
+    "Run",
+    "attach",
+    "find_layers",
+    "fingerprint",
+    "load_model",
+    "open_model",
+    "share",
+]

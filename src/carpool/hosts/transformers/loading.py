@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +16,101 @@ from carpool.hosts.transformers.layers import MoELayer, find_layers
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def load_model(
-    path: str | Path | None = None,
-    *,
-    dtype: torch.dtype | str | None = None,
-    device_map: Any = None,
-    check: Callable[[list[MoELayer]], None] = lambda layers: None,
-) -> tuple[Any, Any]:
-    """A causal language model with MoE layers, in evaluation mode, and its tokenizer.
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A model whose weights are not read yet.
+
+    Attributes:
+        layers: its MoE layers, without weights.
+        tokenizer: the model's.
+    """
+
+    layers: list[MoELayer]
+    tokenizer: Any
+    _source: str
+    _config: Any
+    _where: dict[str, Any]
+
+    def weights(self, dtype: torch.dtype | str | None = None, device_map: Any = None) -> Any:
+        """The model in evaluation mode; arguments as of `load_model`.
+
+        Raises:
+            CarpoolError: no weights, or weights that do not fit.
+        """
+        source = self._source
+        if dtype is None:
+            dtype = torch.float32 if device_map is None else "auto"
+        given = {"config": self._config, "dtype": dtype, "device_map": device_map, "output_loading_info": True}
+        kind = auto_class(self._config)
+        model, info = _try(source, "weights", lambda: kind.from_pretrained(source, **given, **self._where))
+        lacking = sorted(map(str, info.get("missing_keys", ()))) + sorted(map(str, info.get("mismatched_keys", ())))
+        if lacking:
+            raise CarpoolError(
+                f"{source}: the weights lack {lacking[0]} and {len(lacking) - 1} more; download them again"
+            )
+        return model.eval()
+
+
+def open_model(
+    path: str | Path | None = None, *, check: Callable[[list[MoELayer]], None] = lambda layers: None
+) -> Opened:
+    """A model's layers and tokenizer, before any weight is read.
 
     Args:
         path: a folder in transformers format, or a name `organisation/model` on the Hugging Face hub; None is the
             reference model (`carpool[demo]`).
-        dtype: of the weights; default fp32, or the checkpoint's own where a `device_map` is given.
-        device_map: passed on to transformers; default: the CPU.
-        check: is shown the model's MoE layers before any weight is read, and may raise.
+        check: is shown the model's MoE layers, and may raise.
 
     Raises:
-        CarpoolError: no such folder or model, no configuration, weights or tokenizer in it, weights that do not fit,
-            a dense model, or a router Carpool does not know.
+        CarpoolError: no such folder or model, no configuration or tokenizer in it, a family without a class that
+            predicts text, a dense model, or a router Carpool does not know.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
-    source, local = _source(path)
+    source, local = source_of(path)
     where: dict[str, Any] = {"local_files_only": local}
     config = _try(source, "configuration", lambda: AutoConfig.from_pretrained(source, **where))
+    kind = auto_class(config)
+    if kind.__name__ == "AutoModel":
+        raise CarpoolError(
+            f"{source}: transformers has no class of the family {config.model_type} that predicts text from text; "
+            "use it in code of your own, with carpool.share(model, ...)"
+        )
     with torch.device("meta"):  # the architecture alone, before gigabytes are read
-        shell = _try(source, "configuration", lambda: AutoModelForCausalLM.from_config(config))
-    check(find_layers(shell))
+        shell = _try(source, "configuration", lambda: kind.from_config(config))
+    layers = find_layers(shell)
+    check(layers)
     tokenizer = _try(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(source, **where))
-    if dtype is None:
-        dtype = torch.float32 if device_map is None else "auto"
-    model, info = _try(
-        source,
-        "weights",
-        lambda: AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, device_map=device_map, output_loading_info=True, **where
-        ),
-    )
-    lacking = sorted(map(str, info.get("missing_keys", ()))) + sorted(map(str, info.get("mismatched_keys", ())))
-    if lacking:
-        raise CarpoolError(f"{source}: the weights lack {lacking[0]} and {len(lacking) - 1} more; download them again")
-    return model.eval(), tokenizer
+    return Opened(layers, tokenizer, source, config, where)
 
 
-def _source(path: str | Path | None) -> tuple[str, bool]:
+def load_model(
+    path: str | Path | None = None, *, dtype: torch.dtype | str | None = None, device_map: Any = None
+) -> tuple[Any, Any]:
+    """A language model with MoE layers, in evaluation mode, and its tokenizer.
+
+    Args:
+        path: as of `open_model`.
+        dtype: of the weights; default fp32, or the checkpoint's own where a `device_map` is given.
+        device_map: passed on to transformers; default: the CPU.
+
+    Raises:
+        CarpoolError: what `open_model` raises; no weights, or weights that do not fit.
+    """
+    opened = open_model(path)
+    return opened.weights(dtype, device_map), opened.tokenizer
+
+
+def auto_class(config: Any) -> Any:
+    """What builds a model from a configuration: the class for causal language models, else the one for images and
+    text (it takes text alone, too), else the one that predicts nothing."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel)
+    return next((kind for kind in kinds if type(config) in kind._model_mapping), AutoModelForCausalLM)
+
+
+def source_of(path: str | Path | None) -> tuple[str, bool]:
     """Where to load from, and whether that is a folder."""
     if path is None:
         try:

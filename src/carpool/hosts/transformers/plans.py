@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from carpool.errors import CarpoolError
 from carpool.grammar import Plan
 from carpool.hosts.transformers.layers import MoELayer, fingerprint
+from carpool.policies.base import Policy
 from carpool.policy_file import PolicyFile
 from carpool.surrogates import Surrogates
 
@@ -64,19 +65,25 @@ def prepare(
     return prepared
 
 
+def missing_statistics(policy: Policy) -> CarpoolError:
+    """What to say to somebody who gave none."""
+    from carpool.stats import made_by
+
+    name = policy.required_stats()[0]
+    return CarpoolError(
+        f"{policy} needs the statistic {name!r}; "
+        f"make it with `{made_by(name)} MODEL -o stats.safetensors` and pass stats='stats.safetensors'"
+    )
+
+
 def _load(
     model: nn.Module, policies: PolicyFile, layers: list[MoELayer], stats: str | Path | Statistics | None
 ) -> Statistics:
-    from carpool.stats import Statistics, made_by
+    from carpool.stats import Statistics
 
     source = policies.statistics if stats is None else stats
     if source is None:
-        policy = policies.plan.policy
-        name = policy.required_stats()[0]
-        raise CarpoolError(
-            f"{policy} needs the statistic {name!r}; "
-            f"make it with `{made_by(name)} MODEL -o stats.safetensors` and pass stats='stats.safetensors'"
-        )
+        raise missing_statistics(policies.policy)
     loaded = source if isinstance(source, Statistics) else Statistics.load(source)
     loaded.check(fingerprint(model), [layer.index for layer in layers], layers[0].num_experts)
     return loaded
