@@ -84,7 +84,7 @@ def test_nothing_is_read_from_the_device() -> None:
     assert routed("oea(1)").union_SE.sum() == 2
 
 
-def routed_without_values():  # type: ignore[no-untyped-def]
+def routed_without_values():
     from carpool import Batch, RouteSpec, parse, route
 
     return route(parse("oea(1) | floor(0.3)"), RouteSpec(top_k=2), torch.randn(3, 6), Batch.of(3))

@@ -127,7 +127,7 @@ def test_refused_in_one_sentence(text: str) -> None:
 @pytest.mark.parametrize("thing", [None, 3, b"oea(4)", ["oea(4)"], OEA])
 def test_only_texts_policies_and_plans(thing: object) -> None:
     with pytest.raises(CarpoolError, match="a policy is a text"):
-        parse(thing)  # type: ignore[arg-type]
+        parse(thing)
 
 
 @given(st.text(max_size=60) | st.text("xoeaker(){}[]|=,.'\"0123456789-_ \n", max_size=60))

@@ -94,7 +94,7 @@ def test_what_register_refuses(installed: list[EntryPoint], fields: dict[str, ob
 @pytest.mark.parametrize("thing", [int, parse, Policy, "oea"], ids=repr)
 def test_only_policies_register(installed: list[EntryPoint], thing: object) -> None:
     with pytest.raises(CarpoolError):
-        register(thing)  # type: ignore[arg-type]
+        register(thing)
 
 
 def test_registering_twice_is_harmless(installed: list[EntryPoint]) -> None:

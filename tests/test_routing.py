@@ -164,7 +164,7 @@ def test_column_sums_do_not_depend_on_the_order_of_rows() -> None:
 @pytest.mark.parametrize("experts", [33, 60, 128])
 def test_a_rows_scores_do_not_depend_on_its_place(scoring: str, experts: int) -> None:
     """Vectorised kernels end a tensor with another exp than the one for its bulk."""
-    spec = RouteSpec(top_k=2, scoring=scoring)  # type: ignore[arg-type]
+    spec = RouteSpec(top_k=2, scoring=scoring)
     generator = torch.Generator().manual_seed(0)
     logits_NE = torch.randn(40, experts, generator=generator) * 3
     together = spec.scores(logits_NE)[1]

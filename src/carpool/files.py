@@ -121,7 +121,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     try:
         with safe_open(path, framework="pt") as file:
             # copies: what is read stays as it is when somebody writes over the file
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no iterable
             return tensors, dict(file.metadata() or {})
     except (SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise CarpoolError(f"{path} is no safetensors file, or is damaged or truncated ({error})") from None

@@ -71,14 +71,16 @@ def parse(text: str | Policy | Plan) -> Plan:
     first, *rest = (_build(name, args, kwargs) for name, args, kwargs in parts)
     if not isinstance(first, Policy):
         raise CarpoolError(f"{first} is a guard; a policy text starts with a policy ({', '.join(policies())})")
+    guards: list[Guard] = []
     for part in rest:
         if not isinstance(part, Guard):
             raise CarpoolError(f"{part} is a second policy; only guards ({', '.join(GUARDS)}) may follow the first")
-    names = [part.name for part in rest]
+        guards.append(part)
+    names = [guard.name for guard in guards]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise CarpoolError(f"{twice} is given twice in {_short(text)}: write each guard once")
-    return Plan(first, tuple(rest))  # type: ignore[arg-type]
+    return Plan(first, tuple(guards))
 
 
 def _short(text: str) -> str:
@@ -105,16 +107,15 @@ def _call(node: ast.expr, text: str) -> tuple[str, list[Any], dict[str, Any]]:
 
 
 def _literal(node: ast.expr, name: str) -> Any:
+    for part in ast.walk(node):  # however deep: Python refuses to print a number of thousands of digits
+        if isinstance(part, ast.Constant) and isinstance(part.value, int | float) and not part.value <= 2**53:
+            raise CarpoolError(f"a number beyond 2**53 in {_short(name)}; no parameter takes one")
     try:
-        value = ast.literal_eval(node)
+        return ast.literal_eval(node)
     except (ValueError, TypeError):  # TypeError: an unhashable key
         raise CarpoolError(
             f"{_short(ast.unparse(node))} is not a literal; values are numbers, strings and lists"
         ) from None
-    for number in value if isinstance(value, list | tuple) else (value,):
-        if isinstance(number, int | float) and not -(2**53) <= number <= 2**53:
-            raise CarpoolError(f"a number beyond 2**53 in {name!r}; no parameter takes one")
-    return value
 
 
 def _build(name: str, args: list[Any], kwargs: dict[str, Any]) -> Policy | Guard:

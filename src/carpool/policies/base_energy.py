@@ -64,7 +64,7 @@ class BASE(Policy):
         """Bool `[G, E]`."""
         # one matrix product in float32: like the router's logits, its last bits may depend on the number of rows
         require(inputs.hidden_NH is not None, "base needs the router's input; this host does not hand it on")
-        hidden_NH = inputs.hidden_NH.float()  # type: ignore[union-attr]
+        hidden_NH = inputs.hidden_NH.float()  # type: ignore[union-attr]  # required above
         log_NE = torch.addmm(inputs.stats["energy_bias"], hidden_NH, inputs.stats["energy_weight"])
         energy_NE = log_NE.exp().clamp_max(MAX_ENERGY) * self.weight_NE(inputs).square()
         size = resolve_budget("budget", self.budget, inputs.num_experts)

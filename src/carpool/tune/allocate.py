@@ -36,10 +36,7 @@ def allocations(layers: Mapping[int, Steps], *, keep_quality: bool, most: int = 
     found: dict[tuple[tuple[int, int], ...], tuple[float, float]] = {}
     for low, high in pairwise(edges):
         price = (low + high) / 2
-        chosen = {
-            layer: min(steps, key=lambda step, steps=steps: steps[step][0] + price * steps[step][1])  # type: ignore[misc]
-            for layer, steps in layers.items()
-        }
+        chosen = {layer: _cheapest(steps, price) for layer, steps in layers.items()}
         kl, share = (sum(layers[layer][step][which] for layer, step in chosen.items()) for which in (0, 1))
         found[tuple(chosen.items())] = (kl, share)
     bound, gain = (0, 1) if keep_quality else (1, 0)
@@ -47,3 +44,8 @@ def allocations(layers: Mapping[int, Steps], *, keep_quality: bool, most: int = 
     # sums are not exact: allocations just outside the bound are worth a trial too
     outside = sorted((one for one in found if found[one][bound] > 0), key=lambda one: found[one][bound])
     return [dict(one) for one in [*inside[: most // 2], *outside[: most - most // 2]]]
+
+
+def _cheapest(steps: Steps, price: float) -> int:
+    """The step of a layer with the least KL plus `price` times its share."""
+    return min(steps, key=lambda step: steps[step][0] + price * steps[step][1])
