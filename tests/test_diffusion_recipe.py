@@ -41,7 +41,8 @@ def model(recipe):
     model = recipe("train").build_model(config, vocab_size=MASK + 1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(4)  # so that attention and routers tell tokens apart
+            if parameter.dim() >= 2:
+                parameter.mul_(4)  # so that attention and routers tell tokens apart
     return model
 
 
@@ -102,6 +103,29 @@ def test_gradients_are_those_of_the_weighted_loss(recipe, model):
     assert even == pytest.approx(balance.item())
     for name, p in model.named_parameters():
         torch.testing.assert_close(ours[name], p.grad, rtol=1e-5, atol=1e-9, msg=name)
+
+
+def test_kernels_have_the_gradients_of_what_they_compute(recipe):
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, apply_rotary_pos_emb
+
+    kernels = recipe("kernels")
+    torch.manual_seed(0)
+    norm = Qwen3MoeRMSNorm(8).double()
+    norm.weight.data.uniform_(0.5, 2)
+    cos_SD, sin_SD = (torch.randn(5, 4).repeat(1, 2).double() for _ in range(2))
+    x = torch.randn(2, 3, 5, 4, 8, dtype=torch.float64, requires_grad=True)
+    theirs, _ = apply_rotary_pos_emb(norm(x), norm(x), cos_SD[None], sin_SD[None], unsqueeze_dim=2)
+    pairs = {
+        "norm": (lambda: kernels.rms_norm(norm, x), lambda: norm(x)),
+        "rotary": (lambda: kernels.head_norm_rotary(norm, x, (cos_SD, sin_SD)), lambda: theirs.transpose(2, 3)),
+    }
+    for name, (ours, plain) in pairs.items():
+        found = [compute() for compute in (ours, plain)]
+        weight = torch.randn_like(found[0])
+        gradients = [torch.autograd.grad((y * weight).sum(), [x, norm.weight]) for y in found]
+        torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6, msg=name)  # transformers' norm goes through fp32
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_noise_is_uniform_over_levels_and_weighs_every_block_alike(recipe):

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from kernels import head_norm_rotary, rms_norm
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
-from transformers.models.qwen3_moe.modeling_qwen3_moe import apply_rotary_pos_emb
 
 SPAN = 64  # queries of one attention call, so that it need not look at keys far ahead; block sizes must divide it
 HEAD_ROWS = 512
@@ -103,32 +103,33 @@ def attention_masks(start: int, block_B: list[int], copies: int, groups: int, dt
 def attend(attention: nn.Module, normed_BRSH: Tensor, rotary: tuple, masks: list[Masks], last: bool) -> Tensor:
     """Attention of all rows before the output projection; of the noisy ones alone if `last`."""
     head, groups = attention.head_dim, attention.num_key_value_groups
-    queries_from = 1 if last else 0  # nobody looks at what the clean row becomes after the last layer
-    q = attention.q_norm(attention.q_proj(normed_BRSH[:, queries_from:]).unflatten(-1, (-1, head)))
-    k = attention.k_norm(attention.k_proj(normed_BRSH).unflatten(-1, (-1, head)))
-    v = attention.v_proj(normed_BRSH).unflatten(-1, (-1, head)).transpose(2, 3)
-    q, k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2)
-    q, k = q.transpose(2, 3), k.transpose(2, 3)  # [B, R, heads, S, D]
-    rows, copies = k.shape[0], k.shape[1] - 1
+    copies = normed_BRSH.shape[1] - 1
+    asking = normed_BRSH[:, 1:] if last else normed_BRSH  # nobody reads what the clean row becomes in the last layer
+    q = head_norm_rotary(attention.q_norm, attention.q_proj(asking).unflatten(-1, (-1, head)), rotary)
+    k = head_norm_rotary(attention.k_norm, attention.k_proj(normed_BRSH).unflatten(-1, (-1, head)), rotary)
+    v = attention.v_proj(normed_BRSH).unflatten(-1, (-1, head)).transpose(2, 3)  # [B, R, heads, S, D]
 
-    def call(q_XQSD: Tensor, k_XTKD: Tensor, v_XTKD: Tensor, mask: Tensor) -> Tensor:
-        folded = q_XQSD.reshape(len(q_XQSD), -1, groups * SPAN, head)  # query heads that share keys, one below another
-        out = scaled_dot_product_attention(folded, k_XTKD, v_XTKD, attn_mask=mask, scale=attention.scaling)
-        return out.reshape(len(q_XQSD), -1, SPAN, head).transpose(1, 2).flatten(2)  # [X, SPAN, heads * D]
+    def call(q_BXQSD: Tensor, k_BXTKD: Tensor, v_BXTKD: Tensor, mask: Tensor) -> Tensor:
+        keys, values = k_BXTKD.flatten(0, 1), v_BXTKD.flatten(0, 1)
+        folded = q_BXQSD.reshape(len(keys), -1, groups * SPAN, head)  # query heads that share keys, one below another
+        out = scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=attention.scaling)
+        out = out.reshape(len(keys), -1, SPAN, head).transpose(1, 2).flatten(2)
+        return out.unflatten(0, q_BXQSD.shape[:2])  # [B, X, SPAN, heads * D]
 
-    def keys(x: Tensor, start: int, end: int) -> Tensor:
-        shared = x[:, :1, :, :end].expand(-1, copies, -1, -1, -1)
-        return torch.cat([shared, x[:, 1:, :, start:end]], dim=3).flatten(0, 1)
-
+    # splits, not slices: the gradient of a slice is as large as what it was cut from
+    clean_k, noisy_k, clean_v, noisy_v = (
+        part.split(SPAN, dim=3) for x in (k, v) for part in x.split([1, copies], dim=1)
+    )
+    *clean_q, noisy_q = (part.split(SPAN, dim=3) for part in q.split([copies] if last else [1, copies], dim=1))
     spans = []
     for index, mask in enumerate(masks):
-        start, end = index * SPAN, (index + 1) * SPAN
-        noisy_q = q[:, 1 - queries_from :, :, start:end].flatten(0, 1)
-        out = call(noisy_q, keys(k, start, end), keys(v, start, end), mask.noisy).unflatten(0, (rows, copies))
-        if not last:
-            clean = call(q[:, 0, :, start:end], k[:, 0, :, :end], v[:, 0, :, :end], mask.clean)
-            out = torch.cat([clean[:, None], out], dim=1)
-        spans.append(out)
+        past_k, past_v = torch.cat(clean_k[: index + 1], dim=3), torch.cat(clean_v[: index + 1], dim=3)
+        keys, values = (
+            torch.cat([past.expand(-1, copies, -1, -1, -1), own[index]], dim=3)
+            for past, own in ((past_k, noisy_k), (past_v, noisy_v))
+        )
+        parts = [call(clean_q[0][index], past_k, past_v, mask.clean)] if clean_q else []
+        spans.append(torch.cat([*parts, call(noisy_q[index], keys, values, mask.noisy)], dim=1))
     return torch.cat(spans, dim=2)
 
 
@@ -141,18 +142,19 @@ def masked_states(model: PreTrainedModel, batch: Noised) -> Tensor:
     tokens_BRS = torch.cat([batch.clean_BS[:, None], batch.noisy_BCS], dim=1)
     hidden = inner.embed_tokens(tokens_BRS)
     length, copies = tokens_BRS.shape[2], batch.noisy_BCS.shape[1]
-    rotary = inner.rotary_emb(hidden, torch.arange(length)[None])
+    cos_1SD, sin_1SD = inner.rotary_emb(hidden, torch.arange(length)[None])
     groups = inner.layers[0].self_attn.num_key_value_groups
     masks = [attention_masks(start, batch.block_B, copies, groups, hidden.dtype) for start in range(0, length, SPAN)]
     for layer in inner.layers:
         last = layer is inner.layers[-1]
-        mixed = attend(layer.self_attn, layer.input_layernorm(hidden), rotary, masks, last)
+        normed = rms_norm(layer.input_layernorm, hidden)
+        mixed = attend(layer.self_attn, normed, (cos_1SD[0], sin_1SD[0]), masks, last)
         if last:
             hidden, mixed = hidden[:, 1:][batch.masked_BCS], mixed[batch.masked_BCS]
         hidden = hidden + layer.self_attn.o_proj(mixed)
-        normed = layer.post_attention_layernorm(hidden)
+        normed = rms_norm(layer.post_attention_layernorm, hidden)
         hidden = hidden + layer.mlp(normed.reshape(1, -1, normed.shape[-1])).view_as(hidden)
-    return inner.norm(hidden)
+    return rms_norm(inner.norm, hidden)
 
 
 def head_gradients(weight_VH: Tensor, states_MH: Tensor, targets_M: Tensor, scale_M: Tensor) -> tuple:
