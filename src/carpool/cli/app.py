@@ -38,4 +38,4 @@ def command(name: str) -> Callable[[Callable], Callable]:
     return register
 
 
-from carpool.cli import calibrate, demo, doctor, evaluate, policies, policy_files, report, tune  # noqa: E402, F401
+from carpool.cli import calibrate, demo, diffuse, doctor, evaluate, policies, policy_files, report, tune  # noqa: E402, F401
