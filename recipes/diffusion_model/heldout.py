@@ -31,10 +31,11 @@ from experts import register  # noqa: E402
 from rich.progress import track  # noqa: E402
 from train import batch_at  # noqa: E402
 
-WINDOWS = 32  # of each domain
+WINDOWS = 24  # of each domain
 AT_ONCE = 8
 SHARES = [0.25, 0.5, 0.75, 1.0]
-BOUND_COPIES = 4  # noisy copies with levels as in training, for the bound
+BOUND_COPIES = 2  # noisy copies with levels as in training, for the bound
+UNTRAINED_SHARE = 0.5
 SEED = 0
 
 
@@ -59,18 +60,23 @@ def losses(model: PreTrainedModel, batch: Noised) -> Tensor:
 
 
 @torch.inference_mode()
-def denoising(model: PreTrainedModel, text_WS: np.ndarray, size: int, label: str) -> dict[str, np.ndarray]:
-    """Mean loss of each window `[W]`: at every share of masked tokens, and `bound` (see `noised`)."""
+def denoising(
+    model: PreTrainedModel, text_WS: np.ndarray, size: int, shares: list[float], copies: int, label: str
+) -> dict[str, np.ndarray]:
+    """Mean loss of each window `[W]` at every share of masked tokens; `bound` from so many copies (see `noised`)."""
     rng = np.random.default_rng((SEED, size))
     mask_id = model.config.vocab_size - 1
     found: list[Tensor] = []
     for clean in track(np.split(text_WS, range(AT_ONCE, len(text_WS), AT_ONCE)), label):
         clean_BS = torch.from_numpy(clean)
-        at_share = losses(model, noised_to(clean_BS, size, SHARES, mask_id, rng)).nanmean(-1)
-        batch = noised(clean_BS, [size], BOUND_COPIES, mask_id, rng)
-        bound = (losses(model, batch).nan_to_num() * batch.weight_BCS).mean((1, 2))
-        found.append(torch.cat([at_share, bound[:, None]], dim=1))
-    return dict(zip([*map(str, SHARES), "bound"], torch.cat(found).numpy().T, strict=True))
+        losses_BX = losses(model, noised_to(clean_BS, size, shares, mask_id, rng)).nanmean(-1)
+        if copies:
+            batch = noised(clean_BS, [size], copies, mask_id, rng)
+            bound_B = (losses(model, batch).nan_to_num() * batch.weight_BCS).mean((1, 2))
+            losses_BX = torch.cat([losses_BX, bound_B[:, None]], dim=1)
+        found.append(losses_BX)
+    names = [*map(str, shares), *(["bound"] if copies else [])]
+    return dict(zip(names, torch.cat(found).numpy().T, strict=True))
 
 
 @torch.inference_mode()
@@ -126,18 +132,16 @@ def measure(work: Path, folder: Path, reference_folder: Path) -> dict:
         counts_LE[:] = 0
         blocks = {}
         for size in train["block_sizes"]:
-            loss = denoising(model, text_WS, size, f"{domain}, blocks of {size}")
+            loss = denoising(model, text_WS, size, SHARES, BOUND_COPIES, f"{domain}, blocks of {size}")
             blocks[str(size)] = {name: float(loss_W.mean()) for name, loss_W in loss.items()}
             blocks[str(size)]["bound_interval"] = interval(loss["bound"][:, None], rng)
         share_LDE.append(counts_LE / counts_LE.sum(1, keepdims=True))
         size = train["default_block_size"]
+        untrained = denoising(before, text_WS, size, [UNTRAINED_SHARE], 0, f"{domain}, before adaptation")
         domains[domain] = {
             "windows": len(text_WS),
             "denoising": blocks,
-            "before_adaptation": {
-                name: float(loss_W.mean())
-                for name, loss_W in denoising(before, text_WS, size, f"{domain}, before adaptation").items()
-            },
+            "before_adaptation": float(untrained[str(UNTRAINED_SHARE)].mean()),
             "next_token": float(next_token(reference, text_WS).mean()),
             "unigram": float(unigram_loss(rows_RS, model.config.vocab_size, text_WS.ravel()).mean()),
         }

@@ -32,7 +32,7 @@ def loss_rows(facts: dict) -> list[tuple]:
     for domain, found in facts["domains"].items():
         loss = found["denoising"][size]
         low, high = loss["bound_interval"]
-        beside = [found["next_token"], found["unigram"], found["before_adaptation"]["0.5"]]
+        beside = [found["next_token"], found["unigram"], found["before_adaptation"]]
         cells = [f"{loss[name]:.2f}" for name in COLUMNS]
         rows.append((domain, *cells, f"{low:.2f} to {high:.2f}", *(f"{value:.2f}" for value in beside)))
     return rows
