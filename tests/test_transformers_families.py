@@ -100,7 +100,7 @@ def test_other_routers_are_refused() -> None:
     class NewRouter(nn.Module):
         pass
 
-    with pytest.raises(CarpoolError, match=r"0 is a NewRouter, a router Carpool does not know; it knows: .*qwen3_moe"):
+    with pytest.raises(CarpoolError, match="0 is a NewRouter, a router Carpool does not know; use a model"):
         find_layers(nn.ModuleList([Block(NewRouter())]))
     with pytest.raises(CarpoolError, match="0 routes inside its own forward"):
         find_layers(nn.ModuleList([Block(nn.Linear(4, 8))]))

@@ -10,10 +10,15 @@ import pytest
 import torch
 from tiny_models import tiny_config, tiny_model, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-from carpool import CarpoolError
-from carpool.hosts.transformers import load_model
+from carpool import CarpoolError, Grouping, parse
+from carpool.calibrate import calibrate
+from carpool.evaluate.layout import Layout
+from carpool.evaluate.measure import measure
+from carpool.evaluate.sequences import Sequences
+from carpool.evaluate.study import describe
+from carpool.hosts.transformers import find_layers, load_model
 
 
 def save(folder: Path, model: Any, *, tokenizer: bool = True) -> Path:
@@ -97,9 +102,41 @@ def test_a_model_without_its_tokenizer(tmp_path: Path) -> None:
 
 def test_models_without_experts_or_of_unknown_families(tmp_path: Path) -> None:
     dense = AutoModelForCausalLM.from_config(tiny_config("qwen3"))
-    assert "Qwen3ForCausalLM has no mixture-of-experts layer" in refusal(save(tmp_path / "dense", dense))
+    said = refusal(save(tmp_path / "dense", dense))
+    assert "Qwen3ForCausalLM has no mixture-of-experts layer: it is a dense model" in said
+    assert len(said) < 250  # no list of all families
     phimoe = tiny_model("phimoe", num_local_experts=4)
     assert "PhimoeTopKRouter" in refusal(save(tmp_path / "phimoe", phimoe))
+
+
+VISION = {
+    "qwen3_vl_moe": {"out_hidden_size": 32, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    "glm4v_moe": {"out_hidden_size": 32, "image_size": 28},
+}
+
+
+@pytest.mark.parametrize("family", VISION)
+def test_models_for_images_take_text_alone(tmp_path: Path, family: str) -> None:
+    """Loaded, calibrated and measured like any other, though transformers has no causal class of the family."""
+    small = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, **VISION[family]}
+    text = tiny_config(f"{family}_text").to_dict()
+    config = AutoConfig.for_model(family, text_config=text, vision_config=small)
+    torch.manual_seed(0)
+    save(tmp_path, AutoModelForImageTextToText.from_config(config))
+    model, _ = load_model(tmp_path)
+    assert type(model).__name__.endswith("ForConditionalGeneration")
+    stats = calibrate(model, find_layers(model), tokens(rows=16, length=24))
+    assert set(stats.layers) == {0, 1}
+    sequences = Sequences(tokens(rows=8, length=10), torch.zeros(8, dtype=torch.int64), ("text",))
+    layout = Layout(4, 9, 3, Grouping.parse("batch"))
+    stock, shared = measure(model, describe(model), [parse("oea(k0=1)")], sequences, layout, 2)
+    assert shared.changed_rows > 0
+    assert shared.layers["union"].sum() < stock.layers["union"].sum()
+
+
+def test_families_that_predict_no_text(tmp_path: Path) -> None:
+    tiny_model("openai_privacy_filter").save_pretrained(tmp_path)
+    assert "no class of the family openai_privacy_filter that predicts text" in refusal(tmp_path)
 
 
 def test_a_hub_name_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

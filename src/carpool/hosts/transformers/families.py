@@ -239,7 +239,7 @@ def rule_of(router: nn.Module, where: str) -> Rule:
     """The rule of a router's class.
 
     Raises:
-        CarpoolError: the class is unknown; the message names it, the module and the known families.
+        CarpoolError: the class is unknown; the message names it and the module.
     """
     for kind in type(router).__mro__:
         if kind.__name__ in RULES:
@@ -250,5 +250,6 @@ def rule_of(router: nn.Module, where: str) -> Rule:
             "has no seam; use the model's class in transformers instead of code that came with the weights"
         )
     raise CarpoolError(
-        f"{where} is a {type(router).__name__}, a router Carpool does not know; it knows: {', '.join(known_families())}"
+        f"{where} is a {type(router).__name__}, a router Carpool does not know; use a model of a family in "
+        "docs/families.md, or add a rule for this router to carpool/hosts/transformers/families.py"
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from carpool.errors import CarpoolError
-from carpool.hosts.transformers.families import Rule, known_families, rule_of
+from carpool.hosts.transformers.families import Rule, rule_of
 from carpool.hosts.transformers.refused import refuse
 from carpool.routing import RouteSpec, Routing
 
@@ -85,8 +85,8 @@ def find_layers(model: nn.Module) -> list[MoELayer]:
     layers = [layer for layer in found if layer.rule.only in ("", layer.name.rsplit(".", 1)[-1])]
     if not layers:
         raise CarpoolError(
-            f"{type(model).__name__} has no mixture-of-experts layer that Carpool can hook "
-            f"(a dense model, or experts without a router module); it knows: {', '.join(known_families())}"
+            f"{type(model).__name__} has no mixture-of-experts layer: it is a dense model, or its experts have no "
+            "router module that Carpool could hook (docs/families.md lists the families it knows)"
         )
     by_index: dict[int, MoELayer] = {}
     for layer in layers:
