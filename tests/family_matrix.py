@@ -72,6 +72,8 @@ def forward(model: Any) -> torch.Tensor:
     """Logits, or hidden states of a model without a head."""
     if hasattr(model, "codec_embedding"):  # a talker that is fed embeddings
         return model(inputs_embeds=model.codec_embedding(tokens()))[0]
+    if hasattr(model.config, "canvas_length"):  # a decoder that denoises a canvas after a prompt
+        return model(input_ids=tokens(seed=2), decoder_input_ids=tokens())[0]
     return model(input_ids=tokens())[0]
 
 

@@ -150,6 +150,17 @@ MORE: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention"] * 2, "o_groups": 2, "o_lora_rank": 8, "q_lora_rank": 16,
         "qk_rope_head_dim": 8, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8,
     },
+    "diffusion_gemma": {
+        "text_config": COMMON | {
+            "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 16, "layer_types": ["full_attention"] * 2,
+            "global_head_dim": 16,
+        },
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
+            "num_key_value_heads": 1, "head_dim": 16,
+        },
+        "canvas_length": 8,
+    },
 }  # fmt: skip
 
 # other settings of a family that make it route in another way
@@ -174,11 +185,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "jamba": {"num_experts": 4},
     "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 32},
     "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"]},
-    "diffusion_gemma": {
-        "text_config": COMMON | {
-            "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16, "layer_types": ["full_attention"] * 2,
-        },
-    },
     "doge": {"is_moe": True, "num_experts": 4},
     "nllb-moe": {"d_model": 32, "num_experts": 4, "encoder_layers": 2, "decoder_layers": 2, "encoder_sparse_step": 1},
     "switch_transformers": {"d_model": 32, "num_layers": 2, "num_experts": 4, "num_sparse_encoder_layers": 2},
@@ -192,7 +198,7 @@ CLASSES = {
     "deepseek_ocr2_text": "DeepseekOcr2TextModel",
     "ernie4_5_vl_moe_text": "Ernie4_5_VLMoeTextModel",
     "step3p5": "Step3p7TextModel",
-    "diffusion_gemma": "DiffusionGemmaDecoderModel",
+    "diffusion_gemma": "DiffusionGemmaForBlockDiffusion",
     "vitpose_backbone": "VitPoseBackbone",
 }
 

@@ -35,6 +35,7 @@ class Rule:
         arguments: attributes of the block that it hands to the router after the hidden states.
         unflattened: the router takes hidden states `[B, S, H]` only, not rows.
         only: name of the one block that is shared where several of a layer route the same way.
+        part: name of the one part of the model that is shared where several have layers of the same numbers.
         num_experts, top_k: `E` and `K`.
         note: what its users should know.
     """
@@ -52,6 +53,7 @@ class Rule:
     arguments: tuple[str, ...] = ()
     unflattened: bool = False
     only: str = ""
+    part: str = ""
     num_experts: str = "num_experts"
     top_k: str = "top_k"
     note: str = ""
@@ -155,6 +157,13 @@ RULES: dict[str, Rule] = {
         note="its identity experts count as experts, although reading them costs nothing",
     ),
     "Gemma4TextRouter": GEMMA,
+    "DiffusionGemmaTextRouter": replace(
+        GEMMA,
+        family="diffusion_gemma",
+        part="decoder",
+        note="its denoising passes, a canvas a request; what its encoder reads, prompts and finished canvases, is not "
+        "shared",
+    ),
     # softmax over the selected logits
     "GptOssTopKRouter": SELECTED,
     "GraniteMoeTopKRouter": replace(SELECTED, family="granitemoe"),

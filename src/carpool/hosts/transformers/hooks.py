@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from carpool.errors import CarpoolError
 from carpool.hosts.transformers.conformance import check_on_random
-from carpool.hosts.transformers.layers import MoELayer, find_layers
+from carpool.hosts.transformers.denoising import watch
+from carpool.hosts.transformers.layers import MoELayer, entrance, find_layers
 
 if TYPE_CHECKING:
     from carpool.hosts.transformers.run import Run
@@ -28,13 +29,14 @@ class Attachment:
     Attributes:
         layers: the model's MoE layers.
         run: what the hooks serve at the moment; None is stock.
+        finished: which rows of a batch `generate` keeps denoising for nothing; None where the model's loop has none.
     """
 
     def __init__(self, model: nn.Module, layers: list[MoELayer]) -> None:
         self.layers = layers
         self.run: Run | None = None
-        # the inner model is called by every way in: the whole model, `generate`, or the inner model itself
-        inner = getattr(model, "base_model", model)
+        self.finished = watch(model)
+        inner = entrance(model, layers)
         self._handles: list[RemovableHandle] = [
             inner.register_forward_pre_hook(_Before(self), with_kwargs=True),
             inner.register_forward_hook(_After(self)),
@@ -44,6 +46,8 @@ class Attachment:
             self._handles.append(layer.experts.register_forward_hook(_Supplement(self, position), with_kwargs=True))
 
     def remove(self) -> None:
+        if self.finished is not None:
+            self.finished.remove()
         for handle in self._handles:
             handle.remove()
 

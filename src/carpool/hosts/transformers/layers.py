@@ -83,6 +83,8 @@ def find_layers(model: nn.Module) -> list[MoELayer]:
     refuse(model)
     found = [_layer(name, block, router) for name, block in model.named_modules() if (router := _router(block))]
     layers = [layer for layer in found if layer.rule.only in ("", layer.name.rsplit(".", 1)[-1])]
+    # a model that is one part alone does not name the part
+    layers = [layer for layer in layers if layer.rule.part in ("", *layer.name.split("."))] or layers
     if not layers:
         raise CarpoolError(
             f"{type(model).__name__} has no mixture-of-experts layer: it is a dense model, or its experts have no "
@@ -96,6 +98,14 @@ def find_layers(model: nn.Module) -> list[MoELayer]:
                 "share one part of the model at a time, such as model.thinker"
             )
     return layers
+
+
+def entrance(model: nn.Module, layers: list[MoELayer]) -> nn.Module:
+    """The module that all ways into the layers lead through: the whole model's, `generate`'s, the inner model's own."""
+    names, part = layers[0].name.split("."), layers[0].rule.part
+    if part in names:
+        return model.get_submodule(".".join(names[: names.index(part) + 1]))
+    return getattr(model, "base_model", model)
 
 
 def fingerprint(model: nn.Module) -> str:

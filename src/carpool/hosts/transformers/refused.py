@@ -30,9 +30,6 @@ REFUSED: dict[str, Refusal] = {
     "JambaSparseMoeBlock": Refusal("jamba", "its block chooses and weighs experts itself, after the router"),
     "Llama4Router": Refusal("llama4", "transformers runs all of its experts on every token: there is nothing to save"),
     "DeepseekV4HashRouter": Refusal("deepseek_v4", "token ids, not scores, choose the experts of its first layers"),
-    "DiffusionGemmaTextRouter": Refusal(
-        "diffusion_gemma", "its encoder and its decoder route different tokens in layers of the same number"
-    ),
     "DogeCDMoE": Refusal("doge", "its experts are rows of an embedding, picked by product keys"),
     "NllbMoeTop2Router": Refusal("nllb_moe", "its experts have a capacity, and the router drops tokens beyond it"),
     "SwitchTransformersTop1Router": Refusal(

@@ -1,7 +1,8 @@
 """Who the rows of a forward pass are, read from the arguments of the model's forward.
 
-A row is a token of the flattened `[B, S]` input. Two layouts: padded (`generate`, plain forwards) with one request
-a row of the batch, and packed (continuous batching: `B = 1`, requests end to end, `cu_seq_lens_q` has their ends).
+A row is a token of the flattened `[B, S]` input. Three layouts: padded (`generate`, plain forwards) with one request
+a row of the batch; packed (continuous batching: `B = 1`, requests end to end, `cu_seq_lens_q` has their ends); and
+canvases, which a block-diffusion decoder denoises in place (`decoder_input_ids`).
 """
 
 from __future__ import annotations
@@ -32,15 +33,25 @@ class RowRules:
     pad_token_id: int | None = None
 
 
-def build_batch(rules: RowRules, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
+def build_batch(
+    rules: RowRules, args: tuple[Any, ...], kwargs: Mapping[str, Any], finished_B: Tensor | None = None
+) -> Batch:
     """The batch of one forward of a transformers model, without a host sync.
 
     With the grouping `position`, a pass over several positions stands for as many decoding steps, one a position
     (teacher forcing): nothing in it is a prompt.
 
+    Args:
+        rules: how rows are read.
+        args, kwargs: of the forward.
+        finished_B: canvases that are computed although their request is done with them; None: there are none.
+
     Raises:
-        CarpoolError: the forward was given neither token ids nor embeddings.
+        CarpoolError: the forward was given neither token ids nor embeddings, or cannot be grouped as asked.
     """
+    canvas = kwargs.get("decoder_input_ids")
+    if isinstance(canvas, Tensor):
+        return _canvases(rules, canvas, finished_B)
     tokens, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
     shaped = embeds if tokens is None else tokens
     if not isinstance(shaped, Tensor):
@@ -68,6 +79,25 @@ def _padded(
         positions_N = _positions(kwargs, B, S, column_N)
         given |= groups_of(rules.grouping, request_N, B, positions_N, S)
     return _finish(rules, B * S, device, given)
+
+
+def _canvases(rules: RowRules, canvas_BS: Tensor, finished_B: Tensor | None) -> Batch:
+    """Rows of canvases: all are real, none is a prompt, and blocks are counted from the start of the canvas.
+
+    A finished canvas has no vote, and its output is thrown away. In a group of its own it would have nobody to choose
+    for it and read what it likes; so it rides in the group of the first request that is not finished.
+    """
+    if rules.grouping.kind == "position":
+        raise CarpoolError("a denoising pass is one step for all positions; group by 'request', 'block:n' or 'batch'")
+    (B, S), device = canvas_BS.shape, canvas_BS.device
+    request_B = torch.arange(B, device=device)
+    given: dict[str, Any] = {"request_N": request_B.repeat_interleave(S), "num_requests": B}
+    seat_B = request_B
+    if finished_B is not None:
+        given["voter_N"] = ~finished_B.repeat_interleave(S)
+        seat_B = torch.where(finished_B, (~finished_B).to(torch.int8).argmax(), request_B)
+    given |= groups_of(rules.grouping, seat_B.repeat_interleave(S), B, torch.arange(S, device=device).repeat(B), S)
+    return Batch.of(B * S, device=device, prefill_N=torch.zeros(B * S, dtype=torch.bool, device=device), **given)
 
 
 def _packed(rules: RowRules, N: int, ends: Tensor, position_ids: Tensor | None) -> Batch:

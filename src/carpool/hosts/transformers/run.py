@@ -53,6 +53,7 @@ class Run:
         self.batch = batch
         self._rules = rules
         self._prepared = prepared
+        self._finished = attachment.finished
         self._observe = observe
         self._checked: set[int] = set()
         self._current: Batch | None = None
@@ -77,7 +78,8 @@ class Run:
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the model's forward: find out who the rows are."""
         self._seen, self._left = set(), {}
-        self._current = build_batch(self._rules, args, kwargs) if self.batch is None else self.batch
+        finished_B = None if self._finished is None else self._finished.rows_B
+        self._current = build_batch(self._rules, args, kwargs, finished_B) if self.batch is None else self.batch
 
     def end(self) -> None:
         """After the model's forward; raises CarpoolError if a layer's router was not called in it."""
