@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -20,11 +21,11 @@ def about() -> None:
     """Share experts between the tokens of a batch: measure, calibrate, compare."""
 
 
-def command(name: str) -> Callable[[Callable], Callable]:
-    """Register a command whose CarpoolErrors are printed as one sentence, with exit code 2."""
+def command(name: str, **settings: Any) -> Callable[[Callable], Callable]:
+    """Register a command whose CarpoolErrors are printed as one sentence, with exit code 2; `settings` are typer's."""
 
     def register(function: Callable) -> Callable:
-        @app.command(name)
+        @app.command(name, **settings)
         @functools.wraps(function)
         def guarded(*args: object, **kwargs: object) -> None:
             try:
@@ -38,4 +39,5 @@ def command(name: str) -> Callable[[Callable], Callable]:
     return register
 
 
-from carpool.cli import calibrate, demo, diffuse, doctor, evaluate, policies, policy_files, report, tune  # noqa: E402, F401
+# below `command`, which these modules register themselves with
+from carpool.cli import calibrate, demo, diffuse, doctor, evaluate, lm_eval, policies, policy_files, report, tune  # noqa: E402, F401

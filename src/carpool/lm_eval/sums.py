@@ -1,0 +1,86 @@
+"""What a policy did in the decoding steps of a task, for its results; a policy that changed nothing is no result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import carpool
+from carpool.batch import Batch, Grouping
+from carpool.errors import CarpoolError
+from carpool.pipeline import Outcome
+from carpool.policy_file import AnyPlan, PolicyFile
+
+FIELDS = ("rows", "changed_rows", "steps", "experts_read", "experts_natively", "displaced_mass")
+
+
+class Sums:
+    """Sums over layers and decoding steps, on the device; `share` calls it after every layer's routing."""
+
+    def __init__(self) -> None:
+        self._total_F: Tensor | None = None
+
+    def __call__(self, layer: int, batch: Batch, outcome: Outcome) -> None:
+        decoded_N = batch.real_N & ~batch.exempt_N
+        decoded_S1 = batch.step_any(decoded_N.unsqueeze(-1))
+        values = (
+            decoded_N.sum(), (outcome.changed_N & decoded_N).sum(), decoded_S1.sum(),
+            (outcome.union_SE & decoded_S1).sum(), (outcome.natural_SE & decoded_S1).sum(),
+            (outcome.displaced_N * decoded_N).sum(),
+        )  # fmt: skip
+        self._add(torch.stack([value.double() for value in values]))
+
+    def add(self, **counted: float) -> None:
+        """Add sums by field, all of `FIELDS`."""
+        self._add(torch.tensor([float(counted[name]) for name in FIELDS], dtype=torch.float64))
+
+    def _add(self, values_F: Tensor) -> None:
+        self._total_F = values_F if self._total_F is None else self._total_F + values_F.to(self._total_F.device)
+
+    def totals(self) -> dict[str, float]:
+        """By field; `rows` and `steps` count every layer."""
+        values = [0.0] * len(FIELDS) if self._total_F is None else self._total_F.tolist()
+        return dict(zip(FIELDS, values, strict=True))
+
+    def require_changed(self, plan: AnyPlan, allow_unchanged: bool) -> None:
+        """Raises CarpoolError if nothing was routed otherwise than natively."""
+        if not allow_unchanged and not self.totals()["changed_rows"]:
+            raise CarpoolError(
+                f"{plan} changed no row: it is an identity setting or did nothing, and the scores would be the stock "
+                "model's; pass allow_unchanged=True if that is what you want"
+            )
+
+
+def facts(plan: AnyPlan, sums: Sums, **given: Any) -> dict[str, Any]:
+    """For results: the policy, counts over layers, and means a layer and step (experts) or a row (displaced mass)."""
+    total = sums.totals()
+    steps, rows = max(total["steps"], 1), max(total["rows"], 1)
+    layers = {"layers": {str(index): own for index, own in plan.layers.items()}} if isinstance(plan, PolicyFile) else {}
+    return {
+        "version": carpool.__version__,
+        "policy": str(plan),
+        **layers,
+        **given,
+        "rows": int(total["rows"]),
+        "changed_rows": int(total["changed_rows"]),
+        "experts_read": total["experts_read"] / steps,
+        "experts_natively": total["experts_natively"] / steps,
+        "displaced_mass": total["displaced_mass"] / rows,
+    }
+
+
+def require_company(plan: AnyPlan, grouping: Grouping, batch_size: int) -> None:
+    """Raises CarpoolError for the harness's default of one request at a time, where nobody shares with anybody."""
+    if batch_size == 1 and plan.policy.kind == "group" and grouping.kind in ("batch", "position"):
+        raise CarpoolError(
+            f"batch_size=1: under {plan} requests that decode together share experts, so one alone measures something "
+            "else; give the number that decode together where you serve"
+        )
+
+
+def require_no_cache(cache_hook: Any) -> None:
+    """Raises CarpoolError for the harness's cache of answers, which does not know the policy they were given under."""
+    if getattr(cache_hook, "dbdict", None) is not None:
+        raise CarpoolError("use_cache keeps answers without the policy they were given under: leave it out")
