@@ -123,11 +123,30 @@ def run(row: Row, text: str, logits_NE: Tensor, batch: Batch) -> Outcome:
     return route(plan, RouteSpec(top_k=8), logits_NE, replace(batch, **extras), stats=stats, hidden_NH=hidden_NH)
 
 
-def replay(row: Row, group: str, co_batches: int) -> int:
-    """Compare; returns the number of victims' rows that were changed by the policy, so that nothing passes inert."""
+def stacked(steps: list[tuple[Tensor, Batch]]) -> tuple[Tensor, Batch]:
+    """Several steps of an engine in one call, their groups and requests apart."""
+    logits, batches = zip(*steps, strict=True)
+    rows = torch.tensor([len(batch.group_N) for batch in batches])
+
+    def apart(name: str, counts: list[int]) -> Tensor:
+        starts = torch.tensor([0, *counts[:-1]]).cumsum(0).repeat_interleave(rows)
+        return torch.cat([getattr(batch, name) for batch in batches]) + starts
+
+    groups, requests = [batch.num_groups for batch in batches], [batch.num_requests for batch in batches]
+    together = Batch(
+        apart("group_N", groups), sum(groups), *(torch.cat([getattr(batch, name) for batch in batches])
+        for name in ("real_N", "voter_N", "exempt_N")), apart("step_N", [1] * len(batches)), len(batches),
+        request_N=apart("request_N", requests), num_requests=sum(requests),
+    )  # fmt: skip
+    return torch.cat(logits), together
+
+
+def replay(row: Row, group: str, co_batches: int, at_once: int = 1) -> int:
+    """Compare victims alone with the same victims among `at_once` co-batches each; returns the number of victims' rows
+    that were changed by the policy, so that nothing passes inert."""
     rng, changed = random.Random(f"{row.name} {group}"), 0
     texts = row.texts(64, 8)
-    for turn in range(co_batches):
+    for turn in range(co_batches // at_once):
         text = texts[turn % len(texts)] + GUARDS[turn // len(texts) % len(GUARDS)]
         start = rng.randrange(len(captured()) - 16)
         mine = [Request(captured()[start : start + 3], "mine")]
@@ -135,17 +154,20 @@ def replay(row: Row, group: str, co_batches: int) -> int:
             mine += [Request(captured()[start + 4 + i : start + 6 + i], "mine", prompt=i == 2) for i in range(3)]
         if group == "batch":  # token-local policies: a single row
             mine = [Request(captured()[start : start + 1])]
-        alone_NE, alone = engine_batch(mine, group)
-        expected = run(row, text, alone_NE, alone)
-        everyone = [(request, True) for request in mine] + [(r, False) for r in strangers(rng, rng.randrange(1, 16))]
-        rng.shuffle(everyone)
-        order = [request for request, _ in everyone]
-        together_NE, together = engine_batch(order, group, padding=rng.choice((0, 0, 3)))
-        found = run(row, text, together_NE, together)
-        starts = np.cumsum([0, *(len(request.logits_NE) for request in order)])
-        where = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in (index(order, request) for request in mine)])
-        assert torch.equal(found.routing.ids_NK[where], expected.routing.ids_NK), text
-        assert torch.equal(found.routing.weights_NK[where], expected.routing.weights_NK), text
+        expected = run(row, text, *engine_batch(mine, group))
+        steps, where, before = list[tuple[Tensor, Batch]](), list[Tensor](), 0
+        for _ in range(at_once):
+            order = [*mine, *strangers(rng, rng.randrange(1, 16))]
+            rng.shuffle(order)
+            steps.append(engine_batch(order, group, padding=rng.choice((0, 0, 3))))
+            starts = np.cumsum([before, *(len(request.logits_NE) for request in order)])
+            places = (index(order, request) for request in mine)
+            where.append(torch.cat([torch.arange(starts[i], starts[i + 1]) for i in places]))
+            before += len(steps[-1][0])
+        found = run(row, text, *(steps[0] if at_once == 1 else stacked(steps)))
+        for rows_N in where:
+            assert torch.equal(found.routing.ids_NK[rows_N], expected.routing.ids_NK), text
+            assert torch.equal(found.routing.weights_NK[rows_N], expected.routing.weights_NK), text
         changed += int(expected.changed_N.sum())
     return changed
 
@@ -167,7 +189,8 @@ def test_co_batches_change_no_bit(row: Row, group: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("row", "group"), CASES, ids=lambda value: str(value))
 def test_a_thousand_co_batches_change_no_bit(row: Row, group: str) -> None:
-    assert replay(row, group, 1000) > 0
+    """Every victim among 20 co-batches, which are the steps of one call."""
+    assert replay(row, group, 1000, at_once=20) > 0
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if policy_class(row.name).kind == "group"], ids=repr)
@@ -175,6 +198,8 @@ def test_the_replay_notices_a_batch_wide_run(row: Row) -> None:
     """The control: the same comparison fails where strangers do matter."""
     with pytest.raises(AssertionError):
         replay(row, "batch", 24)
+    with pytest.raises(AssertionError):
+        replay(row, "batch", 80, at_once=20)
 
 
 def test_a_tenants_requests_share_and_others_do_not() -> None:

@@ -1,4 +1,5 @@
-"""What the floor bounds (docs/isolation.md): displaced mass, and with it how far a layer's mixture can move."""
+"""Bounds of docs/isolation.md. The floor's: displaced mass, and with it how far a layer's mixture can move. And what a
+step reads: whatever strangers send, not more than natively."""
 
 from __future__ import annotations
 
@@ -65,3 +66,27 @@ def test_no_co_batch_beats_the_floor(seed: int, tau: float, text: str) -> None:
         displaced_C = outcome.displaced_N.view(64, 6)[:, 0]
         assert (displaced_C <= tau + 1e-6).all()
         chosen = tried_CA[displaced_C.argmax()]
+
+
+BUDGETS = ("xshare", "des_vote", "lynx", "base", "random", "surrogate")
+UNIONS = ("oea", "des_seq", "sere")  # of what some rows pick natively
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.name in BUDGETS + UNIONS], ids=repr)
+@given(data=st.data(), floor=st.sampled_from(["", " | floor(0.3)"]))
+def test_no_step_reads_more_than_natively(row: Row, data: st.DataObject, floor: str) -> None:
+    """One group a step. With a floor up to the members of the coreset that nobody natively picks, which are none where
+    the coreset is made of what somebody picks."""
+    trial: Trial = data.draw(trials(row, guards=(" | short_circuit" + floor,)))
+    nought_N = torch.zeros(trial.case.rows, dtype=torch.int64)
+    case = trial.case.given_also(group_N=nought_N, step_N=nought_N, num_groups=1, num_steps=1)
+    outcome = trial.run(case)
+    real_N1 = outcome.inputs.batch.real_N.unsqueeze(-1)  # padding and rows that are not finite stay out
+    assume(bool(outcome.inputs.batch.voter_N.any()))
+    natural_E, union_E = ((mask_NE & real_N1).any(0) for mask_NE in (outcome.inputs.native_NE, outcome.computed_NE))
+    beyond_E = outcome.coreset_GE[0] & ~natural_E
+    assert not (union_E & ~natural_E & ~beyond_E).any()
+    if not floor:
+        assert union_E.sum() <= natural_E.sum()
+    if row.name in UNIONS:
+        assert not beyond_E.any()
