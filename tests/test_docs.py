@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 from carpool.policies import policies
 
 ROOT = Path(__file__).parent.parent
@@ -40,3 +42,12 @@ def test_links_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.slow
+def test_the_readmes_example_runs_as_it_is(capsys):
+    pytest.importorskip("carpool_demo", reason="the reference model is an extra")
+    (example,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    exec(example, {})
+    reports = capsys.readouterr().out
+    assert max(map(int, re.findall(r"rows_changed=(\d+)", reports))) > 0
