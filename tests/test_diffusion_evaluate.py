@@ -16,8 +16,9 @@ from carpool.diffusion import Decoding, Session, generate
 from carpool.evaluate import denoising
 from carpool.evaluate.block_study import BlockSettings, as_dict, block_study
 from carpool.evaluate.block_table import table
+from carpool.evaluate.decoded import metrics
 from carpool.evaluate.denoising import RATIOS, BlockLayout, denoise, noise
-from carpool.evaluate.generations import FIELDS, agreement, decode, metrics
+from carpool.evaluate.generations import FIELDS, agreement, decode
 from carpool.evaluate.sequences import Sequences
 from carpool.evaluate.study import describe
 
@@ -133,7 +134,7 @@ def test_stacking_passes_changes_nothing(model: Any, monkeypatch: pytest.MonkeyP
 
 def test_what_decoding_reads_and_keeps(model: Any) -> None:
     prompts, decoding = [prompt(P, seed) for seed in range(4)], Decoding(L, MASK, threshold=0.15, max_new=D)
-    plan = "des_vote(size=3)"
+    plan = "des_vote(size=2)"
     stock, shared = decode(
         model, describe(model), [parse(plan)], prompts, decoding, 2, group="request", judge=model, follow=True
     )
@@ -172,7 +173,11 @@ def test_what_decoding_reads_and_keeps(model: Any) -> None:
     assert 0 < sums["followed_same"] < sums["followed"]
     first, second = metrics([stock, shared], 0)
     assert (first.agreement.value, first.equal, first.union_share.value) == (1.0, 1.0, 1.0)
-    assert second.union.value <= 6, "two requests of three experts"
+    assert second.union.value <= 4, "two requests of two experts"
+    assert second.union_of_group.value == 2 < first.union_of_group.value
+    alone = [decode(model, describe(model), [parse(plan)], [one], decoding, 1, group="request") for one in prompts]
+    sums_alone = [sum(float(each[1].sums[name].sum()) for each in alone) for name in ("union", "layer_forwards")]
+    assert second.union_of_group.value == pytest.approx(sums_alone[0] / sums_alone[1]), "what each reads alone"
     assert second.agreement.value == pytest.approx(by_hand["same"] / by_hand["tokens"])
     assert second.tokens_per_forward.value == pytest.approx(sums["accepted"] / sums["request_forwards"])
     assert second.perplexity is not None

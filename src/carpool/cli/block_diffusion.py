@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from carpool.batch import Grouping
-    from carpool.grammar import Plan
+    from carpool.policy_file import AnyPlan
 
 THRESHOLD = 0.9  # DES's; SDAR and LLaDA2 use 0.85 to 0.95
 TOKENS = 2048
@@ -61,7 +61,7 @@ def require_same_tokens(judge: Any, model: Any, mask_token: int) -> None:
 def evaluate_blocks(
     console: Console,
     model: str | None,
-    plans: Sequence[Plan],
+    plans: Sequence[AnyPlan],
     grouping: Grouping,
     batch_sizes: tuple[int, ...],
     text: Sequence[Path] | None,

@@ -96,7 +96,7 @@ def evaluate(
     given = {one: plan_or_file(one) for one in policy or []}
     plans = list(given.values())
     unique = tuple(plan for place, plan in enumerate(plans) if plan not in plans[:place])
-    of_blocks = {
+    of_blocks: dict[str, Any] = {
         "block_size": block_size, "threshold": threshold, "steps": steps, "mask_token": mask_token, "judge": judge,
     }  # fmt: skip
     if is_block_diffusion(decode, of_blocks, {"--check-lockstep": check_lockstep, "--interference": interference}):

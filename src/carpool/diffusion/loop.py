@@ -8,6 +8,7 @@ finished block is written to the cache, and the next begins.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def generate(
     """
     _require_room(session, prompts, decoding)
     L = decoding.block
-    taken = step if step is not None else lambda *given: step_by_threshold(*given, voters)
+    taken: Step = partial(step_by_threshold, voters=voters) if step is None else step
     prompts = [prompt.to(session.device, torch.int64) for prompt in prompts]
     tails = [prompt[len(prompt) // L * L :] for prompt in prompts]
     needed = [-(-(len(tail) + decoding.max_new) // L) for tail in tails]  # blocks of each request

@@ -11,14 +11,15 @@ from torch import Tensor
 from carpool.batch import Grouping
 from carpool.diffusion import Decoding
 from carpool.errors import CarpoolError
+from carpool.evaluate.decoded import Decoded, metrics
 from carpool.evaluate.denoising import BlockLayout, Denoised, denoise
-from carpool.evaluate.generations import Decoded, Generated, decode, metrics
+from carpool.evaluate.generations import Generated, decode
 from carpool.evaluate.measure import explaining_memory
 from carpool.evaluate.metrics import Result, results
 from carpool.evaluate.report import as_dict as result_as_dict
 from carpool.evaluate.sequences import Sequences
 from carpool.evaluate.study import describe
-from carpool.grammar import Plan
+from carpool.policy_file import AnyPlan
 
 Advance = Callable[[int], None]
 
@@ -41,7 +42,7 @@ class BlockSettings:
         allow_unchanged: a plan may change no row.
     """
 
-    plans: tuple[Plan, ...]
+    plans: tuple[AnyPlan, ...]
     grouping: Grouping
     batch_sizes: tuple[int, ...]
     decoding: Decoding
@@ -90,7 +91,7 @@ class BlockResult:
     settings: BlockSettings
 
     @property
-    def plan(self) -> Plan | None:
+    def plan(self) -> AnyPlan | None:
         return self.generated.plan
 
     @property
@@ -117,7 +118,7 @@ def block_study(
         with explaining_memory(layout):
             sums = denoise(
                 model, moe, settings.plans, sequences, layout, batches, settings.decoding.mask_token,
-                seed=settings.seed, stats=stats, advance=lambda rows, size=layout.positions: advance(rows // size),
+                seed=settings.seed, stats=stats, advance=advance,
             )  # fmt: skip
             generated = decode(
                 model, moe, settings.plans, prompts, settings.decoding, layout.rows, group=settings.grouping,
@@ -162,6 +163,7 @@ def as_dict(result: BlockResult) -> dict[str, Any]:
         for ratio, (tokens, kl, nll) in result.sums.by_ratio.items()
     }
     row["decoding"] = {
+        "batch": result.generated.batch,
         "block_size": decoding.block,
         "threshold": decoding.threshold,
         "steps": decoding.steps,

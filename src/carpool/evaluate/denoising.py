@@ -25,7 +25,7 @@ from carpool.evaluate.layout import Layout
 from carpool.evaluate.lockstep import LAYER_FIELDS, Watch, compare
 from carpool.evaluate.measure import Measured, MoE
 from carpool.evaluate.sequences import Sequences
-from carpool.grammar import Plan
+from carpool.policy_file import AnyPlan, stats_for
 
 RATIOS = (0.25, 0.5, 0.75, 1.0)  # masked share of a block; each sequence takes them in turn from a random one on
 ROWS_PER_PASS = 4096
@@ -124,7 +124,7 @@ class Denoised:
 def denoise(
     model: Any,
     moe: MoE,
-    plans: Sequence[Plan],
+    plans: Sequence[AnyPlan],
     sequences: Sequences,
     layout: BlockLayout,
     batches: int,
@@ -132,12 +132,12 @@ def denoise(
     *,
     seed: int = 0,
     stats: Any = None,
-    advance: Callable[[int], None] = lambda rows: None,
+    advance: Callable[[int], None] = lambda sequences: None,
 ) -> list[Denoised]:
     """Stock first, then every plan, over the first `batches * B` sequences.
 
     Args:
-        advance: told the rows of every pass that is done.
+        advance: told the sequences of every pass that is done.
 
     Raises:
         CarpoolError: what `share` raises; logits that are not finite; fewer sequences than needed.
@@ -161,12 +161,12 @@ def denoise(
             tally.add(
                 stock_RV, logits_RV, layers_LFM, ids_SD, masked_SD, drawn.ratio_SD[here], sequences.domain_S[here]
             )
-            advance(given_SX.numel())
+            advance(len(given_SX))
     return [tally.result() for tally in tallies]
 
 
 def _forward(
-    model: Any, plan: Plan, given_SX: Tensor, masked_SD: Tensor, layout: BlockLayout, moe: MoE, stats: Any
+    model: Any, plan: AnyPlan, given_SX: Tensor, masked_SD: Tensor, layout: BlockLayout, moe: MoE, stats: Any
 ) -> tuple[Tensor, Tensor]:
     """Logits of the masked tokens `[R, V]`, and what the layers did, `[layers, fields, M]`."""
     from carpool.hosts.transformers import share
@@ -174,7 +174,7 @@ def _forward(
     copies, device = len(given_SX) // layout.rows, next(model.parameters()).device
     watch = Watch(layout, copies)
     mask, position_X = mask_of(layout, model.dtype, device)
-    how: dict[str, Any] = {"stats": stats, "batch": layout.batch(copies, device), "observe": watch}
+    how: dict[str, Any] = {"stats": stats_for(plan, stats), "batch": layout.batch(copies, device), "observe": watch}
     with torch.inference_mode(), share(model, plan, **how) as run:
         watch.shares = run.surrogate_shares()
         output = model(
@@ -188,7 +188,7 @@ def _forward(
 
 
 class _Tally:
-    def __init__(self, plan: Plan | None, layout: BlockLayout, domains: tuple[str, ...], moe: MoE) -> None:
+    def __init__(self, plan: AnyPlan | None, layout: BlockLayout, domains: tuple[str, ...], moe: MoE) -> None:
         self.plan, self.layout, self.domains, self.moe = plan, layout, domains, moe
         self.layers: list[Tensor] = []
         self.tokens: list[Array] = []
@@ -220,4 +220,4 @@ class _Tally:
             details=Details.empty(count, self.moe.layers, self.moe.experts),
         )  # fmt: skip
         by_ratio = {ratio: tuple(sums) for ratio, sums in zip(RATIOS, self.ratios.tolist(), strict=True) if sums[0]}
-        return Denoised(measured, by_ratio)  # type: ignore[arg-type]
+        return Denoised(measured, by_ratio)

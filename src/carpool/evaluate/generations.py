@@ -1,4 +1,4 @@
-"""What block diffusion decodes under a policy: experts read, tokens a forward, agreement with stock, perplexity.
+"""Decodes prompts by block diffusion under policies, and sums what was read and how much of stock's text is kept.
 
 Shapes: `M` batches, `B` requests, `L` MoE layers, `D` new tokens of a request.
 """
@@ -16,17 +16,17 @@ from torch import Tensor
 from carpool.batch import Batch
 from carpool.diffusion import Decoding, Generation, Session, generate
 from carpool.errors import CarpoolError
-from carpool.evaluate.bootstrap import Array, Estimate, estimate, ratio, resample
+from carpool.evaluate.bootstrap import Array
 from carpool.evaluate.measure import MoE
-from carpool.grammar import Plan
 from carpool.pipeline import Outcome
+from carpool.policy_file import AnyPlan, stats_for
 
 QUARTERS = 4  # the union is also kept by the share of the block that is still masked
 GRAM = 4  # tokens of the runs whose repetition is counted
 FIELDS = (
-    "union", "natural_union", "pairs", "displaced", "changed", "rows", "layer_forwards", "commit_union",
-    "layer_commits", "forwards", "accepted", "request_forwards", "same", "before", "tokens", "equal", "requests",
-    "judge_nll", "judged", "repeated", "grams", "followed_same", "followed",
+    "union", "group_union", "groups", "natural_union", "pairs", "displaced", "changed", "rows", "layer_forwards",
+    "commit_union", "layer_commits", "forwards", "accepted", "request_forwards", "same", "before", "tokens", "equal",
+    "requests", "judge_nll", "judged", "repeated", "grams", "followed_same", "followed",
 )  # fmt: skip
 
 
@@ -46,8 +46,10 @@ class Reads:
             self.sums["commit_union"] += union
             self.sums["layer_commits"] += 1
         elif phase == "denoise":
+            groups_GE = outcome.inputs.batch.group_any(outcome.computed_NE)
             found = {
-                "union": union, "natural_union": int(outcome.natural_SE.sum()),
+                "union": union, "group_union": int(groups_GE.sum()), "groups": int(groups_GE.any(-1).sum()),
+                "natural_union": int(outcome.natural_SE.sum()),
                 "pairs": int((outcome.routing.weights_NK != 0).sum()),
                 "displaced": float(outcome.displaced_N.double().sum()), "changed": int(outcome.changed_N.sum()),
                 "rows": len(outcome.changed_N), "layer_forwards": 1,
@@ -68,7 +70,7 @@ class Generated:
         generations: what was generated, a batch each.
     """
 
-    plan: Plan | None
+    plan: AnyPlan | None
     batch: int
     sums: dict[str, Array]
     by_masked: Array
@@ -85,7 +87,7 @@ class Generated:
 
 def decode_plan(
     model: Any,
-    plan: Plan,
+    plan: AnyPlan,
     prompts: Sequence[Tensor],
     decoding: Decoding,
     *,
@@ -107,7 +109,7 @@ def decode_plan(
         if watch is not None:
             watch(block)
 
-    with share(model, plan, group=group, stats=stats, observe=reads) as run:
+    with share(model, plan, group=group, stats=stats_for(plan, stats), observe=reads) as run:
         reads.session = session = Session(model, prompts, decoding.block, run=run, share_commits=share_commits)
         made = generate(session, prompts, decoding, watch=seen, **given)
     return made, reads
@@ -116,7 +118,7 @@ def decode_plan(
 def decode(
     model: Any,
     moe: MoE,
-    plans: Sequence[Plan],
+    plans: Sequence[AnyPlan],
     prompts: Sequence[Tensor],
     decoding: Decoding,
     batch: int,
@@ -127,6 +129,7 @@ def decode(
     judge: Any = None,
     stock: Generated | None = None,
     follow: bool = False,
+    given: Callable[[], dict[str, Any]] = dict,
     advance: Callable[[int], None] = lambda requests: None,
 ) -> list[Generated]:
     """Stock first, then every plan, over the prompts in batches of `batch`.
@@ -136,6 +139,7 @@ def decode(
         stock: measured before on the same prompts, taken as it is.
         follow: decode once more under every plan, each block after stock's text (`Generation.blocks`), so that one
             changed token does not change all that follows it.
+        given: what `generate` is given under a plan, made anew for each generation (`step`, `voters`).
         advance: told the requests of every generation that is done.
 
     Raises:
@@ -149,11 +153,12 @@ def decode(
     for plan in ([None] if stock is None else []) + list(plans):
         rows, by_masked, made = [], np.zeros((QUARTERS + 1, 2)), []
         for index, part in enumerate(parts):
-            generation, reads = decode_plan(model, plan or moe.stock, part, decoding, **how)
+            more = {} if plan is None else given()
+            generation, reads = decode_plan(model, plan or moe.stock, part, decoding, **how, **more)
             base = found[0].generations[index] if found else generation
             again = None
             if follow and plan is not None:
-                again, _ = decode_plan(model, plan, part, decoding, **how, follow=base.blocks)
+                again, _ = decode_plan(model, plan, part, decoding, **how, **given(), follow=base.blocks)
             _compare(reads.sums, generation, base, again)
             _judge(reads.sums, judge, part, generation)
             rows.append([reads.sums[name] for name in FIELDS])
@@ -208,79 +213,3 @@ def _judge(sums: dict[str, float], judge: Any, prompts: Sequence[Tensor], made: 
         nll = torch.nn.functional.cross_entropy(logits_TV.float(), tokens, reduction="sum")
         sums["judge_nll"] += float(nll)
         sums["judged"] += len(tokens)
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """The metrics of one plan's generations; what has an interval is an `Estimate`.
-
-    Attributes:
-        union: distinct experts read in a layer and denoising forward (DES's T). union_share: the same over stock's.
-        union_with_commits: the same with the forwards that write finished blocks to the cache.
-        natural_union: what the rows of this run would have read under native routing.
-        pairs: experts computed for a row in a layer. displaced_mass: mean over rows and layers.
-        tokens_per_forward: accepted tokens of a request in a denoising forward it takes part in.
-        forwards: denoising forwards of a batch.
-        agreement: share of positions that hold stock's token. agreed_prefix: share before the first other token.
-        equal: share of requests whose tokens are all stock's.
-        followed_agreement: share of positions that hold stock's token, each block decoded after stock's text.
-        perplexity: of the generated text under the judge; None without one. perplexity_ratio: over stock's.
-        repeated: share of runs of four tokens that their text holds before (degenerate text has a low perplexity).
-        union_by_masked: mean union by masked share of the blocks (quarters, all masked); None where none was seen.
-    """
-
-    union: Estimate
-    union_share: Estimate
-    union_with_commits: float
-    natural_union: float
-    pairs: float
-    displaced_mass: Estimate
-    tokens_per_forward: Estimate
-    forwards: float
-    agreement: Estimate
-    agreed_prefix: Estimate
-    equal: float
-    followed_agreement: Estimate | None
-    perplexity: Estimate | None
-    perplexity_ratio: Estimate | None
-    repeated: float
-    union_by_masked: list[float | None]
-
-
-def metrics(generated: Sequence[Generated], seed: int) -> list[Decoded]:
-    """Metrics of stock (the first) and of every plan on the same prompts, resampled by the same draws."""
-    stock = generated[0]
-    counts_RM = resample(len(stock.sums["union"]), seed)
-    return [_metrics(one.sums, stock.sums, one.by_masked, counts_RM) for one in generated]
-
-
-def _metrics(s: dict[str, Array], stock: dict[str, Array], by_masked: Array, counts_RM: Array) -> Decoded:
-    per_forward = ratio(stock["union"], stock["layer_forwards"])
-    perplexity = change = followed = None
-    if s["judged"].any():
-        perplexity = estimate(s["judge_nll"], s["judged"], counts_RM, exponential=True)
-        # paired: equal numbers of tokens unless somebody met an end token
-        change = estimate(
-            s["judge_nll"] - stock["judge_nll"] * s["judged"] / np.maximum(stock["judged"], 1), s["judged"],
-            counts_RM, exponential=True,
-        )  # fmt: skip
-    if s["followed"].any():
-        followed = estimate(s["followed_same"], s["followed"], counts_RM)
-    return Decoded(
-        union=estimate(s["union"], s["layer_forwards"], counts_RM),
-        union_share=estimate(s["union"], s["layer_forwards"] * per_forward, counts_RM),
-        union_with_commits=ratio(s["union"] + s["commit_union"], s["layer_forwards"] + s["layer_commits"]),
-        natural_union=ratio(s["natural_union"], s["layer_forwards"]),
-        pairs=ratio(s["pairs"], s["rows"]),
-        displaced_mass=estimate(s["displaced"], s["rows"], counts_RM),
-        tokens_per_forward=estimate(s["accepted"], s["request_forwards"], counts_RM),
-        forwards=float(s["forwards"].mean()),
-        agreement=estimate(s["same"], s["tokens"], counts_RM),
-        agreed_prefix=estimate(s["before"], s["tokens"], counts_RM),
-        equal=ratio(s["equal"], s["requests"]),
-        followed_agreement=followed,
-        perplexity=perplexity,
-        perplexity_ratio=change,
-        repeated=ratio(s["repeated"], s["grams"]),
-        union_by_masked=[float(union / count) if count else None for union, count in by_masked.tolist()],
-    )

@@ -1,0 +1,93 @@
+"""What decoding by block diffusion costs and keeps: experts read, tokens a forward, agreement with stock, perplexity.
+
+Every metric is a ratio of sums over batches (`carpool.evaluate.generations`), or e to the power of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from carpool.evaluate.bootstrap import Array, Estimate, estimate, ratio, resample
+from carpool.evaluate.generations import Generated
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The metrics of one plan's generations; what has an interval is an `Estimate`.
+
+    Attributes:
+        union: distinct experts read in a layer and denoising forward (DES's T). union_share: the same over stock's.
+        union_of_group: the same of one group's rows alone: of one request, where requests are groups.
+        union_with_commits: `union` with the forwards that write finished blocks to the cache.
+        natural_union: what the rows of this run would have read under native routing.
+        pairs: experts computed for a row in a layer. displaced_mass: mean over rows and layers.
+        tokens_per_forward: accepted tokens of a request in a denoising forward it takes part in.
+        forwards: denoising forwards of a batch.
+        agreement: share of positions that hold stock's token. agreed_prefix: share before the first other token.
+        equal: share of requests whose tokens are all stock's.
+        followed_agreement: share of positions that hold stock's token, each block decoded after stock's text.
+        perplexity: of the generated text under the judge; None without one. perplexity_ratio: over stock's.
+        repeated: share of runs of four tokens that their text holds before (degenerate text has a low perplexity).
+        union_by_masked: mean union by masked share of the blocks (quarters, all masked); None where none was seen.
+    """
+
+    union: Estimate
+    union_share: Estimate
+    union_of_group: Estimate
+    union_with_commits: float
+    natural_union: float
+    pairs: float
+    displaced_mass: Estimate
+    tokens_per_forward: Estimate
+    forwards: float
+    agreement: Estimate
+    agreed_prefix: Estimate
+    equal: float
+    followed_agreement: Estimate | None
+    perplexity: Estimate | None
+    perplexity_ratio: Estimate | None
+    repeated: float
+    union_by_masked: list[float | None]
+
+
+def metrics(generated: Sequence[Generated], seed: int) -> list[Decoded]:
+    """Metrics of stock (the first) and of every plan on the same prompts, resampled by the same draws."""
+    stock = generated[0]
+    counts_RM = resample(len(stock.sums["union"]), seed)
+    return [_metrics(one.sums, stock.sums, one.by_masked, counts_RM) for one in generated]
+
+
+def _metrics(s: dict[str, Array], stock: dict[str, Array], by_masked: Array, counts_RM: Array) -> Decoded:
+    per_forward = ratio(stock["union"], stock["layer_forwards"])
+    perplexity = change = followed = None
+    if s["judged"].any():
+        perplexity = estimate(s["judge_nll"], s["judged"], counts_RM, exponential=True)
+        # paired: equal numbers of tokens unless somebody met an end token
+        change = estimate(
+            s["judge_nll"] - stock["judge_nll"] * s["judged"] / np.maximum(stock["judged"], 1), s["judged"],
+            counts_RM, exponential=True,
+        )  # fmt: skip
+    if s["followed"].any():
+        followed = estimate(s["followed_same"], s["followed"], counts_RM)
+    return Decoded(
+        union=estimate(s["union"], s["layer_forwards"], counts_RM),
+        union_share=estimate(s["union"], s["layer_forwards"] * per_forward, counts_RM),
+        union_of_group=estimate(s["group_union"], s["groups"], counts_RM),
+        union_with_commits=ratio(s["union"] + s["commit_union"], s["layer_forwards"] + s["layer_commits"]),
+        natural_union=ratio(s["natural_union"], s["layer_forwards"]),
+        pairs=ratio(s["pairs"], s["rows"]),
+        displaced_mass=estimate(s["displaced"], s["rows"], counts_RM),
+        tokens_per_forward=estimate(s["accepted"], s["request_forwards"], counts_RM),
+        forwards=float(s["forwards"].mean()),
+        agreement=estimate(s["same"], s["tokens"], counts_RM),
+        agreed_prefix=estimate(s["before"], s["tokens"], counts_RM),
+        equal=ratio(s["equal"], s["requests"]),
+        followed_agreement=followed,
+        perplexity=perplexity,
+        perplexity_ratio=change,
+        repeated=ratio(s["repeated"], s["grams"]),
+        union_by_masked=[float(union / count) if count else None for union, count in by_masked.tolist()],
+    )
