@@ -22,10 +22,10 @@ import transformers
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from family_matrix import NAMES, measure  # noqa: E402
+from family_matrix import NAMES, measure
 
-from carpool.files import write_text  # noqa: E402
-from carpool.hosts.transformers.refused import REFUSED  # noqa: E402
+from carpool.files import write_text
+from carpool.hosts.transformers.refused import REFUSED
 
 RESULTS = ROOT / "docs/results/families.json"
 DTYPES = (torch.float32, torch.bfloat16)

@@ -15,7 +15,7 @@ from types import ModuleType
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from generators import ROOT, Block  # noqa: E402
+from generators import ROOT, Block
 
 
 def with_block(page: str, block: Block) -> str:

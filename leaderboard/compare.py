@@ -66,7 +66,7 @@ def pooled(content: dict[str, Any], batch: int, domain: str) -> dict[str, list[d
     for same in zip(*(cell["rows"] for cell in seeds), strict=True):
         names = ("bytes", "union", "pairs", "kl", "nll", "tokens", "agree")
         joined = {name: np.concatenate([np.array(row[name], dtype=float) for row in same]) for name in names}
-        found.setdefault(same[0]["label"], []).append(joined | {"policy": same[0]["policy"]})  # type: ignore[dict-item]
+        found.setdefault(same[0]["label"], []).append(joined | {"policy": same[0]["policy"]})
     return found
 
 

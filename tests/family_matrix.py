@@ -119,7 +119,10 @@ def _restrict(model: Any, layers: list[MoELayer]) -> tuple[int, bool, bool]:
         layer.experts.register_forward_pre_hook(spy(place), with_kwargs=True) for place, layer in enumerate(layers)
     ]
     plan = f"xshare(budget={BUDGET}, warmup=0)"
-    observe = lambda place, batch, outcome: outcomes.__setitem__(place, outcome)  # noqa: E731
+
+    def observe(place: int, batch: Any, outcome: Any) -> None:
+        outcomes[place] = outcome
+
     with carpool.share(model, plan, exempt_prefill=False, observe=observe) as run:
         finite = bool(forward(model).isfinite().all())
     for hook in hooks:

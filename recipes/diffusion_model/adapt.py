@@ -23,10 +23,10 @@ import torch
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "reference_model"))
 
-from checkpoint import adapted, export  # noqa: E402
-from corpus import load_config  # noqa: E402
-from denoiser import head_gradients, masked_states, noised  # noqa: E402
-from train import (  # noqa: E402
+from checkpoint import adapted, export
+from corpus import load_config
+from denoiser import head_gradients, masked_states, noised
+from train import (
     CHECKPOINT_SECONDS,
     balance_loss,
     batch_at,

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "reference_model"))
 
-from corpus import END_OF_TEXT, PAD, load_config  # noqa: E402
-from experts import register  # noqa: E402
+from corpus import END_OF_TEXT, PAD, load_config
+from experts import register
 
 
 def adapted(start: Path) -> PreTrainedModel:

@@ -22,14 +22,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "reference_model"))
 
-from baselines import unigram_loss  # noqa: E402
-from card import expert_load, interval, rounded  # noqa: E402
-from checkpoint import adapted  # noqa: E402
-from corpus import load_config, write_atomically  # noqa: E402
-from denoiser import HEAD_ROWS, Noised, masked_states, noised, noised_to  # noqa: E402
-from experts import register  # noqa: E402
-from rich.progress import track  # noqa: E402
-from train import batch_at  # noqa: E402
+from baselines import unigram_loss
+from card import expert_load, interval, rounded
+from checkpoint import adapted
+from corpus import load_config, write_atomically
+from denoiser import HEAD_ROWS, Noised, masked_states, noised, noised_to
+from experts import register
+from rich.progress import track
+from train import batch_at
 
 WINDOWS = 24  # of each domain
 AT_ONCE = 8

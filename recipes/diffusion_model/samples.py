@@ -25,8 +25,8 @@ from carpool_demo import TEXTS
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "reference_model"))
 
-from card import rounded  # noqa: E402
-from corpus import load_config, write_atomically  # noqa: E402
+from card import rounded
+from corpus import load_config, write_atomically
 
 PROMPTS = 16  # of each domain
 PROMPT, NEW = 64, 96  # tokens

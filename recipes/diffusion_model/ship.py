@@ -19,9 +19,9 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "reference_model"))
 
-from corpus import write_atomically  # noqa: E402
-from heldout import SHARES  # noqa: E402
-from package import DEMO, copy_model, load_sentence, table  # noqa: E402
+from corpus import write_atomically
+from heldout import SHARES
+from package import DEMO, copy_model, load_sentence, table
 
 COLUMNS = [*map(str, SHARES), "bound"]
 
