@@ -81,7 +81,7 @@ def test_one_failed_step_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_rehearsal_of_the_gpu_checks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
+    pytest.importorskip("vllm", reason="vLLM is an extra")
     import vllm_models as tiny
 
     check = script("gpu_check", monkeypatch)

@@ -17,7 +17,7 @@ from carpool import Batch, Routing, parse, route
 from carpool.hosts.transformers import find_layers
 
 vllm_models.set_environment()
-pytest.importorskip("vllm")
+pytest.importorskip("vllm", reason="vLLM is an extra")
 EXPERTS, ROWS = 8, 40
 POLICIES = (
     "xshare(budget=3, warmup=0)", "xshare(budget=4) | floor(0.3)", "oea(k0=1)", "des_vote(size=3)", "lynx(budget=3)",

@@ -16,7 +16,7 @@ import vllm_models as tiny
 
 from carpool import Batch, CarpoolError, route
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm", reason="vLLM is an extra")
 pytestmark = pytest.mark.vllm
 
 

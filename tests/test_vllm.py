@@ -12,7 +12,7 @@ import vllm_models as tiny
 import carpool
 from carpool import Batch, CarpoolError, Routing
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm", reason="vLLM is an extra")
 pytestmark = pytest.mark.vllm
 BUDGET, POLICY = tiny.BUDGET, tiny.POLICY
 

@@ -11,7 +11,7 @@ import vllm_models as tiny
 
 from carpool import CarpoolError, parse
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm", reason="vLLM is an extra")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 SHARED = {
     "qwen3_moe": ("softmax", True), "qwen2_moe": ("softmax", False), "mixtral": ("softmax", True),

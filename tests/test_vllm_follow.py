@@ -134,13 +134,13 @@ def test_dummy_runs_failures_and_the_switch_leave_padding(followed: tuple[Runner
 
 
 def test_the_real_runner_has_what_is_followed() -> None:
-    pytest.importorskip("vllm")
+    pytest.importorskip("vllm", reason="vLLM is an extra")
     import inspect
 
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as OldRunner
 
-    new_runner: Any = pytest.importorskip("vllm.v1.worker.gpu.model_runner").GPUModelRunner
+    new_runner: Any = pytest.importorskip("vllm.v1.worker.gpu.model_runner", reason="of vLLM").GPUModelRunner
     assert all(callable(getattr(new_runner, name)) for name in ("add_requests", "prepare_inputs", "execute_model"))
     assert not hasattr(new_runner, "_model_forward")
     assert hasattr(OldRunner, "_model_forward")

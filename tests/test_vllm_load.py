@@ -13,7 +13,7 @@ import vllm_models as tiny
 import carpool
 from carpool import CarpoolError, Routing
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm", reason="vLLM is an extra")
 pytestmark = pytest.mark.vllm
 POLICY = tiny.POLICY
 

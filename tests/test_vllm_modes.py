@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import vllm_models as tiny
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm", reason="vLLM is an extra")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import vllm_models as tiny
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm", reason="vLLM is an extra")
 pytestmark = pytest.mark.vllm
 BUDGET = tiny.BUDGET
 CARPOOL = tiny.SHARING

@@ -48,7 +48,7 @@ def _arm(owner: type, name: str, then: Callable[..., None]) -> None:
         then(self, result)
         return result
 
-    armed.carpool_original = original  # type: ignore[attr-defined]
+    armed.carpool_original = original  # type: ignore[attr-defined]  # a function may carry a mark
     setattr(owner, name, armed)
 
 

@@ -40,7 +40,7 @@ class Control:
         try:
             if enabled is not None and type(enabled) is not bool:
                 raise CarpoolError(f"carpool_set: enabled={enabled!r}; give true or false")
-            if host.step is None:
+            if host.step is None or host.metrics is None:
                 raise CarpoolError("carpool_set: the model is not loaded yet")
             if policy is not None:
                 plan = parse(policy).for_serving()
@@ -53,19 +53,19 @@ class Control:
             raise
         if enabled is not None:
             host.step.enabled = enabled
-            host.metrics.enabled(enabled)  # type: ignore[union-attr]
+            host.metrics.enabled(enabled)
         return self._settings()
 
     def report(self, reset: bool = False) -> dict[str, Any]:
         """The settings in force and the counters of every layer since the start or the last reset."""
         host = self._host
-        if host.step is None:
+        if host.step is None or host.metrics is None:
             raise CarpoolError("carpool_report: the model is not loaded yet")
         layers = [asdict(row) for row in host.step.counters.report()]
         if reset:
-            host.metrics.publish(now=True)  # type: ignore[union-attr]
+            host.metrics.publish(now=True)
             host.step.counters.reset()
-            host.metrics.forget()  # type: ignore[union-attr]
+            host.metrics.forget()
         return {**self._settings(), "layers": layers}
 
     def _settings(self) -> dict[str, Any]:

@@ -80,13 +80,13 @@ class Host:
             return router
 
         drafts = drafter(runner)
-        load_drafter = getattr(drafts, "load_model", None)
+        load_drafter: Any = getattr(drafts, "load_model", None)
 
         def load_untouched(*args: Any, **kwargs: Any) -> Any:
             nonlocal drafting
             drafting = True
             try:
-                return load_drafter(*args, **kwargs)  # type: ignore[misc]
+                return load_drafter(*args, **kwargs)
             finally:
                 drafting = False
 
