@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from carpool.diffusion import Block, Decoding, Forward, Session, generate
-from carpool.diffusion.loop import step_by_threshold, sure
+from carpool.diffusion.loop import step_by_threshold
 from carpool_demo import TEXTS
 
 HERE = Path(__file__).parent
@@ -30,7 +30,7 @@ from corpus import load_config, write_atomically
 
 PROMPTS = 16  # of each domain
 PROMPT, NEW = 64, 96  # tokens
-BLOCK, THRESHOLD = 16, 0.9
+BLOCK, THRESHOLD = 8, 0.9
 TEMPERATURE = 0.7
 SEED = 0
 
@@ -44,7 +44,7 @@ Step = Callable[[Session, Block, Decoding], list[Forward]]
 
 
 def sampled(temperature: float, generator: torch.Generator) -> Step:
-    """A decoding step that draws tokens instead of taking the likeliest; how sure it is stays the drawn one's."""
+    """A decoding step that draws a token for the first masked position, instead of the likeliest for the surest."""
 
     def step(session: Session, block: Block, decoding: Decoding) -> list[Forward]:
         rows = block.active()
@@ -53,9 +53,9 @@ def sampled(temperature: float, generator: torch.Generator) -> Step:
         probability_RLV = (logits_RLV / temperature).softmax(-1)
         drawn_RL = torch.multinomial(probability_RLV.flatten(0, 1), 1, generator=generator).view(len(rows), -1)
         confidence_RL = probability_RLV.gather(-1, drawn_RL[..., None])[..., 0]
-        least_R = torch.tensor([decoding.least(done) for done in block.steps_A[rows].tolist()])
-        accepted_RL = sure(confidence_RL, block.masked_AL[rows], decoding.threshold, least_R)
-        return [block.accept(rows, drawn_RL, confidence_RL, accepted_RL)]
+        masked_RL = block.masked_AL[rows]
+        first_RL = masked_RL & (masked_RL.cumsum(-1) == 1)
+        return [block.accept(rows, drawn_RL, confidence_RL, first_RL)]
 
     return step
 

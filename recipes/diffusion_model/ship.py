@@ -52,13 +52,9 @@ def loss_sentence(facts: dict) -> str:
     bounds = {domain: found["denoising"][size]["bound"] for domain, found in facts["domains"].items()}
     worse = [domain for domain, bound in bounds.items() if bound >= facts["domains"][domain]["unigram"]]
     behind = [domain for domain, bound in bounds.items() if bound > facts["domains"][domain]["next_token"]]
-    first = (
-        f"The bound is no better than token frequencies on: {', '.join(worse)}."
-        if worse
-        else "The bound is below token frequencies on every domain"
-    )
-    second = f"and above the autoregressive model's loss on {len(behind)} of {len(bounds)}"
-    return f"{first} {second}: filling a block in any order is harder than going on from its left."
+    first = f"below token frequencies on every domain but: {', '.join(worse)};" if worse else "below token frequencies,"
+    second = f"and above the autoregressive model's loss on {len(behind)} of {len(bounds)} domains"
+    return f"The bound is {first} {second}: filling a block in any order is harder than going on from its left."
 
 
 def sample_rows(samples: dict) -> list[tuple]:
