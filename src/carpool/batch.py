@@ -6,7 +6,7 @@ Shapes: `N` rows, `G` groups, `S` engine steps (1 inside an engine; one a positi
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -73,6 +73,11 @@ class Batch:
     def dropping(self, rows_N: Tensor) -> Batch:
         """The same batch with rows treated as padding (non-finite logits)."""
         return replace(self.exempting(rows_N), real_N=self.real_N & ~rows_N)
+
+    def take(self, rows_N: Tensor) -> Batch:
+        """The batch of some of its rows, a mask `[N]`; groups keep their numbers."""
+        of_rows = {field.name: getattr(self, field.name) for field in fields(self) if field.name.endswith("_N")}
+        return replace(self, **{name: rows[rows_N] for name, rows in of_rows.items() if rows is not None})
 
     def group_sum(self, values_NX: Tensor) -> Tensor:
         """Integer column sums per group, `[G, X]`: exact, hence the same for every order of the rows."""

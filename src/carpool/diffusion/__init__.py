@@ -3,5 +3,8 @@
 from carpool.diffusion.block import Block, Decoding, Forward, Generation
 from carpool.diffusion.loop import generate, step_by_threshold
 from carpool.diffusion.session import Session
+from carpool.diffusion.team import Team, TeamCold
 
-__all__ = ["Block", "Decoding", "Forward", "Generation", "Session", "generate", "step_by_threshold"]
+__all__ = [
+    "Block", "Decoding", "Forward", "Generation", "Session", "Team", "TeamCold", "generate", "step_by_threshold",
+]  # fmt: skip

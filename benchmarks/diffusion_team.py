@@ -1,0 +1,145 @@
+"""TEAM's decoding on the block-diffusion model, part by part: experts and tokens a forward, agreement, perplexity.
+
+    python benchmarks/diffusion_team.py --output docs/results/diffusion-team.json       # about half an hour on one core
+    python benchmarks/diffusion_team.py --prompts 3 --new 32 --output /tmp/quick.json   # proves that it runs
+
+The authors' measures: APF, distinct experts read in a layer and forward (all branches of it together); TPF, tokens
+accepted in a forward; APT, their ratio, experts read a token. They are of one request: a few decode together here, each
+in a group of its own, which is each of them alone. Counts, not times: a forward with four branches computes four times
+the rows. Beside them what the text became: how many positions hold stock's token, the same with every block decoded
+after stock's text, and perplexity under the reference model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from carpool.batch import Grouping
+from carpool.cli.common import embedded_texts
+from carpool.diffusion import Decoding
+from carpool.diffusion.team import Team, TeamCold
+from carpool.evaluate.block_study import prompts_of
+from carpool.evaluate.decoded import Decoded, metrics
+from carpool.evaluate.generations import Generated, decode
+from carpool.evaluate.report import provenance, text_facts
+from carpool.evaluate.sequences import draw
+from carpool.evaluate.study import describe
+from carpool.files import write_text
+from carpool.grammar import parse
+from carpool.hosts.transformers import fingerprint, load_model
+from carpool.texts import load_texts
+
+Given = Callable[[], dict[str, Any]]
+SEED = 0
+
+
+def configurations(top_k: int) -> list[tuple[str, str, Given]]:
+    """Name, policy, and what `generate` is given (anew for each generation)."""
+    native = f"des_seq(k0={top_k})"  # every voter's own experts: TEAM's rule where some rows do not vote
+
+    def team(name: str, cold: TeamCold | None, *, reuse: bool, branches: bool, policy: str = native) -> Any:
+        return name, policy, lambda: {"step": Team(cold, reuse=reuse, branches=branches)}
+
+    found: list[tuple[str, str, Given]] = [(f"des_seq(k0={k0})", f"des_seq(k0={k0})", dict) for k0 in (1, 2, 3)]
+    found += [(f"des_vote(beta={beta})", f"des_vote(beta={beta})", dict) for beta in (0.15, 0.3)]
+    found += [
+        team("cold rows ride", TeamCold(), reuse=False, branches=False),
+        team("outputs reused", None, reuse=True, branches=False),
+        team("branches", None, reuse=False, branches=True),
+        team("cold rows ride, outputs reused", TeamCold(), reuse=True, branches=False),
+        team("TEAM", TeamCold(), reuse=True, branches=True),
+    ]
+    for confidence, near in ((0.4, 2), (0.6, 4)):
+        cold = TeamCold(confidence, near)
+        found.append(team(f"TEAM, tau_h {confidence}, L_h {near}", cold, reuse=True, branches=True))
+    for policy in ("des_seq(k0=3)", "des_vote(beta=0.3)"):
+        found.append(team(f"TEAM, {policy}", TeamCold(), reuse=True, branches=True, policy=policy))
+    return found
+
+
+def row(name: str, policy: str, generated: Generated, decoded: Decoded, layers: int) -> dict[str, Any]:
+    """Metrics of one configuration."""
+    sums = {key: float(values.sum()) for key, values in generated.sums.items()}
+    experts, tokens = decoded.union_of_group.value, decoded.tokens_per_forward.value
+    return {
+        "name": name, "policy": policy, "apf": experts, "tpf": tokens, "apt": experts / tokens,
+        "rows_per_forward": sums["rows"] / layers / sums["request_forwards"],
+        "changed": sums["changed"] / sums["rows"], "request_forwards": sums["request_forwards"], **asdict(decoded),
+    }  # fmt: skip
+
+
+def main() -> None:
+    options = arguments()
+    model, tokenizer = load_model(options.model)
+    judge = None if options.no_judge else load_model(None)[0]
+    moe = describe(model)
+    given: dict[str, Any] = {} if options.block is None else {"block": options.block}
+    texts = load_texts(options.text or embedded_texts())
+    count, length = options.prompts, options.prompt + 1
+    prompts = prompts_of(draw(texts, tokenizer, count=count, length=length, seed=SEED), count, options.prompt)
+    chosen = configurations(moe.top_k)
+    if options.only:
+        chosen = [one for one in chosen if one[0] in options.only]
+    content = {
+        "command": "python benchmarks/diffusion_team.py", "seed": SEED, "prompts": count, "batch": options.batch,
+        "prompt_tokens": options.prompt, "new_tokens": options.new, "group": "request",
+        "model": {"fingerprint": fingerprint(model), "experts": moe.experts, "top_k": moe.top_k, "layers": moe.layers},
+        "judge": None if judge is None else fingerprint(judge), "texts": text_facts(options.text or embedded_texts()),
+    }  # fmt: skip
+    settings = kept(options.output, content, options.threshold)
+    with Progress() as progress:
+        task = progress.add_task("decoding", total=len(options.threshold) * count * (1 + len(chosen)))
+        advance = lambda requests: progress.advance(task, requests)  # noqa: E731
+        for threshold in options.threshold:
+            decoding = Decoding.of(model, threshold=threshold, max_new=options.new, end_tokens=(), **given)
+            how: dict[str, Any] = {"group": Grouping.parse("request"), "judge": judge, "advance": advance}
+            found = decode(model, moe, [], prompts, decoding, options.batch, **how)
+            rows = [row("stock", "", found[0], metrics(found, SEED)[0], moe.layers)]
+            for name, policy, extra in chosen:
+                how |= {"stock": found[0], "follow": True, "given": extra}
+                pair = decode(model, moe, [parse(policy)], prompts, decoding, options.batch, **how)
+                rows.append(row(name, policy, pair[1], metrics(pair, SEED)[1], moe.layers))
+                print(f"{threshold} {name}: APF {rows[-1]['apf']:.2f} TPF {rows[-1]['tpf']:.2f}", flush=True)
+            settings.append({"threshold": threshold, "block_size": decoding.block, "rows": rows})
+            settings.sort(key=lambda setting: -setting["threshold"])
+            write_text(options.output, json.dumps(provenance() | content | {"settings": settings}, indent=1) + "\n")
+
+
+def kept(path: Path, content: dict[str, Any], thresholds: list[float]) -> list[dict[str, Any]]:
+    """What the output holds of other thresholds, if all else is the same."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if {name: before.get(name) for name in content} != content:
+        return []
+    return [setting for setting in before["settings"] if setting["threshold"] not in thresholds]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="default: the block-diffusion model of carpool[demo]")
+    parser.add_argument("--text", type=Path, nargs="+", help="default: the held-out texts of carpool[demo]")
+    parser.add_argument("--block", type=int, help="default: as the model says")
+    parser.add_argument("--threshold", type=float, nargs="+", default=[0.9, 0.5])
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=3, help="prompts that decode together")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=64, help="tokens to generate")
+    parser.add_argument("--only", nargs="+", help="names of configurations")
+    parser.add_argument("--no-judge", action="store_true", help="no perplexity")
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    if options.model is None:
+        from carpool_demo import diffusion_model_path
+
+        options.model = diffusion_model_path()
+    return options
+
+
+if __name__ == "__main__":
+    main()
