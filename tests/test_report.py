@@ -141,6 +141,16 @@ def test_results_of_an_older_version_have_no_details(results, tmp_path):
     assert "Who uses which" not in without_libraries(out.read_text())
 
 
+def test_the_same_results_are_no_second_measurement(results, tmp_path):
+    copy = tmp_path / "copy.json"
+    copy.write_bytes(results[0].read_bytes())
+    for second, said in ((results[0], "is given twice"), (copy, f"holds the same results as {results[0]}")):
+        done = invoke(results[0], results[1], second, "-o", tmp_path / "report.html")
+        assert done.exit_code == 2
+        assert said in done.output.replace("\n", "")
+    assert not (tmp_path / "report.html").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
 def test_a_browser_has_nothing_to_complain_of(results, tmp_path):
