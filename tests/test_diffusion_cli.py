@@ -174,9 +174,13 @@ def test_text_of_a_frame() -> None:
 
 
 def test_two_runs_side_by_side() -> None:
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console = Console(width=100, record=True, force_terminal=True, color_system="standard", file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     console.print(view(("stock", "topk(k=1)"), ["5 6 "], [[[7, None]], None], [3, 0], Numbers().decode))
     shown = console.export_text()
     assert "stock: 3 forwards" in shown
     assert "topk(k=1): waits" in shown
     assert f"5 6 7 {MASKED}" in shown
+    console.print(view(("stock", "topk(k=1)"), ["5 "], [[[7]], [[8]]], [1, 1], Numbers().decode))
+    styled = console.export_text(styles=True)
+    assert "\x1b[36m5 \x1b[0m7 " in styled, "the prompt alone is cyan"
+    assert "\x1b[1;33m8 \x1b[0m" in styled

@@ -85,7 +85,7 @@ def view(
         grid.add_column(ratio=1)
         parts: list[RenderableType] = []
         for request, prompt in enumerate(prompts):
-            shown = Text(prompt, "cyan")
+            shown = Text.assemble((prompt, "cyan"))
             if frame is not None:
                 other = frames[0][request] if side and frames[0] is not None else None
                 shown += text_of(frame[request], decode, other)
