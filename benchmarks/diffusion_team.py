@@ -16,6 +16,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def main() -> None:
     settings = kept(options.output, content, options.threshold)
     with Progress() as progress:
         task = progress.add_task("decoding", total=len(options.threshold) * count * (1 + len(chosen)))
-        advance = lambda requests: progress.advance(task, requests)  # noqa: E731
+        advance = partial(progress.advance, task)
         for threshold in options.threshold:
             decoding = Decoding.of(model, threshold=threshold, max_new=options.new, end_tokens=(), **given)
             how: dict[str, Any] = {"group": Grouping.parse("request"), "judge": judge, "advance": advance}

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Collection
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,7 @@ def measure(
                 continue
             made = random_ids(batch, geometry.top_k, geometry.experts, read, layers, 8, SEED)
             for kind, forced in (("ideal", made), ("replayed", ids)):
-                switch = lambda forced=forced: engine.forced(forced)  # noqa: E731
-                states[f"{kind}: {text}"] = {"switch": switch, "union": union(forced)}
+                states[f"{kind}: {text}"] = {"switch": partial(engine.forced, forced), "union": union(forced)}
         if batch > geometry.experts // geometry.top_k and len(idle) == len(options.policy):
             failed.append("no policy changed a row")
         if failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,7 @@ def test_text_of_a_frame() -> None:
 
 
 def test_two_runs_side_by_side() -> None:
-    console = Console(width=100, record=True, force_terminal=True, color_system="standard", file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console = Console(width=100, record=True, force_terminal=True, color_system="standard", file=io.StringIO())
     console.print(view(("stock", "topk(k=1)"), ["5 6 "], [[[7, None]], None], [3, 0], Numbers().decode))
     shown = console.export_text()
     assert "stock: 3 forwards" in shown

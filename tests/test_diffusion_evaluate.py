@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
@@ -212,7 +213,7 @@ def test_a_study_as_a_table_and_as_json(model: Any) -> None:
     assert content[1]["group"] == "request"
     assert content[1]["masked_tokens"] == sum(one["tokens"] for one in content[1]["by_masked_ratio"].values())
     assert content[0]["decoding"]["agreement"]["value"] == 1
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(table(rows, console))
     assert "blocks of 4, threshold 0.15, batch 2, grouped by request" in console.export_text()
 

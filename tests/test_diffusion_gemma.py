@@ -94,8 +94,8 @@ def test_experts_implementations_agree(model: Any) -> None:
     for kind in ("eager", "grouped_mm"):
         model.set_experts_implementation(kind)
         unions: list[Tensor] = []
-        keep = lambda _, batch, outcome, unions=unions: unions.append(outcome.union_SE)  # noqa: E731
-        with carpool.share(model, "des_vote(size=3)", group="request", observe=keep):
+        how: Any = {"group": "request", "observe": lambda _, batch, seen, unions=unions: unions.append(seen.union_SE)}
+        with carpool.share(model, "des_vote(size=3)", **how):
             found[kind] = (generate(model, tokens(2, 5)).sequences, torch.cat(unions))
     for one, other in zip(found["eager"], found["grouped_mm"], strict=True):
         assert torch.equal(one, other)
