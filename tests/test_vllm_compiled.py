@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 from carpool import RouteSpec, Routing, parse
+from carpool.calibrate.surrogates import stored
 from carpool.counters import Counters, measured
 from carpool.hosts.vllm import compiled
 from carpool.hosts.vllm.compiled import Compiler
 from carpool.hosts.vllm.knobs import Knobs
 from carpool.hosts.vllm.router import Layer, Step
-from carpool.hosts.vllm.rows import Rows
+from carpool.hosts.vllm.rows import Requests, Rows
+from carpool.hosts.vllm.supplement import Resident, supplement
 from carpool.pipeline import route
+from carpool.surrogates import by_pairs
 
 E, K, H, MAX_REQUESTS = 32, 4, 16, 8
 SPECS = {
@@ -27,6 +32,7 @@ CASES = [
     ("xshare(budget=8)", "xshare(budget=12, warmup=0)", "batch", "softmax"),
     ("oea(k0=2) | floor(1)", "oea(k0=1) | floor(0.3)", "request", "grouped"),
     ("topk(k=2)", "topk(k=1)", "batch", "softmax"),
+    ("surrogate(budget=8)", "surrogate(budget=12, warmup=1)", "batch", "softmax"),
 ]
 MORE_CASES = [
     ("xshare_speculative(budget=10, request_budget=4)", "xshare_speculative(budget=8, request_budget=5)", "batch",
@@ -42,7 +48,11 @@ def a_layer(text: str, spec: RouteSpec, group: str) -> tuple[Layer, Rows]:
     layer = Layer("layers.0", 0, None, spec, plan, E, H, torch.device("cpu"))
     layer.step = Step(rows, Counters(["layers.0"]), graphs=False)
     similarity_EE = torch.rand(E, E, generator=torch.Generator().manual_seed(3))
-    layer.statistics = {"similarity_frobenius": similarity_EE}
+    layer.statistics = {
+        "similarity_frobenius": similarity_EE,
+        "surrogate_energy": similarity_EE[0] + 1,
+        "surrogate_unexplained": similarity_EE[1],
+    }
     layer.stats = plan.policy.prepare(layer.statistics)
     layer.knobs = Knobs(plan, E, layer.device)
     return layer, rows
@@ -77,6 +87,11 @@ def compare(layer: Layer, rows: Rows, count: int, seed: int) -> int:
     outcome = route(layer.plan, layer.spec, logits_NE, batch, native=native, stats=layer.stats, hidden_NH=hidden_NH)
     assert torch.equal(routing.ids_NK, outcome.routing.ids_NK)
     torch.testing.assert_close(routing.weights_NK, outcome.routing.weights_NK)
+    assert (routing.surrogate_ids_NK is None) == (outcome.routing.surrogate_ids_NK is None)
+    if routing.surrogate_ids_NK is not None:
+        assert torch.equal(routing.surrogate_ids_NK, outcome.routing.surrogate_ids_NK)
+        torch.testing.assert_close(routing.surrogate_weights_NK, outcome.routing.surrogate_weights_NK)
+        assert bool(routing.surrogate_weights_NK.any()) == bool(outcome.changed_N.any())
     unchanged_N = ~outcome.changed_N
     assert torch.equal(routing.weights_NK[unchanged_N], native.weights_NK[unchanged_N])
     assert routing.ids_NK.is_contiguous()
@@ -117,6 +132,77 @@ def test_the_graph_chooses_the_same_experts(
 @pytest.mark.parametrize(("text", "other", "group", "rule"), CASES + MORE_CASES)
 def test_the_compiled_graph_chooses_the_same_experts(text: str, other: str, group: str, rule: str) -> None:
     check(text, other, group, rule)
+
+
+def check_sum(how: str) -> None:
+    """Compiled surrogates of one layer serve another of the same sizes, and any number of rows."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [a_layer("surrogate(budget=8)", SPECS["softmax"], "batch")[0] for _ in range(2)]
+    for layer in layers:
+        inner_ERH, outer_EXH = (torch.randn(E, 3 + more, H, generator=generator) for more in (0, 1))
+        made = stored({"surrogate_in": inner_ERH, "surrogate_out": outer_EXH}, how)
+        layer.resident = Resident(made, 0, 1, layer.device)
+    compiler = Compiler("batch")
+    compiler.use(layers, compile_new=True)
+    first, second = (layer.resident for layer in layers)
+    assert first is not None
+    assert second is not None
+    assert first.sum is second.sum is not None
+    graphs = counters["stats"]["unique_graphs"]
+    with torch.inference_mode():
+        for count in (1, 2, 7, 40):
+            hidden_NH = torch.randn(count, H, generator=generator).bfloat16()
+            ids_NK = torch.randint(0, E, (count, K), generator=generator, dtype=torch.int32)
+            weights_NK = torch.rand(count, K, generator=generator)
+            weights_NK[weights_NK < 0.5] = 0
+            found_NH = second(hidden_NH, ids_NK, weights_NK)
+            torch.testing.assert_close(found_NH, second.whole()(hidden_NH, ids_NK, weights_NK), rtol=1e-4, atol=1e-4)
+            assert found_NH.any()
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("how", ["int8", "bf16"])
+def test_compiled_surrogates_are_the_same(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    check_sum(how)
+
+
+@pytest.mark.slow
+def test_really_compiled_surrogates_are_the_same() -> None:
+    check_sum("int8")
+
+
+def test_only_rows_that_share_are_computed() -> None:
+    """Rows of a prompt leave nothing; what the others get is the same with and without them."""
+    layer, rows = a_layer("surrogate(budget=1)", SPECS["softmax"], "batch")
+    generator = torch.Generator().manual_seed(0)
+    inner_ERH, outer_EXH = (torch.randn(E, 3 + more, H, generator=generator) for more in (0, 1))
+    layer.resident = Resident({"surrogate_in": inner_ERH, "surrogate_out": outer_EXH}, 0, 1, layer.device)
+    asked: list[int] = []
+
+    def watched(hidden_NH: Tensor, *given: Tensor) -> Tensor:
+        asked.append(len(hidden_NH))
+        return by_pairs(hidden_NH, *given)
+
+    layer.resident.sum = watched
+    hidden_NH, logits_NE = torch.randn(9, H, generator=generator), torch.randn(9, E, generator=generator)
+    native = layer.spec.native(logits_NE)
+    rows.fill(Requests(np.array([1, 4, 1, 1]), np.array([False, True, False, False]), [None] * 4), 9)  # two of padding
+    layer.route(hidden_NH, logits_NE, native)
+    assert layer.left is not None
+    ids_NK, weights_NK = layer.left
+    added_NH = supplement(layer, hidden_NH)
+    assert asked == [3]
+    assert layer.left is None
+    assert added_NH is not None
+    torch.testing.assert_close(added_NH, layer.resident.whole()(hidden_NH, ids_NK, weights_NK), rtol=1e-4, atol=1e-4)
+    assert added_NH[[0, 5, 6]].any()  # some of what they want the prompt reads anyway
+    assert not added_NH[1:5].any()
+    assert supplement(layer, hidden_NH) is None  # once
+    rows.fill(Requests(np.ones(9, np.int64), np.zeros(9, bool), [None] * 9), 9)
+    layer.route(hidden_NH, logits_NE, native)
+    assert supplement(layer, hidden_NH) is not None
+    assert asked == [3, 9]
 
 
 def test_kinds_do_not_mix_and_layers_share(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from carpool.pipeline import Outcome
 
 FIELDS = (
     "calls", "steps", "rows", "rows_exempt", "rows_changed", "rows_nonfinite",
-    "natural_union", "union", "coreset", "pairs", "floor_overflow", "displaced_mass",
+    "natural_union", "union", "coreset", "pairs", "surrogates", "surrogate_pairs", "floor_overflow", "displaced_mass",
 )  # fmt: skip
 
 
@@ -29,11 +29,14 @@ def measured(batch: Batch, outcome: Outcome) -> Tensor:
     kept_NK = outcome.routing.weights_NK != 0
     coreset_GE = outcome.coreset_GE & (outcome.inputs.voters_G1 > 0)
     one = torch.ones((), dtype=torch.float64, device=real_N.device)
+    left_NK = outcome.routing.surrogate_weights_NK
+    foreseen = (one * 0, one * 0) if left_NK is None else (outcome.surrogates_SE.sum(), (left_NK != 0).sum())
     values = (
         one, one * batch.num_steps, real_N.sum(), (guarded.real_N & guarded.exempt_N).sum(),
         outcome.changed_N.sum(), (outcome.nonfinite_N & real_N).sum(), outcome.natural_SE.sum(),
         outcome.union_SE.sum(), coreset_GE.sum(),
-        (kept_NK & real_N.unsqueeze(-1)).sum(), outcome.overflow_SE.sum(), (outcome.displaced_N * real_N).sum(),
+        (kept_NK & real_N.unsqueeze(-1)).sum(), *foreseen, outcome.overflow_SE.sum(),
+        (outcome.displaced_N * real_N).sum(),
     )  # fmt: skip
     return torch.stack([value.double() for value in values])
 
@@ -47,6 +50,7 @@ class LayerReport:
         rows: real rows. rows_exempt, rows_changed, rows_nonfinite: of these.
         natural_union, union, coreset: experts, summed over steps (coreset: over groups with a voter).
         pairs: (row, expert) pairs computed.
+        surrogates: experts whose surrogates are read, summed over steps. surrogate_pairs: pairs left to them.
         floor_overflow: experts read only because of the floor, summed over steps.
         displaced_mass: summed over real rows; divide by `rows` for the mean.
     """
@@ -62,6 +66,8 @@ class LayerReport:
     union: int
     coreset: int
     pairs: int
+    surrogates: int
+    surrogate_pairs: int
     floor_overflow: int
     displaced_mass: float
 

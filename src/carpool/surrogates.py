@@ -79,3 +79,69 @@ class Surrogates:
         inner_NX = hidden_NH.float() @ self.in_XH.T
         scaled_NX = (inner_NX.unflatten(-1, (len(self.bias_EH), -1)) * weight_NE.unsqueeze(-1)).flatten(-2)
         return torch.addmm(weight_NE @ self.bias_EH, scaled_NX, self.out_XH)
+
+
+def stored_part(tensors: Mapping[str, Tensor], rank: int, world: int) -> dict[str, Tensor]:
+    """What one of `world` ranks holds so that the ranks' outputs add up to the whole: some inner rows of every expert
+    with their outer rows; the bias is the first rank's, the others' is 0.
+
+    Args:
+        tensors: a layer's statistics, see `Surrogates.of`.
+        rank: from 0.
+        world: number of ranks.
+    """
+    R = tensors[NAMES[0]].shape[1]
+    mine = torch.arange(R).tensor_split(world)[rank]
+    with_bias = torch.cat([mine, torch.tensor([R])])
+    places = dict(zip((*NAMES, *SCALES), (mine, with_bias) * 2, strict=True))
+    part = {name: tensors[name][:, places[name]].contiguous() for name in places if name in tensors}
+    if rank:
+        part[NAMES[1]][:, -1] = 0
+    return part
+
+
+def by_pairs(
+    hidden_NH: Tensor,
+    ids_NX: Tensor,
+    weights_NX: Tensor,
+    inner_ERH: Tensor,
+    outer_EXH: Tensor,
+    inner_scale_ER: Tensor | None = None,
+    outer_scale_EX: Tensor | None = None,
+) -> Tensor:
+    """`Surrogates.__call__` from the stored numbers, `[N, H]` float32: reads the surrogates that a pair uses and no
+    others. For a compiler, which fuses look-up, conversion and sum in each of its two steps; by itself it makes
+    `[N, X, R, H]` numbers.
+
+    Args:
+        hidden_NH: the experts' input.
+        ids_NX: experts left to their surrogates; where the weight is 0 any.
+        weights_NX: what their outputs are mixed by.
+        inner_ERH: as stored. outer_EXH: as stored, the last row the bias.
+        inner_scale_ER, outer_scale_EX: factors of their rows, for int8.
+    """
+    factors = pair_factors(hidden_NH, ids_NX, weights_NX, inner_ERH, inner_scale_ER, outer_scale_EX)
+    return pair_sum(*factors, outer_EXH)
+
+
+def pair_factors(
+    hidden_NH: Tensor,
+    ids_NX: Tensor,
+    weights_NX: Tensor,
+    inner_ERH: Tensor,
+    inner_scale_ER: Tensor | None,
+    outer_scale_EX: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """First step of `by_pairs`: which surrogates are read, int64 `[N, X]`, and what each of their outer rows is
+    multiplied by, `[N, X, R + 1]`."""
+    read_NX = torch.where(weights_NX != 0, ids_NX, 0).long()  # one surrogate for all slots that mean nothing
+    inner_NXR = (hidden_NH.float()[:, None, None] * inner_ERH[read_NX].float()).sum(-1)
+    if inner_scale_ER is not None:
+        inner_NXR = inner_NXR * inner_scale_ER[read_NX]
+    factor_NXX = torch.nn.functional.pad(inner_NXR, (0, 1), value=1.0) * weights_NX.float().unsqueeze(-1)
+    return read_NX, factor_NXX if outer_scale_EX is None else factor_NXX * outer_scale_EX[read_NX]
+
+
+def pair_sum(read_NX: Tensor, factor_NXX: Tensor, outer_EXH: Tensor) -> Tensor:
+    """Second step of `by_pairs`: the weighted sum of outer rows, `[N, H]`."""
+    return (factor_NXX.unsqueeze(-1) * outer_EXH[read_NX].float()).sum((1, 2))

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,13 +22,16 @@ from carpool.counters import measured
 from carpool.hosts.vllm.rows import Rows
 from carpool.pipeline import decide, scored
 from carpool.routing import RouteSpec, Routing
+from carpool.surrogates import pair_factors, pair_sum
 
 if TYPE_CHECKING:
     from carpool.hosts.vllm.router import Layer
+    from carpool.hosts.vllm.supplement import Resident
 
 ROWS, REQUESTS = 11, 5  # of the example: sizes that nothing else has, or the compiler takes them for the same
 BACKEND = "inductor"
 Graph = Any  # a compiled function
+IDS_IN_RANGE = {"assert_indirect_indexing": False}  # they are our own
 
 
 class Compiler:
@@ -53,16 +57,28 @@ class Compiler:
         if compile_new:
             for key, layer in zip(keys, layers, strict=True):
                 if key not in self._graphs:
-                    self._graphs[key] = self._try(layer)
+                    self._graphs[key] = self._try(partial(_compile, layer, self._group))
             if not self._agree(all(self._graphs[key] is not None for key in keys)):
                 self._graphs |= dict.fromkeys(keys)
         for key, layer in zip(keys, layers, strict=True):
             layer.graph = self._graphs.get(key)
+            self._use_sum(layer, compile_new)
 
-    def _try(self, layer: Layer) -> Graph | None:
+    def _use_sum(self, layer: Layer, compile_new: bool) -> None:
+        """The graph of a layer's surrogates, if its plan uses some; ranks need not agree, the sum decides nothing."""
+        resident = layer.resident if layer.plan.policy.surrogates else None
+        if resident is None:
+            return
+        key = repr(([_shape(tensor) for tensor in resident.tensors], layer.spec.top_k, str(layer.device)))
+        if compile_new and key not in self._graphs:
+            self._graphs[key] = self._try(partial(_compile_sum, resident, layer.spec.top_k))
+        resident.sum = self._graphs.get(key)
+
+    @staticmethod
+    def _try(make: Callable[[], Graph]) -> Graph | None:
         log, start = logging.getLogger("vllm.carpool"), time.monotonic()
         try:
-            graph = _compile(layer, self._group)
+            graph = make()
         except Exception as error:  # a compiler may fail in any way, and routing works without it
             cause = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             log.warning("carpool routes without a compiled graph, which costs speed: %s", cause)
@@ -77,8 +93,8 @@ def run(graph: Graph, layer: Layer, hidden_NH: Tensor, logits_NE: Tensor, native
     fits = native.ids_NK.dtype == torch.int32 and native.weights_NK.dtype == torch.float32
     if not fits or len(logits_NE) == 1:  # compilers take one row for a special case
         return None
-    ids_NK, weights_NK, values_F = graph(*_arguments(layer, hidden_NH, logits_NE, native, rows))
-    return Routing(ids_NK, weights_NK), values_F
+    *routing, values_F = graph(*_arguments(layer, hidden_NH, logits_NE, native, rows))
+    return Routing(*routing), values_F
 
 
 def _arguments(layer: Layer, hidden_NH: Tensor, logits_NE: Tensor, native: Routing, rows: Rows) -> tuple[Any, ...]:
@@ -107,7 +123,7 @@ def _compile(layer: Layer, group: str) -> Graph:
         logits_NE: Tensor, scores_NE: Tensor, weights_NE: Tensor, ids_NK: Tensor, native_NK: Tensor,
         hidden_NH: Tensor | None, group_N: Tensor, real_N: Tensor, voter_N: Tensor, exempt_N: Tensor, step_N: Tensor,
         request_N: Tensor, slots_R: Tensor, scale_E: Tensor | None, tensors: list[Tensor], stats: dict[str, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
         num_requests = slots_R.shape[0]
         batch = Batch(
             group_N, 1 if group == "batch" else num_requests, real_N, voter_N, exempt_N, step_N,
@@ -122,22 +138,62 @@ def _compile(layer: Layer, group: str) -> Graph:
         return (
             torch.where(skipped_NK, ids_NK, outcome.routing.ids_NK),
             outcome.routing.weights_NK,
+            outcome.routing.surrogate_ids_NK,
+            outcome.routing.surrogate_weights_NK,
             measured(batch, outcome),
         )
 
-    # we choose the graph ourselves: nothing to check at every call, and no graph for every number of rows
-    options = {"guard_filter_fn": lambda guards: [False for _ in guards]}
-    how: dict[str, Any] = {"backend": BACKEND, "options": options, "fullgraph": True, "isolate_recompiles": True}
-    graph = torch.compile(routed, **how)
     given = _example(layer, group)
     eager = routed(*given)
-    for value in given[:13]:  # all that has a row or request dimension
-        if value is not None:
-            torch._dynamo.mark_dynamic(value, 0)
-    compiled = graph(*given)
+    graph, compiled = _compile_for_any_rows(routed, given, 13)  # all that has a row or request dimension
     if not torch.equal(compiled[0], eager[0]) or not torch.allclose(compiled[1], eager[1], atol=1e-6):
         raise RuntimeError("the compiled graph routes differently from the same operations one by one")
     return graph
+
+
+def _compile_sum(resident: Resident, top_k: int) -> Graph:
+    """The sum of surrogates, which runs on the experts' input, as two graphs: in one, the compiler makes the factors
+    of the second step anew for every number."""
+    E, _, H = resident.tensors[0].shape
+    generator = torch.Generator().manual_seed(0)
+    device = resident.tensors[0].device
+    hidden_NH = torch.randn(ROWS, H, generator=generator).to(device)
+    weights_NK = torch.rand(ROWS, top_k, generator=generator).to(device)
+    ids_NK = torch.randint(0, E, (ROWS, top_k), generator=generator, dtype=torch.int32).to(device)
+    inner_ERH, outer_EXH, *scales = (*resident.tensors, None, None)[:4]
+    given = (hidden_NH, ids_NK, weights_NK)
+    first, factors = _compile_for_any_rows(pair_factors, (*given, inner_ERH, *scales), 3, IDS_IN_RANGE)
+    second, compiled_NH = _compile_for_any_rows(pair_sum, (*factors, outer_EXH), 2, IDS_IN_RANGE)
+    eager_NH = resident.whole()(*given)
+    if not torch.allclose(compiled_NH, eager_NH, rtol=1e-3, atol=1e-4 * float(eager_NH.abs().max())):
+        raise RuntimeError("the compiled sum of surrogates differs from the same operations one by one")
+
+    def summed(hidden_NH: Tensor, ids_NK: Tensor, weights_NK: Tensor, inner_ERH: Tensor, outer_EXH: Tensor,
+               inner_scale_ER: Tensor | None = None, outer_scale_EX: Tensor | None = None) -> Tensor:  # fmt: skip
+        factors = first(hidden_NH, ids_NK, weights_NK, inner_ERH, inner_scale_ER, outer_scale_EX)
+        summed_NH: Tensor = second(*factors, outer_EXH)
+        return summed_NH
+
+    return summed
+
+
+def _compile_for_any_rows(
+    function: Graph, given: tuple[Any, ...], with_rows: int, options: dict[str, Any] | None = None
+) -> tuple[Graph, Any]:
+    """A graph and what it makes of an example, whose first arguments have a dimension of rows or requests.
+
+    Args:
+        options: of inductor.
+    """
+    # we choose the graph ourselves: nothing to check at every call, and no graph for every number of rows
+    more = (options or {}) if BACKEND == "inductor" else {}
+    options = {"guard_filter_fn": lambda guards: [False for _ in guards], **more}
+    how: dict[str, Any] = {"backend": BACKEND, "options": options, "fullgraph": True, "isolate_recompiles": True}
+    graph = torch.compile(function, **how)
+    for value in given[:with_rows]:
+        if value is not None:
+            torch._dynamo.mark_dynamic(value, 0)
+    return graph, graph(*given)
 
 
 def _example(layer: Layer, group: str) -> tuple[Any, ...]:

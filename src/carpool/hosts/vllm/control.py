@@ -61,7 +61,10 @@ class Control:
         host = self._host
         if host.step is None or host.metrics is None:
             raise CarpoolError("carpool_report: the model is not loaded yet")
-        layers = [asdict(row) for row in host.step.counters.report()]
+        layers = [
+            {**asdict(row), "expert_bytes": layer.expert_bytes, "surrogate_bytes": layer.surrogate_bytes}
+            for row, layer in zip(host.step.counters.report(), host.layers, strict=True)
+        ]
         if reset:
             host.metrics.publish(now=True)
             host.step.counters.reset()
@@ -76,5 +79,6 @@ class Control:
             "policy": plans.pop() if len(plans) == 1 else "set per layer",
             "group": str(host.settings.group),
             "enabled": host.step.enabled,
+            "surrogate_memory": host.surrogate_memory,
             "compiled": all(layer.graph is not None for layer in host.layers),
         }

@@ -24,6 +24,8 @@ from carpool.hosts.vllm.metrics import Metrics
 from carpool.hosts.vllm.router import Layer, Step, define_op, shared_class
 from carpool.hosts.vllm.rows import Rows
 from carpool.hosts.vllm.settings import Settings
+from carpool.hosts.vllm.supplement import hook
+from carpool.surrogates import NAMES
 
 
 class Host:
@@ -121,11 +123,20 @@ class Host:
         for layer in self.layers:
             layer.step = self.step
             layer.router.carpool_layer = layer
+            if any(name in layer.statistics for name in NAMES):  # a policy may ask for them later
+                hook(layer)
         plans, stats = [layer.plan for layer in self.layers], [layer.stats for layer in self.layers]
         self.use_plans(plans, stats, compile_new=self._compiles(device))
-        self.metrics = Metrics(self.step.counters, publishes=_first_of_tensor_parallel())
+        if hasattr(runner, "model_memory_usage"):  # where vLLM measures: what is left is for keys and values
+            runner.model_memory_usage += self.surrogate_memory
+        self.metrics = Metrics(self.step.counters, self.layers, publishes=_first_of_tensor_parallel())
         self.metrics.enabled(True)
         self._follow(runner, self.step)
+
+    @property
+    def surrogate_memory(self) -> int:
+        """Bytes of all layers' surrogates on this worker's device."""
+        return sum(layer.resident.memory for layer in self.layers if layer.resident is not None)
 
     def _compiles(self, device: torch.device) -> bool:
         """As the user says; without a word on CPUs only, where it was tried."""
@@ -174,6 +185,7 @@ class Host:
         for layer in self.layers:
             if not layer.calls:
                 raise CarpoolError(f"{layer.name}: the engine bypassed the router, so no policy can run; refused")
+            layer.require_added()
         self._proved = True
 
 

@@ -14,6 +14,7 @@ from carpool.hosts.vllm.conformance import check
 from carpool.hosts.vllm.router import Layer, is_shared
 from carpool.hosts.vllm.settings import Settings
 from carpool.hosts.vllm.specs import route_spec
+from carpool.hosts.vllm.supplement import resident
 from carpool.pipeline import route
 from carpool.policy_file import PolicyFile
 from carpool.routing import Routing
@@ -64,11 +65,6 @@ def prepare(layer: Layer, plan: Plan) -> dict[str, Tensor]:
             engine does not give.
     """
     plan.check(layer.num_experts, layer.spec.top_k)
-    if plan.policy.surrogates:
-        raise CarpoolError(
-            f"{plan.policy} leaves pairs to surrogates, whose output is not added in vLLM yet; use it in transformers, "
-            "or another policy here"
-        )
     missing = [name for name in plan.policy.required_stats() if name not in layer.statistics]
     if missing:
         raise CarpoolError(
@@ -77,6 +73,8 @@ def prepare(layer: Layer, plan: Plan) -> dict[str, Tensor]:
         )
     stats = {name: tensor.to(layer.device) for name, tensor in plan.policy.prepare(layer.statistics).items()}
     _rehearse(layer, plan, stats)
+    if plan.policy.surrogates and layer.resident is None:
+        layer.resident = resident(layer)
     return stats
 
 
@@ -139,6 +137,7 @@ def _layer(runner: Any, gate_EH: Tensor | None, settings: Settings, device: torc
         num_experts=num_experts,
         hidden_size=moe.hidden_dim,
         device=device,
+        runner=runner,
     )
 
 

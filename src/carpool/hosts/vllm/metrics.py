@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from carpool.counters import Counters, totals
+from carpool.counters import Counters, LayerReport, totals
+
+if TYPE_CHECKING:
+    from carpool.hosts.vllm.router import Layer
 
 PERIOD = 1.0  # seconds between two readings of the device's counters
 COUNTERS = {  # field of the counters: metric (Prometheus appends _total), help
@@ -18,7 +21,11 @@ COUNTERS = {  # field of the counters: metric (Prometheus appends _total), help
     "natural_union": ("carpool_experts_natural", "distinct experts that native routing would have read"),
     "union": ("carpool_experts_read", "distinct experts read"),
     "displaced_mass": ("carpool_displaced_mass", "share of its native weight a row lost, summed over rows"),
+    "surrogates": ("carpool_surrogates_read", "distinct experts whose surrogates are read"),
+    "surrogate_pairs": ("carpool_surrogate_pairs", "pairs of a row and an expert that are left to surrogates"),
     "floor_overflow": ("carpool_floor_overflow", "distinct experts read only because of the floor"),
+    "natural_bytes": ("carpool_natural_bytes", "bytes of experts that native routing would have read, on one rank"),
+    "read_bytes": ("carpool_read_bytes", "bytes of experts and surrogates read, on one rank"),
 }
 
 
@@ -27,11 +34,12 @@ class Metrics:
 
     Args:
         counters: of the worker.
+        layers: in the order of the counters.
         publishes: False on all but one of the ranks that decide alike.
     """
 
-    def __init__(self, counters: Counters, publishes: bool) -> None:
-        self._counters, self._publishes = counters, publishes
+    def __init__(self, counters: Counters, layers: list[Layer], publishes: bool) -> None:
+        self._counters, self._layers, self._publishes = counters, layers, publishes
         self._last: dict[str, float] = {}
         self._next = 0.0
         if publishes:  # the series are there from the start, at 0
@@ -42,7 +50,8 @@ class Metrics:
         if not self._publishes or (not now and time.monotonic() < self._next):
             return
         self._next = time.monotonic() + PERIOD
-        current = totals(self._counters.report())
+        report = self._counters.report()
+        current = totals(report) | bytes_read(report, self._layers)
         for field, metric in _metrics().items():
             metric.inc(max(0.0, current[field] - self._last.get(field, 0.0)))
         self._last = current
@@ -60,6 +69,15 @@ class Metrics:
         """A change at run time was refused."""
         if self._publishes:
             _refusals().inc()
+
+
+def bytes_read(report: list[LayerReport], layers: list[Layer]) -> dict[str, float]:
+    """Of experts, and of surrogates, over all layers: under native routing and really."""
+    sizes = [(row, layer.expert_bytes, layer.surrogate_bytes) for row, layer in zip(report, layers, strict=True)]
+    return {
+        "natural_bytes": sum(row.natural_union * expert for row, expert, _ in sizes),
+        "read_bytes": sum(row.union * expert + row.surrogates * surrogate for row, expert, surrogate in sizes),
+    }
 
 
 @functools.cache  # a name may be registered once per process; engines in one process add up

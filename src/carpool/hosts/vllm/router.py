@@ -6,7 +6,7 @@ Whatever vLLM asks of the router's type stays true, and nothing but the routing 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from carpool.counters import Counters
 from carpool.errors import CarpoolError
 from carpool.grammar import Plan
 from carpool.guards import MinBatch
-from carpool.hosts.vllm import compiled
+from carpool.hosts.vllm import compiled, supplement
 from carpool.hosts.vllm.knobs import Knobs
 from carpool.hosts.vllm.rows import Rows
 from carpool.pipeline import Outcome, route
@@ -51,10 +51,13 @@ class Layer:
     Attributes:
         name: vLLM's name of the layer. index: its number in that name. position: its row in the counters.
         router: vLLM's router object. spec: how it routes. num_experts, hidden_size: `E` and `H`.
+        runner: vLLM's object that runs router and experts.
         plan: policy and guards. statistics: the file's tensors of this layer. stats: what the policy made of them.
         knobs: the plan's numbers as device tensors.
         graph: the compiled form of this plan's kind; None where routing runs operation by operation.
         calls: times Python ran the router, for the proof that nothing bypasses it.
+        resident: surrogates on the device, once a plan has asked for them.
+        left: expert ids and weights of the pairs that the last call left to surrogates, until the experts run.
     """
 
     name: str
@@ -72,14 +75,19 @@ class Layer:
     graph: compiled.Graph | None = None
     step: Step | None = None
     calls: int = 0
+    runner: Any = None
+    resident: supplement.Resident | None = None
+    left: tuple[Tensor, Tensor] | None = None
 
     def route(self, hidden_NH: Tensor, logits_NE: Tensor, native: Routing) -> Routing:
         """The routing of one call; the native one outside of a forward pass with rows to share.
 
         Raises:
-            CarpoolError: the router sees other rows than the engine's batch has.
+            CarpoolError: the router sees other rows than the engine's batch has, or what was left to surrogates by
+                the call before was never added.
         """
         self.calls += 1
+        self.require_added()
         step = self.step
         assert step is not None
         rows = step.rows
@@ -94,7 +102,7 @@ class Layer:
             done = compiled.run(self.graph, self, hidden_NH, logits_NE, native, rows)
             if done is not None:
                 step.counters.add_measured(self.position, done[1])
-                return done[0]
+                return self._leaving(done[0])
         batch = rows.batch(len(logits_NE))
         skipped_NK = native.ids_NK < 0  # some GPU kernels mark padding so; the experts module knows it
         valid = Routing(native.ids_NK.masked_fill(skipped_NK, 0), native.weights_NK)
@@ -103,7 +111,29 @@ class Layer:
         step.counters.add(self.position, batch, outcome)
         if step.observer is not None:
             step.observer(self, logits_NE, outcome)
-        return self._contiguous(outcome, native, skipped_NK)
+        return self._leaving(self._contiguous(outcome, native, skipped_NK))
+
+    def require_added(self) -> None:
+        """Raises CarpoolError if pairs were left to surrogates and the experts ran without them."""
+        if self.left is not None:
+            raise CarpoolError(f"{self.name}: the engine bypassed its experts, so surrogates were not added; refused")
+
+    def _leaving(self, routing: Routing) -> Routing:
+        """The routing, with what it leaves to surrogates kept for the experts."""
+        if routing.surrogate_ids_NK is not None and routing.surrogate_weights_NK is not None:
+            self.left = routing.surrogate_ids_NK, routing.surrogate_weights_NK
+        return routing
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of one expert's weights, on this rank."""
+        experts = self.runner.routed_experts
+        return int(sum(weight.nbytes for weight in experts.parameters()) // experts.local_num_experts)
+
+    @property
+    def surrogate_bytes(self) -> int:
+        """Of one expert's surrogate, on this rank; 0 without any."""
+        return 0 if self.resident is None else self.resident.bytes
 
     @property
     def least(self) -> int:
@@ -116,7 +146,7 @@ class Layer:
     def _contiguous(outcome: Outcome, native: Routing, skipped_NK: Tensor) -> Routing:
         """The CPU kernel ignores strides."""
         ids_NK = torch.where(skipped_NK, native.ids_NK, outcome.routing.ids_NK)
-        return Routing(ids_NK.contiguous(), outcome.routing.weights_NK.contiguous())
+        return replace(outcome.routing, ids_NK=ids_NK.contiguous(), weights_NK=outcome.routing.weights_NK.contiguous())
 
 
 @functools.cache
@@ -159,11 +189,15 @@ def is_shared(router: Any) -> bool:
 
 @functools.cache
 def define_op() -> Any:
-    """Register the operation that hides routing from torch.compile; returns the library that owns it."""
+    """Register the operations that hide what we do from torch.compile; returns the library that owns them."""
     from vllm.utils.torch_utils import direct_register_custom_op
 
     library = torch.library.Library("carpool", "FRAGMENT")
-    direct_register_custom_op(OP, _routed, mutates_args=[], fake_impl=_fake, target_lib=library)
+    for name, run, fake in (
+        (OP, _routed, _fake),
+        (supplement.OP, supplement.supplemented, supplement.fake),
+    ):
+        direct_register_custom_op(name, run, mutates_args=[], fake_impl=fake, target_lib=library)
     return library
 
 

@@ -54,6 +54,8 @@ class Rows:
         self._voter_N = torch.zeros(size, dtype=torch.bool, device=device)
         self._exempt_N = torch.ones(size, dtype=torch.bool, device=device)
         self._views: dict[int, tuple[Tensor, ...]] = {}
+        self._shares = np.zeros(0, dtype=bool)
+        self._places_M: Tensor | None = None
 
     def fill(self, requests: Requests, num_rows: int) -> None:
         """Describe the batch that is about to run in `num_rows` rows, padding included.
@@ -65,6 +67,7 @@ class Rows:
         shares = np.repeat(~requests.prefill & ~out, lengths)
         count = len(shares)
         self.expected, self.sharing = num_rows, int(shares.sum())
+        self._shares, self._places_M = shares, None
         shares_N = torch.from_numpy(shares)
         self._request_N.zero_()
         self._request_N[:count].copy_(torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)))
@@ -93,6 +96,14 @@ class Rows:
         return Batch(
             group_N, num_groups, real_N, voter_N, exempt_N, step_N, request_N=request_N, num_requests=num_requests
         )
+
+    def sharing_rows(self) -> Tensor | None:
+        """Places of the rows that a policy may change; None where these are all."""
+        if self.sharing == self.expected:
+            return None
+        if self._places_M is None:
+            self._places_M = torch.from_numpy(np.flatnonzero(self._shares)).to(self._zero_N.device)
+        return self._places_M
 
     def tensors(self, num_rows: int) -> tuple[Tensor, ...]:
         """Group, real, voter, exempt, step and request of the first `num_rows` rows, and a tensor as long as the
