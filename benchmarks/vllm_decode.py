@@ -2,6 +2,8 @@
 
     python benchmarks/vllm_decode.py --output docs/results/vllm-decode.json            # about 12 minutes on two cores
     python benchmarks/vllm_decode.py --quick --output /tmp/quick.json                  # proves that it runs
+    python benchmarks/vllm_decode.py --batch 16 --policy "xshare(budget=16)" "surrogate(budget=16)" \
+        --output docs/results/vllm-decode-surrogates.json                              # surrogates beside backfill
 
 One engine decodes one batch of requests; between steps it is switched between stock (all hooks of the plugin taken
 out), the plugin switched off, a budget of all experts, policies, and for each policy two ideals: routing forced to
@@ -10,6 +12,9 @@ running a policy. Every round times a few steps of each, in random order but a p
 are medians over rounds of what stood side by side (a virtual machine pauses now and then, and a mean would show that),
 intervals resample rounds. A cell whose checks fail gets no speeds. Cells that the output already holds are left as they
 are, so a run can be continued.
+
+The surrogates of `surrogate(...)` are random maps of the right size (`--surrogates RANK`, int8): they show speed only.
+Beside it, `xshare` of the same budget shows what adding their output costs (`throughput_over_backfill`).
 """
 
 from __future__ import annotations
@@ -82,6 +87,8 @@ def run_cells(options: argparse.Namespace) -> None:
             "rounds": options.rounds, "steps_per_block": options.steps, "seed": SEED, "compiled": not options.eager,
             "read_bandwidth_gb_s": bandwidth, "load_before": os.getloadavg()[0],
         }  # fmt: skip
+        if foreseeing(options):
+            about["surrogates"] = {"rank": options.surrogates, "maps": "random: speed only"}
         cell = about | measure(llm, batch, options, bandwidth, layers * geometry.expert_bytes(item))
         content = load(options.output)  # a slow cell must not lose what another run wrote meanwhile
         content["machine"] = machine()
@@ -98,6 +105,7 @@ def measure(
 
     engine = Engine(llm, batch, SEED, compile=not options.eager)
     geometry, layers = GEOMETRIES[options.geometry], len(engine.routers)
+    surrogate = layers * engine.give_surrogates(options.surrogates) if foreseeing(options) else 0
     failed: list[str] = []
     idle: list[str] = []
     try:
@@ -141,7 +149,9 @@ def measure(
         "failed": "",
         "idle": idle,
         "load_after": os.getloadavg()[0],
-        "states": summarise(states, times, batch * options.steps, options.steps, bandwidth, bytes_per_expert),
+        "states": summarise(
+            states, times, batch * options.steps, options.steps, bandwidth, bytes_per_expert, surrogate
+        ),
     }
 
 
@@ -150,7 +160,7 @@ def interleave(engine: Any, states: dict[str, Any], rounds: int, steps: int) -> 
     shuffle = random.Random(SEED)
     groups: dict[str, list[str]] = {}
     for name in states:
-        groups.setdefault(name.split(": ")[-1], []).append(name)
+        groups.setdefault(backfill_of(name.split(": ")[-1]), []).append(name)
     times: dict[str, list[float]] = {name: [] for name in states}
     for _ in range(rounds):
         order = [name for group in shuffled(groups.values(), shuffle) for name in shuffled(group, shuffle)]
@@ -180,7 +190,7 @@ def paired(numerator_M: NDArray[np.float64], denominator_M: NDArray[np.float64])
 
 
 def summarise(states: dict[str, Any], times: dict[str, list[float]], tokens: int, steps: int, bandwidth: float,
-              bytes_per_expert: int) -> dict[str, Any]:  # fmt: skip
+              bytes_per_expert: int, bytes_per_surrogate: int = 0) -> dict[str, Any]:  # fmt: skip
     """Throughput, unions, and ratios of time with intervals, by state."""
     seconds = {name: np.array(values) for name, values in times.items()}
     result: dict[str, Any] = {}
@@ -188,16 +198,17 @@ def summarise(states: dict[str, Any], times: dict[str, list[float]], tokens: int
         steps_counted = sum(counts["steps"] for counts in state.get("counted", ()))
         per_step = {
             field: sum(counts[field] for counts in state["counted"]) / steps_counted if steps_counted else None
-            for field in (("union", "natural_union") if "counted" in state else ())
+            for field in (("union", "natural_union", "surrogates") if "counted" in state else ())
         }
         read = per_step.get("union") or state["union"]
-        read_gb = read * bytes_per_expert / 1e9
+        read_gb = (read * bytes_per_expert + (per_step.get("surrogates") or 0) * bytes_per_surrogate) / 1e9
         block = float(np.median(seconds[name]))
         row = {
             "tokens_per_second": tokens / block,
             "ms_per_step": 1000 * block / steps,
             "union": read,
             "natural_union": per_step.get("natural_union"),
+            "surrogates": per_step.get("surrogates"),
             "expert_gb_per_step": read_gb,
             "share_of_read_bandwidth": read_gb * steps / block / bandwidth,
             "seconds_per_block": [round(value, 6) for value in times[name]],
@@ -205,12 +216,27 @@ def summarise(states: dict[str, Any], times: dict[str, list[float]], tokens: int
         for against in ("stock", f"ideal: {name}", f"replayed: {name}"):
             if against in states and against != name:
                 row[f"throughput_over_{against.split(':')[0]}"] = asdict(paired(seconds[against], seconds[name]))
+        backfill = backfill_of(name)
+        if backfill != name and backfill in states and ":" not in name:
+            row["throughput_over_backfill"] = asdict(paired(seconds[backfill], seconds[name]))
         result[name] = row
     return result
 
 
+def foreseeing(options: argparse.Namespace) -> bool:
+    """Whether a policy needs surrogates."""
+    return any(text.startswith("surrogate(") for text in options.policy)
+
+
+def backfill_of(name: str) -> str:
+    """The state that reads as many experts without surrogates; other states themselves."""
+    return name.replace("surrogate(", "xshare(", 1)
+
+
 def key(options: argparse.Namespace, threads: int, batch: int) -> str:
-    return f"{options.geometry} {options.dtype} threads={threads} batch={batch}{' eager' if options.eager else ''}"
+    more = f" surrogates={options.surrogates}" if foreseeing(options) else ""
+    more += " eager" if options.eager else ""
+    return f"{options.geometry} {options.dtype} threads={threads} batch={batch}{more}"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -224,7 +250,7 @@ def show(content: dict[str, Any]) -> None:
         for state, row in cell["states"].items():
             ratios = [
                 f"{row[f'throughput_over_{other}']['value']:.3f} of {other}"
-                for other in ("stock", "ideal", "replayed")
+                for other in ("stock", "ideal", "replayed", "backfill")
                 if f"throughput_over_{other}" in row
             ]
             print(
@@ -242,6 +268,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--policy", nargs="+", default=list(POLICIES))
+    parser.add_argument("--surrogates", type=int, default=16, metavar="RANK", help="of the random maps; speed only")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=2, help="steps a block")
     parser.add_argument("--eager", action="store_true", help="the plugin without its compiled graph")
@@ -251,7 +278,7 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         options.geometry, options.batch, options.threads = "tiny", [4], [1]
-        options.policy = ["xshare(budget=8)"]
+        options.policy = ["xshare(budget=8)", "surrogate(budget=8)"]
     return options
 
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from carpool.hosts.vllm import compiled
+from carpool.hosts.vllm.supplement import hook
 from carpool.routing import Routing
+from carpool.surrogates import NAMES, SCALES
 
 Ids = list[list[Tensor]]  # of some steps, of each layer: int32 [N, K]
 
@@ -53,6 +55,13 @@ class Engine:
         if len(outputs) != self.batch:
             raise RuntimeError(f"{len(outputs)} of {self.batch} requests decoded; give the model more length")
 
+    def give_surrogates(self, rank: int) -> int:
+        """Surrogates of random numbers: the right size, and nothing that they foresee; bytes of one of them."""
+        for layer in self.host.layers:
+            layer.statistics = random_surrogates(layer.num_experts, rank, layer.hidden_size, layer.position)
+        self.plugin()
+        return (2 * rank + 1) * (self.host.layers[0].hidden_size + 4)
+
     def close(self) -> None:
         self.stock()
         self.engine.abort_request(self.requests)
@@ -66,12 +75,19 @@ class Engine:
             vars(self.runner).pop(name, None)
         for router, shared in zip(self.routers, self._shared, strict=True):
             router.__class__ = shared.__mro__[1]
+        for layer in self.host.layers:
+            experts = layer.runner.routed_experts
+            if hasattr(type(experts), "carpool_kind"):
+                experts.__class__ = type(experts).__mro__[1]
 
     def plugin(self) -> None:
         """Put them in again."""
         vars(self.runner).update(self._hooks)
         for router, shared in zip(self.routers, self._shared, strict=True):
             router.__class__ = shared
+        for layer in self.host.layers:
+            if NAMES[0] in layer.statistics:
+                hook(layer)
 
     def forced(self, ids: Ids) -> None:
         """Stock, but with these ids in turn."""
@@ -91,7 +107,7 @@ class Engine:
     def report(self) -> dict[str, float]:
         """Sums of the counters over layers since the last call."""
         [report] = self.llm.collective_rpc("carpool_report", kwargs={"reset": True})
-        names = ("steps", "rows", "rows_changed", "natural_union", "union")
+        names = ("steps", "rows", "rows_changed", "natural_union", "union", "surrogates")
         return {name: float(sum(layer[name] for layer in report["layers"])) for name in names}
 
     def record(self, steps: int) -> Ids:
@@ -109,13 +125,16 @@ class Engine:
         return recorded
 
     def compare_graph(self) -> list[bool]:
-        """One step operation by operation; whether each layer's compiled graph takes the same experts."""
+        """One step operation by operation; whether each layer's compiled graph takes the same experts, and its
+        compiled surrogates give the same."""
         same: list[bool] = []
 
         def observe(layer: Any, logits_NE: Tensor, outcome: Any) -> None:
             native = Routing(outcome.inputs.native_ids_NK.int(), outcome.routing.weights_NK)
             done = layer.graph and compiled.run(layer.graph, layer, logits_NE, logits_NE, native, layer.step.rows)
             same.append(bool(done) and torch.equal(done[0].ids_NK, outcome.routing.ids_NK))
+            if same[-1] and done[0].surrogate_ids_NK is not None:
+                same[-1] = same_sum(layer, done[0])
 
         self.host.step.observer = observe
         try:
@@ -123,6 +142,26 @@ class Engine:
         finally:
             self.host.step.observer = None
         return same
+
+
+def random_surrogates(experts: int, rank: int, hidden: int, seed: int) -> dict[str, Tensor]:
+    """A layer's statistics, with maps so small that they change nothing but the time."""
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[str, Tensor] = {}
+    for name, scale, rows in zip(NAMES, SCALES, (rank, rank + 1), strict=True):
+        made[name] = torch.randint(-127, 128, (experts, rows, hidden), generator=generator, dtype=torch.int8)
+        made[scale] = torch.full((experts, rows), 1e-5)
+    return made | {"surrogate_energy": torch.ones(experts), "surrogate_unexplained": torch.full((experts,), 0.5)}
+
+
+def same_sum(layer: Any, routing: Routing) -> bool:
+    """Whether compiled surrogates give what they give operation by operation."""
+    if layer.resident.sum is None:
+        return False
+    hidden_NH = torch.randn(len(routing.ids_NK), layer.hidden_size, generator=torch.Generator().manual_seed(0))
+    left = routing.surrogate_ids_NK, routing.surrogate_weights_NK
+    found_NH, wanted_NH = layer.resident(hidden_NH, *left), layer.resident.whole()(hidden_NH, *left)
+    return torch.allclose(found_NH, wanted_NH, rtol=1e-3, atol=1e-4 * float(wanted_NH.abs().max()))
 
 
 _classes: dict[type, type] = {}
