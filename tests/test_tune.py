@@ -17,7 +17,7 @@ from carpool.evaluate.study import describe
 from carpool.hosts.transformers import share
 from carpool.policy_file import PolicyFile
 from carpool.texts import Document
-from carpool.tune import Target, Trials, family
+from carpool.tune import DEFAULT, Target, Trials, family, measurable
 from carpool.tune import tune as search_for
 from carpool.tune.allocate import allocations
 from carpool.tune.texts import split
@@ -167,3 +167,11 @@ def test_families():
     assert family("oea").values(8, 2) == [1, 2]
     with pytest.raises(CarpoolError, match="no number to tune"):
         family("top_p(p=0.5)")
+
+
+def test_families_without_their_statistics_are_left_out():
+    families = [family(one) for one in DEFAULT]
+    assert families[0].plan.policy.name == "surrogate"
+    names = {one.plan.policy.name for one in measurable(families, {"coverage"})}
+    assert names == {"xshare", "des_vote", "lynx"}
+    assert measurable(families, [name for one in families for name in one.required_stats]) == families

@@ -65,7 +65,7 @@ def tune(
     from carpool.policy_file import PolicyFile
     from carpool.stats import Statistics
     from carpool.texts import load_texts
-    from carpool.tune import DEFAULT, Target, Trials, family
+    from carpool.tune import DEFAULT, Target, Trials, family, measurable
     from carpool.tune import tune as search_for
     from carpool.tune.texts import split
 
@@ -93,6 +93,8 @@ def tune(
     if windows is not None:
         source = _calibrate(loaded, windows, output, seed, data)
     statistics = None if source is None else Statistics.load(source)
+    if statistics is not None and not policy:
+        families = measurable(families, statistics.for_layer(indices[0]))
     facts = model_facts(loaded, model)
     ((layout, batches),) = settings.layouts()
     memory = output.with_name(f".{output.name}.progress")

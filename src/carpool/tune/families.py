@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 
 from carpool.errors import CarpoolError
@@ -9,8 +10,7 @@ from carpool.grammar import Plan, parse
 from carpool.policies.registry import policies, policy_class
 
 KNOBS = ("budget", "size", "k0", "top", "k")
-# what both engines load; `surrogate` has to be asked for, as vLLM does not add its output yet
-DEFAULT = ("base", "xshare(budget=1, utility='squared')", "xshare", "des_vote", "lynx")
+DEFAULT = ("surrogate", "base", "xshare(budget=1, utility='squared')", "xshare", "des_vote", "lynx")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class Family:
     @property
     def required_stats(self) -> tuple[str, ...]:
         return tuple(self.plan.policy.required_stats())
+
+
+def measurable(families: Sequence[Family], statistics: Collection[str]) -> list[Family]:
+    """The families that need no other statistics than these; not all files hold what every method needs."""
+    return [one for one in families if set(one.required_stats) <= set(statistics)]
 
 
 def family(text: str) -> Family:
