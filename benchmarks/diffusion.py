@@ -1,7 +1,7 @@
 """DES and its controls on block diffusion, in DES's own form: experts read, tokens a forward, agreement, quality.
 
     python benchmarks/diffusion.py --cells FOLDER --output docs/results/diffusion.json
-    python benchmarks/diffusion.py --cells FOLDER --part 1/2        # and 2/2 beside it on another core
+    python benchmarks/diffusion.py --cells FOLDER --reverse         # beside it on another core, from the last cell on
     python docs/generate.py
 
 A cell is one block size, grouping and threshold, with all its policies. Cells are written as soon as they
@@ -33,14 +33,14 @@ from carpool.grammar import parse
 from carpool.texts import load_texts
 
 PROMPT, NEW = 32, 64
-TEXTS = 64  # sequences of held-out text that are denoised in each cell
+TEXTS = 48  # sequences of held-out text that are denoised in each cell
 BATCH = 8  # requests that are decoded together; grouped by request, each of them is decoded as if it were alone
 # with 64 experts, 8 a token: a beta below 0.125 keeps fewer than 8 experts and is refused
 FULL = (
-    *(f"topk(k={k})" for k in (1, 2, 3, 4, 6)),
-    *(f"des_seq(k0={k})" for k in range(1, 9)),
-    *(f"des_vote(beta={beta})" for beta in (0.125, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6)),
-    *(f"xshare(budget={budget})" for budget in (12, 19, 25, 38)),
+    *(f"topk(k={k})" for k in (1, 2, 4, 6)),
+    *(f"des_seq(k0={k})" for k in (1, 2, 3, 4, 5, 6, 8)),
+    *(f"des_vote(beta={beta})" for beta in (0.125, 0.15, 0.2, 0.3, 0.4, 0.6)),
+    *(f"xshare(budget={budget})" for budget in (19, 25, 38)),
     *(f"random(budget={budget})" for budget in (19, 38)),
 )
 SHORT = (
@@ -76,12 +76,11 @@ def cells() -> Iterator[Cell]:
     main = Cell(32, "request", 0.9, FULL, follow=True)
     yield main
     yield replace(main, policies=("des_seq(k0=2)", "des_vote(beta=0.3)"), share_commits=True)
-    for threshold in (0.9, 0.95):
-        for block in (32, 16, 8):
-            for group in ("request", "batch"):
-                cell = Cell(block, group, threshold, SHORT)
-                if cell.name != main.name:
-                    yield cell
+    for block in (32, 16, 8):
+        for group, threshold in (("request", 0.9), ("batch", 0.9), ("request", 0.95)):
+            cell = Cell(block, group, threshold, SHORT)
+            if cell.name != main.name:
+                yield cell
     yield Cell(32, "request", 0.5, SHORT)
 
 
@@ -92,11 +91,10 @@ def main() -> None:
     parser.add_argument("--model", help="a block diffusion model; default: the demo's")
     parser.add_argument("--judge", help="an autoregressive model with its tokens; default: the reference model")
     parser.add_argument("--cells", type=Path, required=True, help="folder for what is measured, cell by cell")
-    parser.add_argument("--part", default="1/1", help="i/n: this process takes every n-th cell from the i-th on")
+    parser.add_argument("--reverse", action="store_true", help="start with the last cell")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    first, parts = map(int, options.part.split("/"))
     options.cells.mkdir(parents=True, exist_ok=True)
 
     source = diffusion_model(options.model)
@@ -107,10 +105,14 @@ def main() -> None:
     sequences = draw(documents, tokenizer, count=TEXTS, length=PROMPT + NEW, seed=options.seed)
     moe = describe(model)
     denoised: dict[tuple[Any, ...], list[Denoised]] = {}
-    mine = [cell for cell in cells() if not path_of(options.cells, cell, facts).exists()][first - 1 :: parts]
+    order = list(cells())[:: -1 if options.reverse else 1]
     with Progress() as bar:
-        task = bar.add_task("cells", total=sum(1 + len(cell.policies) for cell in mine))
-        for cell in mine:
+        task = bar.add_task("cells", total=sum(1 + len(cell.policies) for cell in order))
+        for cell in order:
+            path = path_of(options.cells, cell, facts)
+            if path.exists():  # from an earlier run, or the process beside this one
+                bar.advance(task, 1 + len(cell.policies))
+                continue
             began = time.monotonic()
             plans = tuple(map(parse, cell.policies))
             decoding = Decoding.of(model, block=cell.block, threshold=cell.threshold, max_new=NEW, end_tokens=())
@@ -132,7 +134,7 @@ def main() -> None:
             )  # fmt: skip
             rows = [as_dict(result) for result in combined(denoised[key], generated, settings)]
             content = {"cell": cell.__dict__, "seconds": round(time.monotonic() - began), "results": rows}
-            write_text(path_of(options.cells, cell, facts), json.dumps(content, allow_nan=False) + "\n")
+            write_text(path, json.dumps(content, allow_nan=False) + "\n")
     paths = [path_of(options.cells, cell, facts) for cell in cells()]
     lacking = [path for path in paths if not path.exists()]
     print(f"{len(lacking)} of {len(paths)} cells are missing")

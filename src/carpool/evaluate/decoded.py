@@ -31,7 +31,8 @@ class Decoded:
         followed_agreement: share of positions that hold stock's token, each block decoded after stock's text.
         perplexity: of the generated text under the judge; None without one. perplexity_ratio: over stock's.
         repeated: share of runs of four tokens that their text holds before (degenerate text has a low perplexity).
-        union_by_masked: mean union by masked share of the blocks (quarters, all masked); None where none was seen.
+        union_by_masked: mean union of a group by masked share of the blocks (quarters, all masked); None where none was
+            seen.
     """
 
     union: Estimate

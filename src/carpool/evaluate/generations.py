@@ -36,7 +36,7 @@ class Reads:
     def __init__(self) -> None:
         self.session: Session | None = None
         self.sums = dict.fromkeys(FIELDS, 0.0)
-        self.by_masked = np.zeros((QUARTERS + 1, 2))  # union and layer forwards; the last row: nothing but masks
+        self.by_masked = np.zeros((QUARTERS + 1, 2))  # unions of groups and their number; the last row: all is masked
         self.masked = 1.0
 
     def __call__(self, layer: int, batch: Batch, outcome: Outcome) -> None:
@@ -56,7 +56,7 @@ class Reads:
             }  # fmt: skip
             for name, value in found.items():
                 self.sums[name] += value
-            self.by_masked[min(int(self.masked * QUARTERS), QUARTERS)] += (union, 1)
+            self.by_masked[min(int(self.masked * QUARTERS), QUARTERS)] += (found["group_union"], found["groups"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,7 @@ class Generated:
     Attributes:
         plan: None is stock.
         sums: by field of `FIELDS`, one value a batch, `[M]`.
-        by_masked: union and layer forwards by the masked share of the rows' blocks: quarters, then all masked.
+        by_masked: unions of groups and their number by the masked share of the rows' blocks: quarters, then all masked.
         generations: what was generated, a batch each.
     """
 
