@@ -12,36 +12,17 @@ from typing import Any
 import pytest
 import torch
 import vllm_models as tiny
+from vllm_statistics import RANK, load, statistics
 
 import carpool
 from carpool import CarpoolError, parse
-from carpool.calibrate import calibrate
-from carpool.calibrate.surrogates import SurrogateFit
 from carpool.hosts.transformers import find_layers, fingerprint
 from carpool.policy_file import PolicyFile
 from carpool.stats import Statistics
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
-RANK = 4
 POLICY = f"surrogate(budget={tiny.BUDGET})"
-
-
-def load(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def statistics(folder: Path, path: Path) -> Path:
-    """Fitted to random tokens; random experts are hardly linear, so the file is made to say otherwise."""
-    model = load(folder)
-    ids_BT = torch.randint(0, tiny.VOCABULARY, (10, 64), generator=torch.Generator().manual_seed(3))
-    stats = calibrate(model, find_layers(model), ids_BT, collectors=[lambda layer: SurrogateFit(layer, RANK)])
-    good = {"surrogate_unexplained": torch.full((tiny.EXPERTS,), 0.5)}
-    layers = {index: {**tensors, **good} for index, tensors in stats.layers.items()}
-    replace(stats, layers=layers).save(path)
-    return path
 
 
 @functools.cache
@@ -176,7 +157,6 @@ def test_what_is_counted(shared: Any) -> None:
     from prometheus_client import REGISTRY
 
     names = ("surrogates_read", "surrogate_pairs", "read_bytes", "natural_bytes")
-    before = [REGISTRY.get_sample_value(f"carpool_{name}_total") or 0.0 for name in names]
     shared.collective_rpc("carpool_report", kwargs={"reset": True})
     before = [REGISTRY.get_sample_value(f"carpool_{name}_total") or 0.0 for name in names]
     calls = tiny.watch(shared)
@@ -275,10 +255,8 @@ def test_experts_that_are_bypassed_are_noticed(shared: Any) -> None:
     """What was left to surrogates must have been added when the next step routes, and after the first one."""
     host = tiny.host(shared)
     layer, left = host.layers[1], (torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, 4))
-    for again in (
-        host._prove,
-        lambda: layer.route(torch.zeros(2, 64), torch.zeros(2, tiny.EXPERTS), carpool.Routing(*left)),
-    ):
+    logits_NE = torch.zeros(2, tiny.EXPERTS)
+    for again in (host._prove, lambda: layer.route(torch.zeros(2, 64), logits_NE, carpool.Routing(*left))):
         layer.left = left
         with pytest.raises(CarpoolError, match=r"layers\.1\.mlp\.experts: the engine bypassed its experts"):
             again()
