@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import carpool
 from carpool import CarpoolError, Grouping
+from carpool.doctor import diagnose
 from carpool.hosts.transformers import attach, find_layers
 from carpool.hosts.transformers.denoising import watch
+from carpool.hosts.transformers.loading import open_model
 from carpool.hosts.transformers.rows import RowRules, build_batch
 
 CANVAS, EXPERTS, TOP_K = 8, 8, 2
@@ -186,6 +189,13 @@ def test_a_copy_watches_itself(model: Any) -> None:
     with carpool.share(twin, "des_vote(size=2)", group="request"):
         assert torch.equal(generate(twin, tokens(2, 5)).sequences, stock)
     assert twin.__dict__["_denoising_step"].finished._model is twin
+
+
+def test_commands_that_predict_next_tokens_refuse_it(model: Any, tmp_path: Path) -> None:
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(CarpoolError, match=r"denoises canvases .* around model\.generate"):
+        open_model(tmp_path)
+    assert diagnose(tmp_path).moe_layers == 2
 
 
 def test_another_denoising_loop_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ def open_model(
 
     Raises:
         CarpoolError: no such folder or model, no configuration or tokenizer in it, a family without a class that
-            predicts text, a dense model, or a router Carpool does not know.
+            predicts text, one that denoises canvases, a dense model, or a router Carpool does not know.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -75,6 +75,11 @@ def open_model(
         raise CarpoolError(
             f"{source}: transformers has no class of the family {config.model_type} that predicts text from text; "
             "use it in code of your own, with carpool.share(model, ...)"
+        )
+    if getattr(config, "canvas_length", None) is not None:
+        raise CarpoolError(
+            f"{source} denoises canvases of random tokens ({config.model_type}), which no command here measures; use "
+            "carpool.share(model, ..., group='request') around model.generate (docs/diffusion.md)"
         )
     with torch.device("meta"):  # the architecture alone, before gigabytes are read
         shell = _try(source, "configuration", lambda: kind.from_config(config))
