@@ -20,8 +20,8 @@ from carpool.batch import Grouping
 from carpool.cli.app import app
 from carpool.evaluate.answers import Question, deal, score
 
+os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_EVALUATE_OFFLINE"] = "1"  # read when the harness is imported
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra")
-os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_EVALUATE_OFFLINE"] = "1"
 
 WORDS = ["<pad>", "<unk>", "<eos>", *(f"w{number}" for number in range(3, 64))]
 CHOICES = """
@@ -129,7 +129,7 @@ def test_a_policy_file_generates(folder: Path, tmp_path: Path) -> None:
 
 def test_a_policy_that_changes_nothing_is_no_result(folder: Path) -> None:
     for task in ("choices", "writing"):
-        with pytest.raises(CarpoolError, match=r"topk\(k=2\) changed no row"):
+        with pytest.raises(CarpoolError, match=rf"topk\(k=2\) changed no row of the task {task}"):
             run(folder, task, policy="topk(2)")
     same = run(folder, "choices", "rolling", policy="topk(2)", allow_unchanged=True)
     stock = run(folder, "choices", "rolling", model="hf")
@@ -180,7 +180,7 @@ def test_vllm_counts_every_task(monkeypatch: pytest.MonkeyPatch) -> None:
              "displaced_mass": 0.6}  # fmt: skip
     answers = iter([[layer] * 2, [layer] * 2, [layer], [layer | {"rows_changed": 0}]])
     monkeypatch.setattr(VLLM, "__init__", lambda self, pretrained, **given: configured.update(given))
-    monkeypatch.setattr(VLLM, "generate_until", lambda self, requests, disable_tqdm: ["text"])
+    monkeypatch.setattr(VLLM, "generate_until", lambda self, requests, disable_tqdm: ["text"] * len(requests))
     more = {"other": 1, "carpool": {"compile": False}}
     made = CarpoolVLLM("model", policy="oea(k0=1)", stats="s.safetensors", additional_config=more)
     assert configured["additional_config"] == {
@@ -191,13 +191,13 @@ def test_vllm_counts_every_task(monkeypatch: pytest.MonkeyPatch) -> None:
         },
     }  # fmt: skip
     made.model = SimpleNamespace(collective_rpc=lambda name, kwargs: [{"layers": next(answers)}] * 2)
-    assert made.generate_until([]) == ["text"]
+    requests = [SimpleNamespace(task_name="one"), SimpleNamespace(task_name="one")]
+    assert made.generate_until(requests) == ["text", "text"]
     facts = made.get_model_info()["carpool"]
     assert (facts["rows"], facts["changed_rows"], facts["experts_read"]) == (12, 6, 4.5)
     assert facts["displaced_mass"] == pytest.approx(0.1)
-    made.sums = type(made.sums)()
-    with pytest.raises(CarpoolError, match="changed no row"):
-        made.generate_until([])
+    with pytest.raises(CarpoolError, match="changed no row of the task two"):
+        made.generate_until([SimpleNamespace(task_name="two")])
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from carpool.evaluate.answers import Question, deal, score
 from carpool.evaluate.study import describe
 from carpool.hosts.transformers import share
 from carpool.hosts.transformers.loading import source_of
-from carpool.lm_eval.sums import Sums, facts, require_company, require_no_cache
+from carpool.lm_eval.sums import Sums, by_task, facts, require_company, require_no_cache
 from carpool.policy_file import plan_or_file, stats_for
 from carpool.stats import Statistics
 
@@ -68,6 +69,20 @@ class CarpoolLM(HFLM):
         require_no_cache(cache_hook)
         super().set_cache_hook(cache_hook)
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        ask = super().loglikelihood
+        return self._by_task(requests, lambda some: ask(some, disable_tqdm))
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        return self._by_task(requests, lambda some: self._rolling(some, disable_tqdm))
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        ask = super().generate_until
+        return self._by_task(requests, lambda some: ask(some, disable_tqdm))
+
+    def _by_task(self, requests: list[Any], ask: Callable[[list[Any]], list[Any]]) -> list[Any]:
+        return by_task(requests, ask, self.sums, self.plan, self.allow_unchanged)
+
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
@@ -81,7 +96,6 @@ class CarpoolLM(HFLM):
             )  # fmt: skip
             for place, result in zip(places, scored, strict=True):
                 found.setdefault(place, result)
-        self.sums.require_changed(self.plan, self.allow_unchanged)
         return [found[place] for place in range(len(questions))]
 
     def _question(self, context: list[int], answer: list[int]) -> Question:
@@ -90,7 +104,7 @@ class CarpoolLM(HFLM):
         kept = self.max_length + 1 - len(answer)  # the answer's last token is no input
         return Question(tuple(context[-kept:]), tuple(answer))
 
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+    def _rolling(self, requests: list[Any], disable_tqdm: bool) -> list[float]:
         windows: list[tuple[None, list[int], list[int]]] = []
         owner: list[int] = []
         for place, request in enumerate(requests):
@@ -104,11 +118,6 @@ class CarpoolLM(HFLM):
         for place, (log_likelihood, _) in zip(owner, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
             totals[place] += log_likelihood
         return totals
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        made: list[str] = super().generate_until(requests, disable_tqdm)
-        self.sums.require_changed(self.plan, self.allow_unchanged)
-        return made
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         how: dict[str, Any] = {"group": self.grouping, "stats": stats_for(self.plan, self.stats), "observe": self.sums}

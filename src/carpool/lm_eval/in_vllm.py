@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from lm_eval.models.vllm_causallms import VLLM
 
 from carpool.errors import CarpoolError
-from carpool.lm_eval.sums import Sums, facts, require_no_cache
+from carpool.lm_eval.sums import Sums, by_task, facts, require_no_cache
 from carpool.policy_file import PolicyFile, plan_or_file
 
 PROMPTS = (
@@ -66,6 +66,11 @@ class CarpoolVLLM(VLLM):
         raise CarpoolError(PROMPTS)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        return by_task(
+            requests, lambda some: self._generate(some, disable_tqdm), self.sums, self.plan, self.allow_unchanged
+        )
+
+    def _generate(self, requests: list[Any], disable_tqdm: bool) -> list[str]:
         self._report()  # warm-up is no task
         made: list[str] = super().generate_until(requests, disable_tqdm)
         for layer in self._report():
@@ -74,7 +79,6 @@ class CarpoolVLLM(VLLM):
                 experts_read=layer["union"], experts_natively=layer["natural_union"],
                 displaced_mass=layer["displaced_mass"],
             )  # fmt: skip
-        self.sums.require_changed(self.plan, self.allow_unchanged)
         return made
 
     def _report(self) -> list[dict[str, Any]]:

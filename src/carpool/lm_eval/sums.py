@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ class Sums:
 
     def __init__(self) -> None:
         self._total_F: Tensor | None = None
+        self._changed = 0.0  # when it was asked for last
 
     def __call__(self, layer: int, batch: Batch, outcome: Outcome) -> None:
         decoded_N = batch.real_N & ~batch.exempt_N
@@ -44,13 +46,27 @@ class Sums:
         values = [0.0] * len(FIELDS) if self._total_F is None else self._total_F.tolist()
         return dict(zip(FIELDS, values, strict=True))
 
-    def require_changed(self, plan: AnyPlan, allow_unchanged: bool) -> None:
-        """Raises CarpoolError if nothing was routed otherwise than natively."""
-        if not allow_unchanged and not self.totals()["changed_rows"]:
+    def require_changed(self, plan: AnyPlan, task: str, allow_unchanged: bool) -> None:
+        """Raises CarpoolError if nothing was routed otherwise than natively since the last call."""
+        before, self._changed = self._changed, self.totals()["changed_rows"]
+        if self._changed == before and not allow_unchanged:
             raise CarpoolError(
-                f"{plan} changed no row: it is an identity setting or did nothing, and the scores would be the stock "
-                "model's; pass allow_unchanged=True if that is what you want"
+                f"{plan} changed no row of the task {task}: it is an identity setting or did nothing, and the scores "
+                "would be the stock model's; pass allow_unchanged=True if that is what you want"
             )
+
+
+def by_task(
+    requests: list[Any], ask: Callable[[list[Any]], list[Any]], sums: Sums, plan: AnyPlan, allow_unchanged: bool
+) -> list[Any]:
+    """Answers in the order of the requests; each task's requests are asked apart, so that what a task scores does not
+    depend on the tasks beside it. Raises CarpoolError for a task in which no row was changed."""
+    answers: dict[int, Any] = {}
+    for task in dict.fromkeys(request.task_name for request in requests):
+        places = [place for place, request in enumerate(requests) if request.task_name == task]
+        answers.update(zip(places, ask([requests[place] for place in places]), strict=True))
+        sums.require_changed(plan, str(task), allow_unchanged)
+    return [answers[place] for place in range(len(requests))]
 
 
 def facts(plan: AnyPlan, sums: Sums, **given: Any) -> dict[str, Any]:
