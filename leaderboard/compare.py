@@ -51,8 +51,8 @@ class Cell:
 
     def beaten_by(self, method: str) -> list[str]:
         """Controls whose KL is below a method's."""
-        own = self.kl[method]
-        return [name for name in self.controls if own is not None and (self.kl[name] or float("inf")) < own]
+        own = self.kl.get(method)
+        return [name for name in self.controls if own is not None and (self.kl.get(name) or float("inf")) < own]
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -66,8 +66,16 @@ def pooled(content: dict[str, Any], batch: int, domain: str) -> dict[str, list[d
     for same in zip(*(cell["rows"] for cell in seeds), strict=True):
         names = ("bytes", "union", "pairs", "kl", "nll", "tokens", "agree")
         joined = {name: np.concatenate([np.array(row[name], dtype=float) for row in same]) for name in names}
-        found.setdefault(same[0]["label"], []).append(joined | {"policy": same[0]["policy"]})
+        facts: dict[str, Any] = {"policy": same[0]["policy"], "changed_rows": sum(row["changed_rows"] for row in same)}
+        found.setdefault(same[0]["label"], []).append(joined | facts)
     return found
+
+
+def curves(content: dict[str, Any], batch: int, domain: str) -> dict[str, list[dict[str, Array]]]:
+    """Stock and every method's settings, but for those that changed no row: they are stock, and no point of a curve."""
+    rows = pooled(content, batch, domain)
+    acting = {label: [one for one in own if one["changed_rows"] or label == "stock"] for label, own in rows.items()}
+    return {label: own for label, own in acting.items() if own}
 
 
 def curve(settings: Iterable[dict[str, Array]], stock: dict[str, Array], counts_RM: Array) -> tuple[Array, Array]:
@@ -98,7 +106,7 @@ def versus(
 
 def variants_table(content: dict[str, Any], batch: int, shares: tuple[float, ...], seed: int = 0) -> str:
     """Markdown: the KL of every series over ours at equal bytes; `n/a` where one of them does not reach."""
-    rows = pooled(content, batch, "all")
+    rows = curves(content, batch, "all")
     (stock,) = rows.pop("stock")
     batches = len(stock["kl"])
     once_1M, counts_RM = np.ones((1, batches)), resample(batches, seed)
@@ -121,7 +129,7 @@ def cells(content: dict[str, Any], seed: int = 0) -> list[Cell]:
     controls = frozenset(series["label"] for series in content["settings"]["series"] if series.get("control"))
     found = []
     for batch, domain in dict.fromkeys((cell["batch"], cell["domain"]) for cell in content["cells"]):
-        rows = pooled(content, batch, domain)
+        rows = curves(content, batch, domain)
         (stock,) = rows.pop("stock")
         batches = len(stock["kl"])
         once_1M, counts_RM = np.ones((1, batches)), resample(batches, seed)
@@ -172,8 +180,8 @@ def summary(found: list[Cell]) -> str:
 def controls_table(found: list[Cell]) -> str:
     """Markdown: how often each method has a higher KL than a control at equal bytes."""
     lines = ["| method | cells that it reaches beside a control | of these, a control is better |", "|---|--:|--:|"]
-    for method in (name for name in found[0].kl if name not in found[0].controls):
-        both = [c for c in found if c.kl[method] is not None and any(c.kl[name] is not None for name in c.controls)]
+    for method in dict.fromkeys(name for cell in found for name in cell.kl if name not in cell.controls):
+        both = [c for c in found if c.kl.get(method) and any(c.kl.get(name) for name in c.controls)]
         lost = [cell for cell in both if cell.beaten_by(method)]
         names = ", ".join(sorted({name for cell in lost for name in cell.beaten_by(method)}))
         lines.append(f"| {method} | {len(both)} | {len(lost)}{f' ({names})' if names else ''} |")

@@ -57,6 +57,7 @@ def setting(label: str, share: float, kl: float, batches: int = 6) -> dict[str, 
         "nll": [2 * size for size in sizes],
         "agree": sizes,
         "tokens": sizes,
+        "changed_rows": 5 if kl else 0,
     }
 
 
@@ -119,6 +120,14 @@ def test_variants_over_ours() -> None:
     shown = compare.variants_table(made, 4, (0.5, 0.9))
     assert "| ours | 1 | 1 |" in shown
     assert "| half | 0.50 [0.50, 0.50] | n/a |" in shown
+
+
+def test_a_setting_that_changes_nothing_is_no_point_of_a_curve() -> None:
+    compare = module("compare")
+    made = content(setting("ours", 0.2, 0.3), setting("ours", 0.6, 0.1), setting("ours", 1.0, 0.0))
+    reached = {cell.share for cell in compare.cells(made) if cell.kl["ours"] is not None}
+    assert max(reached) == 0.6
+    assert "`ours(1.0)`" in compare.settings_table(made, 4)
 
 
 def test_few_batches_have_no_interval() -> None:
