@@ -163,6 +163,13 @@ def test_demo(texts, tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "carpool-demo.json").read_text())["findings"]) == 3
 
 
+def test_demo_checks_its_number_first(monkeypatch):
+    monkeypatch.setattr(demo_command, "embedded_texts", lambda: pytest.fail("texts were looked for"))
+    done = invoke("demo", "--batches", "0")
+    assert done.exit_code == 2
+    assert "--batches 0: give 1 or more" in done.output
+
+
 def test_demo_settings_are_valid():
     numbers, rows = series.load_demo()
     assert {"batch", "group", "sequence", "prefill", "batches", "seed"} == set(numbers)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from carpool.cli.app import command
-from carpool.cli.common import embedded_texts, model_facts, open_model, progress, statistics_of
+from carpool.cli.common import embedded_texts, model_facts, open_model, progress, require_number, statistics_of
 
 JSON, PICTURE = "carpool-demo.json", "carpool-demo.png"
 
@@ -31,6 +31,7 @@ def demo(
     from carpool.texts import load_texts
 
     console = wide_console()
+    require_number("--batches", batches, 1)
     json_path, picture_path = (require_writable(output / name) for name in (JSON, PICTURE))
     paths = embedded_texts()
     documents = load_texts(paths)
