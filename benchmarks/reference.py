@@ -11,7 +11,7 @@ from torch import Tensor
 from carpool import Batch, Outcome, parse, route
 from carpool.batch import Grouping
 from carpool.cli.app import app  # noqa: F401 - the commands import each other through it
-from carpool.cli.evaluate import embedded_texts, load, model_facts
+from carpool.cli.common import embedded_texts, load, model_facts
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.report import provenance, text_facts
 from carpool.evaluate.sequences import Sequences, draw
@@ -58,8 +58,9 @@ class Reference:
         documents = [one for one in load_texts(self.paths) if domain in (None, one.domain)]
         return draw(documents, self.tokenizer, count=count, length=length, seed=seed)
 
-    def record(self, ids_ST: Tensor, last: int | None = None) -> Pool:
-        """Router logits and inputs over sequences, of all positions or of the last few."""
+    def record(self, ids_ST: Tensor, last: int | None = None, cache: Any = None) -> Pool:
+        """Router logits and inputs over sequences, of all positions or of the last few; `cache` holds what came
+        before them."""
         logits: list[Tensor] = []
         hidden: list[Tensor] = []
 
@@ -73,7 +74,7 @@ class Reference:
         ]
         try:
             with torch.inference_mode():
-                self.model(input_ids=ids_ST, use_cache=False)
+                self.model.base_model(input_ids=ids_ST, past_key_values=cache, use_cache=cache is not None)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -91,6 +92,35 @@ class Reference:
         plan, stats = prepared[layer]
         logits_NE, hidden_NH = pool.logits_LNE[layer, rows_N], pool.hidden_LNH[layer, rows_N]
         return route(plan, self.layers[layer].spec, logits_NE, batch, stats=stats, hidden_NH=hidden_NH)
+
+
+class Prompts:
+    """Texts of `P` tokens whose next token is open: keys and values under native routing, computed once, so that a
+    decoding step costs one token a row."""
+
+    def __init__(self, reference: Reference, ids_SP: Tensor) -> None:
+        self._reference = reference
+        with torch.inference_mode():
+            cache = reference.model.base_model(input_ids=ids_SP, use_cache=True).past_key_values
+        self._kept = [(layer.keys, layer.values) for layer in cache.layers]
+
+    def cache(self, prompt_N: Tensor) -> Any:
+        """What attention finds behind rows that follow these prompts."""
+        from transformers import DynamicCache
+
+        made = DynamicCache()
+        for layer, (keys, values) in enumerate(self._kept):
+            made.update(keys[prompt_N], values[prompt_N], layer)
+        return made
+
+    def decode(self, rows_N2: Tensor) -> Tensor:
+        """The last hidden state `[N, H]` of rows given as (prompt, token)."""
+        how = {"past_key_values": self.cache(rows_N2[:, 0]), "use_cache": True}
+        return self._reference.model.base_model(input_ids=rows_N2[:, 1:], **how).last_hidden_state[:, -1]
+
+    def record(self, rows_N2: Tensor) -> Pool:
+        """Router logits and inputs of such rows under native routing."""
+        return self._reference.record(rows_N2[:, 1:], cache=self.cache(rows_N2[:, 0]))
 
 
 def groups_of(count: int, size: int) -> Batch:
