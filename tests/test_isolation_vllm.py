@@ -7,6 +7,7 @@ the routing that the engine ran against the routing of the same captured logits,
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,15 @@ from carpool import Batch, CarpoolError, route
 
 pytest.importorskip("vllm", reason="vLLM is an extra")
 pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(autouse=True)
+def leave_the_shared_engine_as_it_was() -> Iterator[None]:
+    yield
+    if tiny.shared_engine.cache_info().currsize:
+        llm = tiny.shared_engine()
+        llm.collective_rpc("carpool_set", kwargs={"policy": tiny.POLICY, "enabled": True})
+        llm.collective_rpc("carpool_report", kwargs={"reset": True})
 
 
 @functools.cache
@@ -171,3 +181,21 @@ def test_strangers_change_no_bit_of_a_victims_log_probabilities(isolation: str, 
     found = [victims_logprobs(llm, seed, isolation == "tenant") for seed in range(4)]
     assert found[0] != stock[0]  # the policy acts
     assert all(one == found[0] for one in found) == alike
+
+
+def test_the_counters_show_the_floor_at_work() -> None:
+    """What an operator can read: with a floor the mean displaced mass of the rows that share stays below it, and the
+    experts read on its account are counted."""
+    llm, found = tiny.shared_engine(), dict[str, dict[str, float]]()
+    for policy in ("xshare(budget=6)", "xshare(budget=6) | floor(0.1)"):
+        llm.collective_rpc("carpool_set", kwargs={"enabled": True, "policy": policy})
+        llm.collective_rpc("carpool_report", kwargs={"reset": True})
+        tiny.generate(llm, tiny.prompts(8))
+        [report] = llm.collective_rpc("carpool_report")
+        names = ("displaced_mass", "rows", "rows_exempt", "floor_overflow")
+        found[policy] = {name: sum(layer[name] for layer in report["layers"]) for name in names}
+    bare, floored = found.values()
+    assert bare["displaced_mass"] > 0.1 * (bare["rows"] - bare["rows_exempt"])
+    assert bare["floor_overflow"] == 0
+    assert 0 < floored["displaced_mass"] <= 0.1 * (floored["rows"] - floored["rows_exempt"])
+    assert floored["floor_overflow"] > 0
