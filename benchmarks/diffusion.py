@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from carpool.files import write_text
 from carpool.grammar import parse
 from carpool.texts import load_texts
 
-PROMPT, NEW = 32, 64
+PROMPT, NEW = 32, 32
 TEXTS = 48  # sequences of held-out text that are denoised in each cell
 BATCH = 8  # requests that are decoded together; grouped by request, each of them is decoded as if it were alone
 # with 64 experts, 8 a token: a beta below 0.125 keeps fewer than 8 experts and is refused
@@ -54,7 +54,6 @@ class Cell:
 
     Attributes:
         policies: measured after stock.
-        follow: every block is decoded after stock's text, too.
         share_commits: the forwards that write the cache run under the policy, too.
     """
 
@@ -62,7 +61,6 @@ class Cell:
     group: str
     threshold: float
     policies: tuple[str, ...]
-    follow: bool = False
     share_commits: bool = False
 
     @property
@@ -73,15 +71,15 @@ class Cell:
 
 def cells() -> Iterator[Cell]:
     """The cell in the paper's setting first, then what varies around it."""
-    main = Cell(32, "request", 0.9, FULL, follow=True)
+    main = Cell(32, "request", 0.9, FULL)
     yield main
-    yield replace(main, policies=("des_seq(k0=2)", "des_vote(beta=0.3)"), share_commits=True)
     for block in (32, 16, 8):
         for group, threshold in (("request", 0.9), ("batch", 0.9), ("request", 0.95)):
             cell = Cell(block, group, threshold, SHORT)
             if cell.name != main.name:
                 yield cell
     yield Cell(32, "request", 0.5, SHORT)
+    yield Cell(16, "request", 0.9, ("des_seq(k0=2)", "des_vote(beta=0.3)"), share_commits=True)
 
 
 def main() -> None:
@@ -129,7 +127,7 @@ def main() -> None:
                 )
             generated = decode(
                 model, moe, plans, prompts_of(sequences, BATCH, PROMPT), decoding, BATCH, group=settings.grouping,
-                share_commits=cell.share_commits, judge=judge, follow=cell.follow,
+                share_commits=cell.share_commits, judge=judge,
                 advance=lambda done: bar.advance(task, done / BATCH),
             )  # fmt: skip
             rows = [as_dict(result) for result in combined(denoised[key], generated, settings)]

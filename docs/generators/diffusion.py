@@ -43,12 +43,12 @@ def main_table(content: dict[str, Any]) -> str:
         lines.append([
             _name(row["policy"]), f"{_decoding(row, 'union_of_group'):.1f}",
             f"{_decoding(row, 'union_of_group') / stock:.0%}",
-            f"{made['tokens_per_forward']['value']:.2f}", _share(made["agreement"]), _share(made["followed_agreement"]),
+            f"{made['tokens_per_forward']['value']:.2f}", _share(made["agreement"]),
             _interval(row["kl"], 4), f"{row['top1_agreement']['value']:.1%}", _interval(row["perplexity_ratio"], 3),
             _ratio(made["perplexity_ratio"]), f"{made['repeated']:.0%}",
         ])  # fmt: skip
     heads = (
-        "method", ">T", ">of vanilla", ">tokens a forward", ">agreement", ">in blocks", ">KL", ">top-1",
+        "method", ">T", ">of vanilla", ">tokens a forward", ">agreement", ">KL", ">top-1",
         ">denoising perplexity", ">generated perplexity", ">repeated",
     )  # fmt: skip
     vanilla, made, given = cell["results"][0], cell["results"][0]["decoding"], content["arguments"]
@@ -68,23 +68,23 @@ def equal_experts(content: dict[str, Any]) -> str:
     found = main_cell(content)["results"]
     seq = [row for row in found if row["policy"].startswith("des_seq(")]
     losses = sorted((row["union"]["value"], row["kl"]["value"]) for row in seq if row["kl"]["value"] > 0)
-    agreements = sorted((_decoding(row, "union_of_group"), _decoding(row, "followed_agreement")) for row in seq)
+    agreements = sorted((_decoding(row, "union_of_group"), _decoding(row, "agreement")) for row in seq)
     lines = []
     for row in found:
         if row["policy"].split("(")[0] not in ("des_vote", "xshare", "topk", "random"):
             continue
-        kl, followed = row["kl"]["value"], _decoding(row, "followed_agreement")
+        kl, agreed = row["kl"]["value"], _decoding(row, "agreement")
         experts = _decoding(row, "union_of_group")
         there, same = between(losses, row["union"]["value"], log=True), between(agreements, experts)
         if there is None or same is None:
             continue
         lines.append([
             _name(row["policy"]), f"{row['union']['value']:.1f}", f"{kl:.4f}", f"{there:.4f}", f"{kl / there:.2f}",
-            f"{experts:.1f}", f"{followed:.1%}", f"{same:.1%}", f"{100 * (followed - same):+.1f}",
+            f"{experts:.1f}", f"{agreed:.1%}", f"{same:.1%}", f"{100 * (agreed - same):+.1f}",
         ])  # fmt: skip
     heads = (
         "method", ">T, held-out text", ">KL", ">KL of DES-Seq at that T", ">ratio", ">T, decoding",
-        ">agreement in blocks", ">of DES-Seq at that T", ">points",
+        ">agreement", ">of DES-Seq at that T", ">points",
     )  # fmt: skip
     return rows(heads, lines)
 
@@ -138,7 +138,7 @@ def by_masked(content: dict[str, Any]) -> str:
 
 
 def _decoding(row: dict[str, Any], name: str) -> float:
-    return row["decoding"][name]["value"] if row["decoding"][name] else 1.0  # vanilla agrees with itself
+    return row["decoding"][name]["value"]
 
 
 def _name(policy: str) -> str:
