@@ -54,7 +54,10 @@ def where(content: dict[str, Any], cell: dict[str, Any]) -> str:
     versions = machine["versions"]
     name = NAMES.get(cell["geometry"], cell["geometry"])
     experts = f"{cell['experts']} experts, {cell['top_k']} a token, {cell['expert_mb']:.1f} MB each"
-    rounds = f"{cell['rounds']} rounds of {cell['steps_per_block']} steps of every state in turn in one engine"
+    alike = [one for one in cells(content) if one["geometry"] == cell["geometry"]]
+    threads = {one["threads"]: f"{one['rounds']} rounds of {one['steps_per_block']} steps" for one in alike}
+    by_threads = ", ".join(f"{text} on {number} thread{'s' * (number > 1)}" for number, text in threads.items())
+    rounds = f"{by_threads}, of every state in turn in one engine"
     return (
         f"Random weights with the layers of {name} ({experts}), {cell['layers']} layers, {cell['dtype']}; "
         f"{machine['cpu']}, {machine['cores']} cores, last-level cache {machine['last_level_cache']}; "
