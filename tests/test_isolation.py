@@ -189,8 +189,9 @@ def test_co_batches_change_no_bit(row: Row, group: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("row", "group"), CASES, ids=lambda value: str(value))
 def test_a_thousand_co_batches_change_no_bit(row: Row, group: str) -> None:
-    """Every victim among 20 co-batches, which are the steps of one call."""
-    assert replay(row, group, 1000, at_once=20) > 0
+    """Every victim among 20 co-batches, which are the steps of one call; fewer where a policy pairs all groups with all
+    requests of a call, which grows with their square."""
+    assert replay(row, group, 1000, at_once=4 if row.name == "xshare_speculative" else 20) > 0
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if policy_class(row.name).kind == "group"], ids=repr)
