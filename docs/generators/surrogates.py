@@ -14,6 +14,7 @@ PAGE, CELLS = "docs/surrogates.md", "docs/leaderboard.md"
 RESULTS = ROOT / "leaderboard/results"
 MODELS = {"Reference model": RESULTS, "Second model": RESULTS / "second"}
 RUNS = {"reference": "Reference model", "second": "Second model"}
+REFERENCE, LARGE = (256, 64), (2048, 768)  # hidden size and expert width: both models here, and Qwen3-30B-A3B
 SHOWN = (0.3, 0.5, 0.7)  # shares of stock's bytes where few can be shown
 
 
@@ -46,6 +47,24 @@ def described(title: str, content: dict[str, Any]) -> str:
     return f"**{title}** ({model['architecture']}{trained}); held-out text: {texts}.\n\n"
 
 
+def repriced(content: dict[str, Any]) -> dict[str, Any]:
+    """The same results, had a surrogate cost the share of an expert that it costs in a large model."""
+    own, large = (surrogate_bytes(*width) for width in (REFERENCE, LARGE))
+    cells = []
+    for cell in content["cells"]:
+        made = [
+            row | {"bytes": [u + (b - u) * large / own for u, b in zip(row["union"], row["bytes"], strict=True)]}
+            for row in cell["rows"]
+        ]
+        cells.append(cell | {"rows": made})
+    return content | {"cells": cells}
+
+
+def surrogate_bytes(hidden: int, width: int, rank: int = 16) -> float:
+    """Of a surrogate in int8 over those of an expert in two-byte numbers."""
+    return (2 * rank + 1) * (hidden + 4) / (3 * hidden * width * 2)
+
+
 def frontier(compare: ModuleType) -> list[Block]:
     """The comparison on both models: in short, and every cell."""
     short, every = [], []
@@ -57,6 +76,10 @@ def frontier(compare: ModuleType) -> list[Block]:
         found = [cell for content in contents for cell in compare.cells(content)]
         head = described(title, contents[0])
         short.append(head + compare.summary(found))
+        cheap = [cell for content in contents for cell in compare.cells(repriced(content))]
+        shares = [f"{surrogate_bytes(*width):.1%}" for width in (LARGE, REFERENCE)]
+        price = f"{shares[0]} of an expert, as with Qwen3-30B's widths, not {shares[1]}"
+        short.append(f"The same KL, had a surrogate cost {price}:\n\n" + compare.summary(cheap))
         settings = compare.settings_table(contents[0], 16)
         controls = compare.controls_table(found)
         every += [f"## {title}\n", head + compare.table(found), "Against controls:\n", controls]
@@ -100,7 +123,8 @@ def checkpoints(compare: ModuleType) -> Block:
             *("n/a" if cell.ratio is None else compare.shown(cell.ratio) for cell in shown),
         ]
         lines.append(((line[0], tokens, path.parent.name), line))
-    return Block(PAGE, "checkpoints", rows(heads, [line for _, line in sorted(lines)]))
+    made = rows(heads, [line for _, line in sorted(lines)]) if lines else "Not measured yet.\n"
+    return Block(PAGE, "checkpoints", made)
 
 
 def blocks() -> list[Block]:
