@@ -89,6 +89,23 @@ def test_the_command_writes_table_and_file(tmp_path: Path, monkeypatch: pytest.M
     assert row["worst_token"]["text"].split()
 
 
+def test_the_report_shows_what_the_command_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, files, page = write_texts(tmp_path), [tmp_path / "costs.json", tmp_path / "beside.json"], tmp_path / "x.html"
+    monkeypatch.setattr("carpool.hosts.transformers.open_model", opening(small_model(), NumberTokenizer()))
+    monkeypatch.setattr("carpool.cli.evaluate.embedded_texts", lambda: paths)
+    for kind, file in (([], files[0]), (["--interference"], files[1])):
+        settings = SMALL if kind else SMALL[:-2]
+        done = CliRunner().invoke(app, ["evaluate", *kind, "-p", POLICIES[1], *settings, "--json", str(file)])
+        assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(app, ["report", *map(str, files), "-o", str(page)])
+    assert done.exit_code == 0, done.output
+    shown = page.read_text().split("What neighbours change")[1]
+    row = json.loads(files[1].read_text())["results"][1]
+    for value in (row["kl"]["quantiles"]["p99"], row["kl_between_co_batches"]["quantiles"]["p100"]):
+        assert f"<td>{value:.3g}</td>" in shown
+    assert row["worst_token"]["text"] in shown
+
+
 @pytest.mark.parametrize("arguments", [["--batch", "1"], ["--batch", "2,4"], ["--co-batches", "1"]])
 def test_the_command_refuses(arguments: list[str]) -> None:
     done = CliRunner().invoke(app, ["evaluate", "--interference", "-p", POLICIES[0], *arguments])
