@@ -38,7 +38,8 @@ def test_loaded_but_not_configured_is_stock(stock: Any) -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.worker.worker_base import WorkerBase
 
-    places = [(EngineArgs, "create_engine_config"), (Scheduler, "__init__"), (WorkerBase, "__init__")]
+    places: list[tuple[Any, str]] = [(EngineArgs, "create_model_config"), (EngineArgs, "create_engine_config")]
+    places += [(Scheduler, "__init__"), (WorkerBase, "__init__")]
     armed = [getattr(owner, name) for owner, name in places]
     for (owner, name), function in zip(places, armed, strict=True):
         setattr(owner, name, function.carpool_original)

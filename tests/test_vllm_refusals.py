@@ -23,9 +23,13 @@ SHARING = {"policy": POLICY, "isolation": "batch"}
 
 def engine_config(**changes: Any) -> Any:
     parallel = SimpleNamespace(enable_expert_parallel=False, data_parallel_size=1)
-    config = SimpleNamespace(parallel_config=parallel, use_v2_model_runner=False, kv_transfer_config=None)
+    model = SimpleNamespace(is_diffusion=False)
+    config = SimpleNamespace(
+        model_config=model, parallel_config=parallel, use_v2_model_runner=False, kv_transfer_config=None
+    )
     for name, value in changes.items():
-        setattr(parallel if hasattr(parallel, name) else config, name, value)
+        owner = next((part for part in (parallel, model) if hasattr(part, name)), config)
+        setattr(owner, name, value)
     return config
 
 
@@ -36,6 +40,7 @@ def engine_config(**changes: Any) -> Any:
         ({"data_parallel_size": 2}, "data parallelism"),
         ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
         ({"kv_transfer_config": object()}, "KV connector"),
+        ({"is_diffusion": True, "use_v2_model_runner": True}, "diffusion models .* needs a GPU"),
     ],
 )
 def test_refused_engines(changes: dict[str, Any], message: str) -> None:
@@ -46,6 +51,27 @@ def test_refused_engines(changes: dict[str, Any], message: str) -> None:
     check_engine(engine_config(), settings)
     with pytest.raises(CarpoolError, match=message):
         check_engine(engine_config(**changes), settings)
+
+
+def test_a_diffusion_model_is_refused_before_vllm_refuses_it_in_its_own_words() -> None:
+    from carpool.hosts.vllm import arm
+
+    class Arguments:
+        additional_config: dict[str, Any] = {"carpool": SHARING}
+
+        def create_model_config(self) -> Any:
+            return SimpleNamespace(is_diffusion=True)
+
+        def create_engine_config(self) -> Any:
+            self.create_model_config()
+            raise ValueError("Model Runner V1 does not support: diffusion models")
+
+    arm._arm(Arguments, "create_model_config", arm._model_known)
+    with pytest.raises(CarpoolError, match=r"needs a GPU .* use `carpool\.share` in transformers"):
+        Arguments().create_engine_config()
+    Arguments.additional_config = {}
+    with pytest.raises(ValueError, match="Model Runner V1"):
+        Arguments().create_engine_config()
 
 
 def test_untested_versions_need_the_override(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
-"""What the plugin does in a process that vLLM starts: arm three constructors, which then see the configuration.
+"""What the plugin does in a process that vLLM starts: arm what builds its parts, where the configuration is seen.
 
-Without the key `carpool` in `additional_config` the armed constructors do what they did before, and nothing else is
+Without the key `carpool` in `additional_config` what is armed does what it did before, and nothing else is
 patched. `CARPOOL_DISABLE=1` keeps even them untouched, whatever the configuration says.
 """
 
@@ -23,7 +23,7 @@ _missing: list[str] = []  # of `PLACES`, in this process
 
 
 def arm() -> None:
-    """Arm the constructors of configuration (front end), scheduler (engine core) and worker; once per process.
+    """Arm what builds configuration (front end), scheduler (engine core) and worker; once per process.
 
     A vLLM that has moved one of them still runs, as long as it is not asked to share.
     """
@@ -50,6 +50,14 @@ def _arm(owner: type, name: str, then: Callable[..., None]) -> None:
 
     armed.carpool_original = original  # type: ignore[attr-defined]  # a function may carry a mark
     setattr(owner, name, armed)
+
+
+def _model_known(arguments: Any, model_config: Any) -> None:
+    """In the front end, before vLLM itself may refuse the model in its own words."""
+    if Settings.of(arguments.additional_config) is not None:
+        from carpool.hosts.vllm.engine import check_model
+
+        check_model(model_config)
 
 
 def _configured(_: Any, config: Any) -> None:
@@ -99,6 +107,7 @@ def _refuse_if_missing() -> None:
 
 
 PLACES: tuple[tuple[str, str, str, Callable[..., None]], ...] = (
+    ("vllm.engine.arg_utils", "EngineArgs", "create_model_config", _model_known),
     ("vllm.engine.arg_utils", "EngineArgs", "create_engine_config", _configured),
     ("vllm.v1.core.sched.scheduler", "Scheduler", "__init__", _scheduler_built),
     ("vllm.v1.worker.worker_base", "WorkerBase", "__init__", _worker_built),

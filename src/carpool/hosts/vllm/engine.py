@@ -25,6 +25,7 @@ def check_engine(config: Any, settings: Settings) -> None:
     """
     _check_version(settings)
     _check_seams()
+    check_model(config.model_config)
     parallel = config.parallel_config
     if parallel.enable_expert_parallel and _on_cpu():
         raise CarpoolError("expert parallelism on vLLM's CPU build: its kernel ignores the expert map; leave it off")
@@ -40,6 +41,19 @@ def check_engine(config: Any, settings: Settings) -> None:
             "a KV connector may hand what a policy computed to other requests; remove kv_transfer_config"
         )
     require_isolated(settings.policies.plan, settings, config)
+
+
+def check_model(model_config: Any) -> None:
+    """Refuse a kind of model whose decoding the plugin does not follow, whatever the override.
+
+    Raises:
+        CarpoolError: a diffusion language model.
+    """
+    if getattr(model_config, "is_diffusion", False):
+        raise CarpoolError(
+            "vLLM decodes diffusion models in its V2 model runner only, which needs a GPU and which Carpool does not "
+            "follow through denoising; use `carpool.share` in transformers, or leave out the key 'carpool'"
+        )
 
 
 def _check_version(settings: Settings) -> None:
