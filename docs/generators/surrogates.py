@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -123,8 +124,28 @@ def checkpoints(compare: ModuleType) -> Block:
             *("n/a" if cell.ratio is None else compare.shown(cell.ratio) for cell in shown),
         ]
         lines.append(((line[0], tokens, path.parent.name), line))
-    made = rows(heads, [line for _, line in sorted(lines)]) if lines else "Not measured yet.\n"
+    made = rows(heads, [line for _, line in sorted(lines)]) if lines else two_runs(compare)
     return Block(PAGE, "checkpoints", made)
+
+
+def two_runs(compare: ModuleType) -> str:
+    """The reference model as the design saw it, and as it is."""
+    design, now = (compare.load(folder / "ablation.json") for folder in (RESULTS / "design", RESULTS))
+    tried = compare.load(RESULTS / "design/trials.json")["explained"]
+    rank = tried["ranks"].index(16)
+    trained = json.loads((ROOT / "demo/src/carpool_demo/card.json").read_text())["training"]["tokens"]
+    runs = (
+        ("8.5 M", "train", [shares[rank] for shares in tried["by_layer"].values()], design),
+        (f"{trained / 1e6:.1f} M", "held-out", list(now["explained"].values()), now),
+    )
+    lines = []
+    for tokens, text, explained, content in runs:
+        table = compare.variants_table(content, 16, (0.5,)).splitlines()
+        (found,) = [line for line in table if "| backfill only |" in line]
+        lines.append([tokens, text, *(f"{share:.0%}" for share in explained), found.split("|")[2].strip()])
+    layers = [f">layer {index}" for index in range(len(runs[0][2]))]
+    heads = [">training tokens", "text", *layers, ">KL without surrogates over ours, at 50%"]
+    return rows(heads, lines)
 
 
 def blocks() -> list[Block]:
