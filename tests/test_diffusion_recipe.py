@@ -51,17 +51,24 @@ def noised_rows(recipe, length: int = 128, copies: int = 2, rows: int = 3, seed:
     return recipe("denoiser").noised(clean, SIZES, copies, MASK, np.random.default_rng(seed))
 
 
-def decoded_states(model, clean_S: torch.Tensor, noisy_L: torch.Tensor, start: int, size: int) -> torch.Tensor:
-    """What a decoder computes: the blocks before `start` into a cache, one after the other, then the noisy block."""
+def decoded_states(model, clean_S: torch.Tensor, noisy_CS: torch.Tensor, size: int) -> torch.Tensor:
+    """What a decoder computes, `[C, S, H]`: each noisy block behind a cache of the clean blocks before it."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config)
-    for first in range(0, start + 1, size):
-        tokens = noisy_L if first == start else clean_S[first : first + size]
-        seen = torch.ones(1, 1, size, first + size, dtype=torch.bool)
-        position = torch.arange(first, first + size)[None]
-        states = model.model(tokens[None], attention_mask=seen, position_ids=position, past_key_values=cache)
-    return states.last_hidden_state[0]
+    cache, states = DynamicCache(config=model.config), []
+    for start in range(0, len(clean_S), size):
+        span = slice(start, start + size)
+        seen = torch.ones(1, 1, size, start + size, dtype=torch.bool)
+        for copy, tokens_S in enumerate((*noisy_CS, clean_S)):  # the clean block comes last and stays in the cache
+            if copy:
+                cache.crop(-size)
+            position = torch.arange(start, start + size)[None]
+            output = model.model(
+                tokens_S[None, span], attention_mask=seen, position_ids=position, past_key_values=cache
+            )
+            states.append(output.last_hidden_state[0])
+    copies = len(noisy_CS) + 1
+    return torch.stack([torch.cat(states[copy::copies]) for copy in range(copies - 1)])
 
 
 @torch.no_grad()
@@ -69,17 +76,12 @@ def test_training_pass_is_what_decoding_computes(recipe, model):
     model.set_experts_implementation("eager")
     batch = noised_rows(recipe)
     states_MH = recipe("denoiser").masked_states(model, batch)
-    index_BCS = batch.masked_BCS.flatten().cumsum(0).view_as(batch.masked_BCS) - 1
-    assert len(states_MH) == batch.masked_BCS.sum()
     assert sorted(batch.block_B) == SIZES
-    for row, size in enumerate(batch.block_B):
-        for copy in range(2):
-            for start in range(0, 128, size):
-                span = slice(start, start + size)
-                masked = batch.masked_BCS[row, copy, span]
-                decoded = decoded_states(model, batch.clean_BS[row], batch.noisy_BCS[row, copy, span], start, size)
-                ours = states_MH[index_BCS[row, copy, span][masked]]
-                torch.testing.assert_close(ours, decoded[masked], rtol=1e-5, atol=1e-5)
+    decoded = [
+        decoded_states(model, clean_S, noisy_CS, size)
+        for clean_S, noisy_CS, size in zip(batch.clean_BS, batch.noisy_BCS, batch.block_B, strict=True)
+    ]
+    torch.testing.assert_close(states_MH, torch.stack(decoded)[batch.masked_BCS], rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_are_those_of_the_weighted_loss(recipe, model):
@@ -174,3 +176,53 @@ def test_exported_checkpoint_loads_as_it_was_trained(recipe, model, tmp_path):
     assert torch.equal(loaded.lm_head.weight, adapted.lm_head.weight.bfloat16())
     facts = json.loads((tmp_path / "out" / "training.json").read_text())
     assert facts["noisy_tokens"] == 3 * facts["text_tokens"] == 7 * 9 * 3 * 256
+
+
+def test_losses_are_those_of_the_noise_they_are_asked_for(recipe, model):
+    heldout, denoiser = recipe("heldout"), recipe("denoiser")
+    rng = np.random.default_rng(0)
+    text_WS = rng.integers(0, MASK, (2, 128))
+    batch = denoiser.noised_to(torch.from_numpy(text_WS), 16, [0.25, 1.0], MASK, rng)
+    assert torch.equal(batch.masked_BCS.view(2, 2, 8, 16).sum(-1), torch.tensor([4, 16])[None, :, None].expand(2, 2, 8))
+    with torch.no_grad():
+        loss_BCS = heldout.losses(model, batch)
+        states = denoiser.masked_states(model, batch)
+        logits = model.lm_head(states)
+    assert torch.equal(loss_BCS.isnan(), ~batch.masked_BCS)
+    targets = batch.clean_BS[:, None].expand_as(batch.masked_BCS)[batch.masked_BCS]
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(loss_BCS[batch.masked_BCS], expected)
+    found = heldout.denoising(model, text_WS, 8, [0.5, 1.0], 1, "test")
+    assert list(found) == ["0.5", "1.0", "bound"]
+    assert all(loss_W.shape == (2,) and np.isfinite(loss_W).all() for loss_W in found.values())
+
+
+def test_a_text_is_recognised_by_its_tokens(recipe, tmp_path):
+    samples = recipe("samples")
+    np.array([0, 0, 0, 1], dtype=np.uint16).tofile(tmp_path / "zeros.train.bin")
+    np.array([2, 2, 1, 2], dtype=np.uint16).tofile(tmp_path / "twos.train.bin")
+    shares_DV = samples.token_log_shares(tmp_path, ["zeros", "twos"], 4)
+    assert np.exp(shares_DV).sum(1) == pytest.approx([1, 1])
+    assert samples.recognised([[0, 1, 0], [2, 1], []], 0, shares_DV) == pytest.approx(1 / 3)
+    assert samples.recognised([[0, 1, 0], [2, 1]], 1, shares_DV) == pytest.approx(1 / 2)
+    assert samples.variety([[1, 1, 1, 1], [1, 2]]) == pytest.approx((0.25 + 1) / 2)
+
+
+def test_shipped_model_and_its_card(recipe):
+    """The card is made from the numbers beside it, and the weights say what a decoder has to know."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from carpool_demo import diffusion_model_path
+
+    folder = diffusion_model_path()
+    facts = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    card = recipe("ship").readme(facts, facts["samples"], config["mask_token_id"])
+    assert (folder / "README.md").read_text(encoding="utf-8") == card
+    assert facts["training"]["noisy_tokens"] >= 8_000_000
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 60_000_000
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model).__name__ == "Qwen3MoeForCausalLM"
+    assert model.config.mask_token_id == AutoTokenizer.from_pretrained(folder).mask_token_id == 8192
+    assert model.config.vocab_size == 8193
+    assert model.config.block_size in model.config.block_sizes == SIZES

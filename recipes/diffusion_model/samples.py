@@ -34,12 +34,6 @@ BLOCK, THRESHOLD = 8, 0.9
 TEMPERATURE = 0.7
 SEED = 0
 
-# Shown word for word are a document that the demo distribution embeds, or else words of our own.
-OWN = {
-    "german": "BESCHREIBUNG\n       Dieses Programm liest eine Datei und gibt sie auf der Standardausgabe aus. Die",
-    "french": "DESCRIPTION\n       Ce programme lit un fichier et l'écrit sur la sortie standard. Les",
-}
-
 Step = Callable[[Session, Block, Decoding], list[Forward]]
 
 
@@ -86,11 +80,10 @@ def written(model: PreTrainedModel, prompts: list[torch.Tensor], step: Step) -> 
     return [[t for t in tokens.tolist() if t not in ends] for tokens in made.tokens], made.tokens_per_forward
 
 
-def prompt_to_show(domain: str) -> str:
-    if domain in OWN:
-        return OWN[domain]
-    with (TEXTS / f"{domain}.jsonl").open(encoding="utf-8") as lines:
-        return json.loads(next(lines))["text"]
+def prompt_to_show(domain: str) -> str | None:
+    """A document that the demo distribution embeds: other text, or what the model recites of it, is not ours."""
+    file = TEXTS / f"{domain}.jsonl"
+    return json.loads(file.read_text(encoding="utf-8").splitlines()[0])["text"] if file.is_file() else None
 
 
 def measure(work: Path, folder: Path) -> dict:
@@ -111,16 +104,16 @@ def measure(work: Path, folder: Path) -> dict:
         for name, step in steps.items():
             texts[name], speed[name] = written(model, prompts, step)
         texts["blind"] = rng.choice(len(mixed_V), (PROMPTS, NEW), p=mixed_V / mixed_V.sum()).tolist()
-        prompt = tokenizer(prompt_to_show(domain), return_tensors="pt").input_ids[0, :PROMPT]
-        shown = {"prompt": tokenizer.decode(prompt)}
-        for name, step in steps.items():
-            shown[name] = tokenizer.decode(written(model, [prompt], step)[0][0])
         found[domain] = {
             "recognised": {name: recognised(many, index, shares_DV) for name, many in texts.items()},
             "variety": {name: variety(many) for name, many in texts.items()},
             "tokens_per_forward": speed,
-            "shown": shown,
         }
+        document = prompt_to_show(domain)
+        if document is not None:
+            prompt = tokenizer(document, return_tensors="pt").input_ids[0, :PROMPT]
+            after = {name: tokenizer.decode(written(model, [prompt], step)[0][0]) for name, step in steps.items()}
+            found[domain]["shown"] = {"prompt": tokenizer.decode(prompt)} | after
         print(domain, json.dumps(found[domain], indent=1, ensure_ascii=False), flush=True)
     settings = {"prompts": PROMPTS, "prompt_tokens": PROMPT, "new_tokens": NEW, "block": BLOCK}
     settings |= {"threshold": THRESHOLD, "temperature": TEMPERATURE, "seed": SEED}

@@ -81,9 +81,11 @@ def sample_sentence(samples: dict) -> str:
 
 
 def shown(samples: dict) -> str:
-    """One prompt a domain with what followed, word for word."""
+    """One prompt a domain with what followed, word for word; of domains whose text may be shown."""
     parts = []
     for domain, found in samples["domains"].items():
+        if "shown" not in found:
+            continue
         parts.append(f"**{domain}**: prompt, sampled, greedy\n")
         for name in ("prompt", "sampled", "greedy"):
             text = found["shown"][name].replace("```", "'''").strip("\n")
