@@ -7,7 +7,8 @@ The authors' measures: APF, distinct experts read in a layer and forward (all br
 accepted in a forward; APT, their ratio, experts read a token. They are of one request: a few decode together here, each
 in a group of its own, which is each of them alone. Counts, not times: a forward with four branches computes four times
 the rows. Beside them what the text became: how many positions hold stock's token, the same with every block decoded
-after stock's text (where more than one is decoded), and perplexity under the reference model.
+after stock's text (where more than one is decoded), and perplexity under the reference model. Rows that the output
+already holds for the same model and prompts are left as they are, so a run can be continued.
 """
 
 from __future__ import annotations
@@ -93,33 +94,39 @@ def main() -> None:
         "model": {"fingerprint": fingerprint(model), "experts": moe.experts, "top_k": moe.top_k, "layers": moe.layers},
         "judge": None if judge is None else fingerprint(judge), "texts": text_facts(options.text or embedded_texts()),
     }  # fmt: skip
-    settings = kept(options.output, content, options.threshold)
+    settings = kept(options.output, content)
     with Progress() as progress:
         task = progress.add_task("decoding", total=len(options.threshold) * count * (1 + len(chosen)))
-        advance = partial(progress.advance, task)
         for threshold in options.threshold:
             decoding = Decoding.of(model, threshold=threshold, max_new=options.new, end_tokens=(), **given)
-            how: dict[str, Any] = {"group": Grouping.parse("request"), "judge": judge, "advance": advance}
+            setting = settings.setdefault(threshold, {"threshold": threshold, "block_size": decoding.block, "rows": []})
+            have = {made["name"] for made in setting["rows"]}
+            missing = [one for one in chosen if one[0] not in have]
+            progress.advance(task, count * (len(chosen) - len(missing)))
+            if not missing:
+                continue
+            how: dict[str, Any] = {
+                "group": Grouping.parse("request"), "judge": judge, "advance": partial(progress.advance, task)
+            }  # fmt: skip
             found = decode(model, moe, [], prompts, decoding, options.batch, **how)
-            setting = {"threshold": threshold, "block_size": decoding.block, "rows": [
-                row("stock", "", found[0], metrics(found, SEED)[0], moe.layers)
-            ]}  # fmt: skip
-            settings = sorted([*settings, setting], key=lambda one: -one["threshold"])
+            if not have:
+                setting["rows"].append(row("stock", "", found[0], metrics(found, SEED)[0], moe.layers))
             how |= {"stock": found[0], "follow": options.new > decoding.block}  # else all follow the same text anyway
-            for name, policy, extra in chosen:
+            for name, policy, extra in missing:
                 pair = decode(model, moe, [parse(policy)], prompts, decoding, options.batch, given=extra, **how)
                 made = row(name, policy, pair[1], metrics(pair, SEED)[1], moe.layers)
                 print(f"{threshold} {name}: APF {made['apf']:.2f} TPF {made['tpf']:.2f}", flush=True)
                 setting["rows"].append(made)
-                write_text(options.output, json.dumps(provenance() | content | {"settings": settings}, indent=1) + "\n")
+                by_threshold = [settings[found_at] for found_at in sorted(settings, reverse=True)]
+                whole = provenance() | content | {"settings": by_threshold}
+                write_text(options.output, json.dumps(whole, indent=1) + "\n")
 
 
-def kept(path: Path, content: dict[str, Any], thresholds: list[float]) -> list[dict[str, Any]]:
-    """What the output holds of other thresholds, if all else is the same."""
+def kept(path: Path, content: dict[str, Any]) -> dict[float, dict[str, Any]]:
+    """What the output holds by threshold, if it was measured on the same."""
     before = json.loads(path.read_text()) if path.exists() else {}
-    if {name: before.get(name) for name in content} != content:
-        return []
-    return [setting for setting in before["settings"] if setting["threshold"] not in thresholds]
+    same = {name: before.get(name) for name in content} == content
+    return {setting["threshold"]: setting for setting in before["settings"]} if same else {}
 
 
 def arguments() -> argparse.Namespace:

@@ -7,7 +7,7 @@ from typing import Any
 from generators import Block, load, rows
 
 HEADS = (
-    "threshold", "method", ">APF", ">TPF", ">APT", ">of vanilla", ">rows a forward", ">agreement", ">in blocks",
+    "threshold", "method", ">APF", ">TPF", ">APT", ">of vanilla", ">rows a forward", ">agreement",
     ">perplexity over vanilla's",
 )  # fmt: skip
 
@@ -26,7 +26,7 @@ def table(content: dict[str, Any]) -> str:
             lines.append([
                 f"{setting['threshold']:g}", "vanilla" if row is vanilla else _name(row), f"{row['apf']:.1f}",
                 f"{row['tpf']:.2f}", f"{row['apt']:.2f}", f"{row['apt'] / vanilla['apt']:.0%}",
-                f"{row['rows_per_forward']:.0f}", _share(row["agreement"]), _share(row["followed_agreement"]),
+                f"{row['rows_per_forward']:.0f}", _share(row["agreement"]),
                 _ratio(row["perplexity_ratio"]),
             ])  # fmt: skip
     model, one = content["model"], content["settings"][0]
@@ -35,9 +35,8 @@ def table(content: dict[str, Any]) -> str:
         f"{one['block_size']}, {content['prompts']} prompts of {content['prompt_tokens']} tokens, "
         f"{content['new_tokens']} decoded after each, seed {content['seed']}. The authors' measures, of one request: "
         "APF, distinct experts a layer and forward; TPF, tokens accepted a forward; APT, their ratio. Forwards that "
-        "write finished blocks are not counted. A branch is a row of its own. Agreement is with vanilla, over all the "
-        "text and with every block decoded after vanilla's text; perplexity is of the generated text under the "
-        "reference model."
+        "write finished blocks are not counted. A branch is a row of its own. Agreement is with vanilla's text; "
+        "perplexity is of the generated text under the reference model, with 95 % intervals over batches."
     )
     return f"{said}\n\n{rows(HEADS, lines)}"
 
@@ -46,8 +45,8 @@ def _name(row: dict[str, Any]) -> str:
     return f"`{row['name']}`" if row["name"] == row["policy"] else row["name"]
 
 
-def _share(value: dict[str, Any] | None) -> str:
-    return "" if value is None else f"{value['value']:.0%}"
+def _share(value: dict[str, Any]) -> str:
+    return f"{value['value']:.0%}"
 
 
 def _ratio(value: dict[str, Any] | None) -> str:
