@@ -245,7 +245,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, failure):
     write_text(path, "old")
     with pytest.raises(failure), atomic_path(path) as temporary:  # noqa: PT012 - the write is part of the case
         temporary.write_text("half of the n")
-        raise failure
+        raise failure("interrupted")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
