@@ -73,11 +73,12 @@ def cells() -> Iterator[Cell]:
     """The cell in the paper's setting first, then what varies around it."""
     yield Cell(32, "request", 0.9, FULL)
     yield Cell(32, "request", 0.5, SHORT)
-    yield Cell(32, "batch", 0.9, SHORT)
-    yield Cell(16, "request", 0.95, SHORT)
     yield Cell(16, "request", 0.9, ("des_seq(k0=2)", "des_vote(beta=0.3)"), share_commits=True)
-    for threshold, group in ((0.9, "request"), (0.95, "request"), (0.9, "batch")):
-        yield Cell(8, group, threshold, SHORT)
+    for block in (32, 16, 8):
+        for group in ("request", "batch"):
+            for threshold in (0.9, 0.95):
+                if (block, group, threshold) != (32, "request", 0.9):
+                    yield Cell(block, group, threshold, SHORT)
 
 
 def main() -> None:
