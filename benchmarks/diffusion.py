@@ -38,7 +38,7 @@ BATCH = 8  # requests that are decoded together; grouped by request, each of the
 # with 64 experts, 8 a token: a beta below 0.125 keeps fewer than 8 experts and is refused
 FULL = (
     *(f"topk(k={k})" for k in (1, 2, 4, 6)),
-    *(f"des_seq(k0={k})" for k in (1, 2, 3, 4, 5, 6, 8)),
+    *(f"des_seq(k0={k})" for k in (1, 2, 3, 4, 5, 6, 7, 8)),
     *(f"des_vote(beta={beta})" for beta in (0.125, 0.15, 0.2, 0.3, 0.4, 0.6)),
     *(f"xshare(budget={budget})" for budget in (19, 25, 38)),
     *(f"random(budget={budget})" for budget in (19, 38)),
