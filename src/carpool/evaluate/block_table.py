@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from carpool.evaluate.block_study import BlockResult
 from carpool.evaluate.bootstrap import Estimate
-from carpool.evaluate.table import CONTROLS, WIDE
+from carpool.evaluate.table import WIDE, comparison
 
 NOTE = (
     "T: distinct experts read in a layer and denoising forward; of stock: over stock's; pairs: experts computed for a "
@@ -26,24 +25,11 @@ def table(results: Sequence[BlockResult], console: Console) -> Table:
     """Rows of one batch size; controls are dim; intervals only where the console is wide enough."""
     settings, layout = results[0].settings, results[0].denoised.measured.layout
     wide = console.width >= WIDE + 20
-    made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    made.title = (
+    title = (
         f"blocks of {settings.decoding.block}, threshold {settings.decoding.threshold:g}, batch {layout.rows}, grouped "
         f"by {settings.grouping}, {results[0].denoised.measured.batches} batches"
     )
-    made.title_justify, made.title_style = "left", "bold"
-    made.add_column("policy", overflow="fold")
-    for name in _cells(results[0], wide):
-        made.add_column("95 %" if "95 %" in name else name, justify="right", no_wrap=True)
-    family = None
-    for result in results:
-        if result.plan is not None and result.plan.policy.name != family:
-            family = result.plan.policy.name
-            made.add_section()
-        control = result.plan is not None and result.plan.policy.name in CONTROLS
-        cells = _cells(result, wide).values()
-        made.add_row(Text(result.name), *map(Text, cells), style="dim" if control else "")
-    return made
+    return comparison(title, [(result.name, result.plan, _cells(result, wide)) for result in results])
 
 
 def _cells(result: BlockResult, wide: bool) -> dict[str, str]:

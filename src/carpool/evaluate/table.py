@@ -10,6 +10,7 @@ from rich.text import Text
 
 from carpool.evaluate.bootstrap import Estimate
 from carpool.evaluate.metrics import Result
+from carpool.policy_file import AnyPlan
 
 CONTROLS = ("topk", "random")
 WIDE = 118  # columns of the terminal from which intervals are shown
@@ -31,21 +32,24 @@ def table(results: Sequence[Result], console: Console) -> Table:
     """Rows of one batch size; controls are dim; intervals only where the console is wide enough."""
     layout = results[0].measured.layout
     wide = console.width >= WIDE
+    title = f"batch {layout.rows}, grouped by {layout.grouping}, {results[0].measured.batches} batches"
+    return comparison(title, [(result.measured.name, result.measured.plan, _cells(result, wide)) for result in results])
+
+
+def comparison(title: str, rows: Sequence[tuple[str, AnyPlan | None, dict[str, str]]]) -> Table:
+    """A line a policy (name, plan or None for stock, cells by heading), families apart, controls dim."""
     made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    made.title = f"batch {layout.rows}, grouped by {layout.grouping}, {results[0].measured.batches} batches"
-    made.title_justify, made.title_style = "left", "bold"
+    made.title, made.title_justify, made.title_style = title, "left", "bold"
     made.add_column("policy", overflow="fold")
-    for name in _cells(results[0], wide):
-        made.add_column("95 %" if "95 %" in name else name, justify="right", no_wrap=True)
+    for heading in rows[0][2]:
+        made.add_column("95 %" if "95 %" in heading else heading, justify="right", no_wrap=True)
     family = None
-    for result in results:
-        plan = result.measured.plan
+    for name, plan, cells in rows:
         if plan is not None and plan.policy.name != family:
             family = plan.policy.name
             made.add_section()
         control = plan is not None and plan.policy.name in CONTROLS
-        cells = _cells(result, wide).values()
-        made.add_row(Text(result.measured.name), *map(Text, cells), style="dim" if control else "")
+        made.add_row(Text(name), *map(Text, cells.values()), style="dim" if control else "")
     return made
 
 
