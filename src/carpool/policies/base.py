@@ -176,7 +176,7 @@ class Policy:
     @staticmethod
     def by_row(inputs: Inputs, values_GE: Tensor) -> Tensor:
         """A group's values for each of its rows, `[N, E]`."""
-        return values_GE.expand(inputs.scores_NE.shape) if len(values_GE) == 1 else values_GE[inputs.batch.group_N]
+        return values_GE.expand(inputs.scores_NE.shape) if values_GE.shape[0] == 1 else values_GE[inputs.batch.group_N]
 
     def assign(self, inputs: Inputs, allowed_NE: Tensor, coreset_GE: Tensor) -> Routing:
         """Experts and weights of every row; default: the model's own rule inside the allowed set (backfill)."""

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from carpool.batch import Batch
 from carpool.counters import measured
+from carpool.hosts.vllm.ahead import compile_ahead
 from carpool.hosts.vllm.rows import Rows
 from carpool.pipeline import decide, scored
 from carpool.routing import RouteSpec, Routing
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from carpool.hosts.vllm.supplement import Resident
 
 ROWS, REQUESTS = 11, 5  # of the example: sizes that nothing else has, or the compiler takes them for the same
-BACKEND = "inductor"
-Graph = Any  # a compiled function
+BACKEND: str | None = None  # of torch.compile; None: ahead of time on CPUs, inductor elsewhere
+Graph = Any  # a compiled function, to a tuple
 IDS_IN_RANGE = {"assert_indirect_indexing": False}  # they are our own
 
 
@@ -97,7 +98,9 @@ def run(graph: Graph, layer: Layer, hidden_NH: Tensor, logits_NE: Tensor, native
     return Routing(*routing), values_F
 
 
-def _arguments(layer: Layer, hidden_NH: Tensor, logits_NE: Tensor, native: Routing, rows: Rows) -> tuple[Any, ...]:
+def _arguments(
+    layer: Layer, hidden_NH: Tensor, logits_NE: Tensor, native: Routing, rows: Rows
+) -> tuple[Tensor | None, ...]:
     assert layer.knobs is not None
     scores_NE, weights_NE = scored(layer.spec, logits_NE)
     return (
@@ -109,8 +112,8 @@ def _arguments(layer: Layer, hidden_NH: Tensor, logits_NE: Tensor, native: Routi
         hidden_NH.float().contiguous() if layer.plan.policy.needs_hidden else None,
         *rows.tensors(len(logits_NE)),
         layer.spec.per_expert_scale_E,
-        layer.knobs.tensors,
-        layer.stats,
+        *layer.knobs.tensors,
+        *layer.stats.values(),
     )
 
 
@@ -118,11 +121,12 @@ def _compile(layer: Layer, group: str) -> Graph:
     knobs = layer.knobs
     assert knobs is not None
     plan, spec = layer.plan, replace(layer.spec, bias_E=None)  # the scores have it
+    count, names = len(knobs.tensors), [*layer.stats]
 
     def routed(
         logits_NE: Tensor, scores_NE: Tensor, weights_NE: Tensor, ids_NK: Tensor, native_NK: Tensor,
         hidden_NH: Tensor | None, group_N: Tensor, real_N: Tensor, voter_N: Tensor, exempt_N: Tensor, step_N: Tensor,
-        request_N: Tensor, slots_R: Tensor, scale_E: Tensor | None, tensors: list[Tensor], stats: dict[str, Tensor],
+        request_N: Tensor, slots_R: Tensor, scale_E: Tensor | None, *rest: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
         num_requests = slots_R.shape[0]
         batch = Batch(
@@ -131,9 +135,10 @@ def _compile(layer: Layer, group: str) -> Graph:
         )  # fmt: skip
         skipped_NK = ids_NK < 0
         native = Routing(ids_NK.masked_fill(skipped_NK, 0), native_NK)
+        stats = dict(zip(names, rest[count:], strict=True))
         outcome = decide(
-            knobs.over(plan, tensors), replace(spec, per_expert_scale_E=scale_E), logits_NE, scores_NE, weights_NE,
-            batch, native=native, stats=stats, hidden_NH=hidden_NH,
+            knobs.over(plan, rest[:count]), replace(spec, per_expert_scale_E=scale_E), logits_NE, scores_NE,
+            weights_NE, batch, native=native, stats=stats, hidden_NH=hidden_NH,
         )  # fmt: skip
         return (
             torch.where(skipped_NK, ids_NK, outcome.routing.ids_NK),
@@ -163,7 +168,7 @@ def _compile_sum(resident: Resident, top_k: int) -> Graph:
     inner_ERH, outer_EXH, *scales = (*resident.tensors, None, None)[:4]
     given = (hidden_NH, ids_NK, weights_NK)
     first, factors = _compile_for_any_rows(pair_factors, (*given, inner_ERH, *scales), 3, IDS_IN_RANGE)
-    second, compiled_NH = _compile_for_any_rows(pair_sum, (*factors, outer_EXH), 2, IDS_IN_RANGE)
+    second, [compiled_NH] = _compile_for_any_rows(_pair_sum, (*factors, outer_EXH), 2, IDS_IN_RANGE)
     eager_NH = resident.whole()(*given)
     if not torch.allclose(compiled_NH, eager_NH, rtol=1e-3, atol=1e-4 * float(eager_NH.abs().max())):
         raise RuntimeError("the compiled sum of surrogates differs from the same operations one by one")
@@ -171,25 +176,31 @@ def _compile_sum(resident: Resident, top_k: int) -> Graph:
     def summed(hidden_NH: Tensor, ids_NK: Tensor, weights_NK: Tensor, inner_ERH: Tensor, outer_EXH: Tensor,
                inner_scale_ER: Tensor | None = None, outer_scale_EX: Tensor | None = None) -> Tensor:  # fmt: skip
         factors = first(hidden_NH, ids_NK, weights_NK, inner_ERH, inner_scale_ER, outer_scale_EX)
-        summed_NH: Tensor = second(*factors, outer_EXH)
-        return summed_NH
+        [summed_NH] = second(*factors, outer_EXH)
+        return cast("Tensor", summed_NH)
 
     return summed
 
 
+def _pair_sum(*given: Tensor) -> tuple[Tensor]:
+    return (pair_sum(*given),)
+
+
 def _compile_for_any_rows(
-    function: Graph, given: tuple[Any, ...], with_rows: int, options: dict[str, Any] | None = None
-) -> tuple[Graph, Any]:
+    function: Graph, given: tuple[Tensor | None, ...], with_rows: int, options: dict[str, Any] | None = None
+) -> tuple[Graph, tuple[Any, ...]]:
     """A graph and what it makes of an example, whose first arguments have a dimension of rows or requests.
 
     Args:
         options: of inductor.
     """
+    if BACKEND is None and all(value is None or value.device.type == "cpu" for value in given):
+        graph = compile_ahead(function, given, with_rows, options or {})
+        return graph, graph(*given)
     # we choose the graph ourselves: nothing to check at every call, and no graph for every number of rows
-    more = (options or {}) if BACKEND == "inductor" else {}
-    options = {"guard_filter_fn": lambda guards: [False for _ in guards], **more}
-    how: dict[str, Any] = {"backend": BACKEND, "options": options, "fullgraph": True, "isolate_recompiles": True}
-    graph = torch.compile(function, **how)
+    options = {"guard_filter_fn": lambda guards: [False for _ in guards]} | ((options or {}) if BACKEND is None else {})
+    how: dict[str, Any] = {"backend": BACKEND or "inductor", "options": options, "isolate_recompiles": True}
+    graph = torch.compile(function, **how, fullgraph=True)
     for value in given[:with_rows]:
         if value is not None:
             torch._dynamo.mark_dynamic(value, 0)

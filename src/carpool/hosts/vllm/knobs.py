@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -68,7 +68,7 @@ class Knobs:
                     share = isinstance(value, float) and field.name in SHARES
                     yield (place, field.name), resolve_budget(field.name, value, self.num_experts) if share else value
 
-    def over(self, plan: Plan, tensors: list[Tensor]) -> Plan:
+    def over(self, plan: Plan, tensors: Sequence[Tensor]) -> Plan:
         """The plan with these tensors for its changeable numbers."""
         parts = _parts(plan)
         for (place, name), tensor in zip(self._tensors, tensors, strict=True):
