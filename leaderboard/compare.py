@@ -87,8 +87,15 @@ def curve(settings: Iterable[dict[str, Array]], stock: dict[str, Array], counts_
 
 
 def at(share: float, bytes_RI: Array, log_RI: Array) -> Array:
-    """Log KL at a share in every draw."""
-    return np.array([np.interp(share, x, y) for x, y in zip(bytes_RI, log_RI, strict=True)])
+    """Log KL at a share in every draw; beyond the settings it is that of the last one."""
+    if bytes_RI.shape[1] == 1:
+        return log_RI[:, 0]
+    right_R1 = (bytes_RI < share).sum(1, keepdims=True).clip(1, bytes_RI.shape[1] - 1)
+    (x0, x1), (y0, y1) = (
+        (np.take_along_axis(values, right_R1 - 1, 1)[:, 0], np.take_along_axis(values, right_R1, 1)[:, 0])
+        for values in (bytes_RI, log_RI)
+    )
+    return y0 + (y1 - y0) * ((share - x0) / np.maximum(x1 - x0, 1e-12)).clip(0, 1)
 
 
 def versus(

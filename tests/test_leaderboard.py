@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 LEADERBOARD = Path(__file__).parent.parent / "leaderboard"
@@ -112,6 +113,15 @@ def test_a_control_that_does_not_reach_beats_nobody() -> None:
     wide = [setting(label, s, 0.1) for label in ("ours", "good") for s in (0.1, 0.9)]
     found = compare.cells(content(*wide, setting("control", 0.1, 1e-3), setting("control", 0.35, 1e-3)))
     assert [bool(cell.beaten_by("good")) for cell in found] == [cell.share <= 0.35 for cell in found]
+
+
+@pytest.mark.parametrize("settings", [1, 2, 5])
+def test_interpolation_is_numpys_in_every_draw(settings: int) -> None:
+    compare, rng = module("compare"), np.random.default_rng(settings)
+    x_RI, y_RI = np.sort(rng.random((20, settings)), axis=1), rng.normal(size=(20, settings))
+    for share in (-0.1, 0.2, 0.5, 0.8, 1.1):
+        twin = [np.interp(share, x, y) for x, y in zip(x_RI, y_RI, strict=True)]
+        assert compare.at(share, x_RI, y_RI) == pytest.approx(np.array(twin))
 
 
 def test_variants_over_ours() -> None:

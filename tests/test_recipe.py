@@ -117,6 +117,15 @@ def test_second_configuration_is_the_first_one_but_for_its_router(recipe):
         assert first["model"][name] == second["model"][name], name
 
 
+def test_wide_configuration_is_the_first_one_but_for_the_width_of_its_experts(recipe):
+    load_config = recipe("corpus").load_config
+    first, wide = load_config(), load_config(RECIPE / "config_wide.toml")
+    sizes = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    experts, active, width = (wide["model"].pop(name) / first["model"].pop(name) for name in sizes)
+    assert wide == first
+    assert experts == active == 1 / width < 1, "as many parameters, as many of them active"
+
+
 def test_chunked_backward_is_the_plain_one(recipe, tiny_config):
     torch.manual_seed(0)
     train = recipe("train")

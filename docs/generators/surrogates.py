@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +14,12 @@ from generators import ROOT, Block, rows
 PAGE, CELLS = "docs/surrogates.md", "docs/leaderboard.md"
 RESULTS = ROOT / "leaderboard/results"
 MODELS = {"Reference model": RESULTS, "Second model": RESULTS / "second"}
-RUNS = {"reference": "Reference model", "second": "Second model"}
+RUNS = {  # by the first part of a folder's name
+    "reference": "64 experts of width 64, rank 16 (the reference model)",
+    "second": "64 experts of width 64, rank 16 (the second model)",
+    "wide": "16 experts of width 256, rank 64",
+    "wide16": "16 experts of width 256, rank 16",
+}
 REFERENCE, LARGE = (256, 64), (2048, 768)  # hidden size and expert width: both models here, and Qwen3-30B-A3B
 SHOWN = (0.3, 0.5, 0.7)  # shares of stock's bytes where few can be shown
 
@@ -48,13 +53,12 @@ def described(title: str, content: dict[str, Any]) -> str:
     return f"**{title}** ({model['architecture']}{trained}); held-out text: {texts}.\n\n"
 
 
-def repriced(content: dict[str, Any]) -> dict[str, Any]:
-    """The same results, had a surrogate cost the share of an expert that it costs in a large model."""
-    own, large = (surrogate_bytes(*width) for width in (REFERENCE, LARGE))
+def repriced(content: dict[str, Any], factor: float) -> dict[str, Any]:
+    """The same results, had a surrogate cost `factor` times its bytes."""
     cells = []
     for cell in content["cells"]:
         made = [
-            row | {"bytes": [u + (b - u) * large / own for u, b in zip(row["union"], row["bytes"], strict=True)]}
+            row | {"bytes": [u + (b - u) * factor for u, b in zip(row["union"], row["bytes"], strict=True)]}
             for row in cell["rows"]
         ]
         cells.append(cell | {"rows": made})
@@ -66,25 +70,49 @@ def surrogate_bytes(hidden: int, width: int, rank: int = 16) -> float:
     return (2 * rank + 1) * (hidden + 4) / (3 * hidden * width * 2)
 
 
+def measured(compare: ModuleType) -> list[tuple[str, dict[str, Any]]]:
+    """Title and content of every comparison there is, domains mixed before one at a time."""
+    paths = [(title, folder / f"{name}.json") for title, folder in MODELS.items() for name in ("frontier", "domains")]
+    return [(title, compare.load(path)) for title, path in paths if path.exists()]
+
+
+def goal(compare: ModuleType) -> Block:
+    """What the method was to reach, and what it reached; `n/a` cells aside."""
+    own, large = (surrogate_bytes(*width) for width in (REFERENCE, LARGE))
+    heads = [
+        "", ">cells", ">n/a", ">lowest KL", ">significantly lower", ">significantly higher",
+        f">half the KL (a surrogate costs {own:.1%} of an expert)", f">half, did it cost {large:.1%}",
+        ">ratio of KL, geometric mean",
+    ]  # fmt: skip
+    lines = [["*the goal*", "", "", "90%", "", "none", "all", "", ""]]
+    for title, content in measured(compare):
+        every = compare.cells(content)
+        ratios, cheap = (
+            [cell.ratio[0] for cell in cells if cell.ratio is not None]
+            for cells in (every, compare.cells(repriced(content, large / own)))
+        )
+        verdicts = [cell.verdict for cell in every]
+        counts = [sum(ratio < 1 for ratio in ratios), verdicts.count("win"), verdicts.count("loss")]
+        texts = "domains mixed" if content["name"] == "frontier" else "one domain at a time"
+        line = [f"{title}, {texts}", str(len(every)), str(len(every) - len(ratios))]
+        line += [f"{count / len(ratios):.0%}" for count in (*counts, sum(ratio <= 0.5 for ratio in ratios))]
+        line.append(f"{sum(ratio <= 0.5 for ratio in cheap) / len(cheap):.0%}")
+        lines.append([*line, f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}"])
+    return Block(PAGE, "goal", rows(heads, lines))
+
+
 def frontier(compare: ModuleType) -> list[Block]:
     """The comparison on both models: in short, and every cell."""
     short, every = [], []
-    for title, folder in MODELS.items():
-        paths = [folder / f"{name}.json" for name in ("frontier", "domains")]
-        contents = [compare.load(path) for path in paths if path.exists()]
+    for title in MODELS:
+        contents = [content for own, content in measured(compare) if own == title]
         if not contents:
             continue
         found = [cell for content in contents for cell in compare.cells(content)]
         head = described(title, contents[0])
         short.append(head + compare.summary(found))
-        cheap = [cell for content in contents for cell in compare.cells(repriced(content))]
-        shares = [f"{surrogate_bytes(*width):.1%}" for width in (LARGE, REFERENCE)]
-        price = f"{shares[0]} of an expert, as with Qwen3-30B's widths, not {shares[1]}"
-        short.append(f"The same KL, had a surrogate cost {price}:\n\n" + compare.summary(cheap))
-        settings = compare.settings_table(contents[0], 16)
-        controls = compare.controls_table(found)
-        every += [f"## {title}\n", head + compare.table(found), "Against controls:\n", controls]
-        every += ["Every setting, as measured at batch 16, domains mixed:\n", settings]
+        every += [f"## {title}\n", head + compare.table(found), "Against controls:\n", compare.controls_table(found)]
+        every += ["Every setting, as measured at batch 16, domains mixed:\n", compare.settings_table(contents[0], 16)]
     return [Block(PAGE, "frontier", "\n".join(short)), Block(CELLS, "cells", "\n".join(every))]
 
 
@@ -101,19 +129,21 @@ def ablation(compare: ModuleType) -> Block:
     return Block(PAGE, "ablation", "\n".join(parts))
 
 
-def checkpoints(compare: ModuleType) -> Block:
+def checkpoints(compare: ModuleType) -> list[Block]:
     """How linear experts are, and what that is worth, along training."""
     heads = [
         "model", ">training tokens", ">loss, nats/token", ">energy explained",
         *(f">KL, ours, at {share:.0%}" for share in SHOWN), *(f">over the best published, at {s:.0%}" for s in SHOWN),
+        ">at 50%, surrogates not charged",
     ]  # fmt: skip
     lines = []
     for path in (RESULTS / "checkpoints").glob("*/checkpoints.json"):
         content = compare.load(path)
-        cells = {cell.share: cell for cell in compare.cells(content)}
+        cells, free = ({cell.share: cell for cell in compare.cells(repriced(content, cost))} for cost in (1, 0))
         (stock,) = compare.pooled(content, 16, "all")["stock"]
         explained = sorted(content["explained"].values())
         shown = [cells[share] for share in SHOWN]
+        ratios = [cell.ratio for cell in (*shown, free[0.5])]
         tokens = content["model"]["trained_tokens"]
         line = [
             RUNS[path.parent.name.split("-")[0]],
@@ -121,34 +151,13 @@ def checkpoints(compare: ModuleType) -> Block:
             f"{stock['nll'].sum() / stock['tokens'].sum():.2f}",
             f"{explained[0]:.0%} to {explained[-1]:.0%}",
             *("n/a" if cell.kl["ours"] is None else f"{cell.kl['ours']:.4f}" for cell in shown),
-            *("n/a" if cell.ratio is None else compare.shown(cell.ratio) for cell in shown),
+            *("n/a" if ratio is None else compare.shown(ratio) for ratio in ratios),
         ]
         lines.append(((line[0], tokens, path.parent.name), line))
-    made = rows(heads, [line for _, line in sorted(lines)]) if lines else two_runs(compare)
-    return Block(PAGE, "checkpoints", made)
-
-
-def two_runs(compare: ModuleType) -> str:
-    """The reference model as the design saw it, and as it is."""
-    design, now = (compare.load(folder / "ablation.json") for folder in (RESULTS / "design", RESULTS))
-    tried = compare.load(RESULTS / "design/trials.json")["explained"]
-    rank = tried["ranks"].index(16)
-    trained = json.loads((ROOT / "demo/src/carpool_demo/card.json").read_text())["training"]["tokens"]
-    runs = (
-        ("8.5 M", "train", [shares[rank] for shares in tried["by_layer"].values()], design),
-        (f"{trained / 1e6:.1f} M", "held-out", list(now["explained"].values()), now),
-    )
-    lines = []
-    for tokens, text, explained, content in runs:
-        table = compare.variants_table(content, 16, (0.5,)).splitlines()
-        (found,) = [line for line in table if "| backfill only |" in line]
-        lines.append([tokens, text, *(f"{share:.0%}" for share in explained), found.split("|")[2].strip()])
-    layers = [f">layer {index}" for index in range(len(runs[0][2]))]
-    heads = [">training tokens", "text", *layers, ">KL without surrogates over ours, at 50%"]
-    return rows(heads, lines)
+    return [Block(PAGE, "checkpoints", rows(heads, [line for _, line in sorted(lines)]))] if lines else []
 
 
 def blocks() -> list[Block]:
     compare = comparison()
     made = trials(compare.load(RESULTS / "design/trials.json")) + frontier(compare)
-    return [*made, ablation(compare), checkpoints(compare)]
+    return [*made, goal(compare), ablation(compare), *checkpoints(compare)]
