@@ -1,8 +1,24 @@
-"""Tests are the same on every run: hypothesis draws from a fixed seed and has no deadline."""
+"""Tests are the same on every run: hypothesis draws from a fixed seed and has no deadline. What several files need."""
 
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "fixed", derandomize=True, deadline=None, max_examples=15, suppress_health_check=list(HealthCheck), database=None
 )
 settings.load_profile("fixed")
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a module of the recipes, which are folders of scripts and no packages."""
+    for folder in ("reference_model", "diffusion_model"):
+        monkeypatch.syspath_prepend(str(RECIPES / folder))
+    return importlib.import_module

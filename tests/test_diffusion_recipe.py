@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 
@@ -13,14 +12,6 @@ import torch
 RECIPES = Path(__file__).parents[1] / "recipes"
 SIZES = [8, 16, 32]
 MASK = 96
-
-
-@pytest.fixture
-def recipe(monkeypatch):
-    """Imports a module of the recipe, which is a folder of scripts and no package."""
-    monkeypatch.syspath_prepend(str(RECIPES / "reference_model"))
-    monkeypatch.syspath_prepend(str(RECIPES / "diffusion_model"))
-    return importlib.import_module
 
 
 @pytest.fixture

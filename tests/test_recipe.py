@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -12,13 +11,6 @@ import pytest
 import torch
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "reference_model"
-
-
-@pytest.fixture
-def recipe(monkeypatch):
-    """Imports a module of the recipe, which is a folder of scripts and no package."""
-    monkeypatch.syspath_prepend(str(RECIPE))
-    return importlib.import_module
 
 
 @pytest.fixture
@@ -159,15 +151,6 @@ def test_batches_depend_on_seed_and_step_alone(recipe):
     assert not torch.equal(first, batch_at(5, streams, mixture, train | {"seed": 4}))
     assert (first.diff(dim=1) == 2).all(), "a row is a run of one stream"
     assert 0.15 < (first[:, 0] % 2).float().mean() < 0.35
-
-
-def test_learning_rate_rises_holds_and_falls_to_zero(recipe):
-    factor = recipe("train").learning_rate_factor
-    train = {"decay_fraction": 0.3, "warmup_steps": 10}
-    rates = [factor(step, 100, train) for step in range(100)]
-    assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
-    assert rates[10:71] == pytest.approx(np.ones(61))
-    assert rates[70:] == pytest.approx(np.arange(30, 0, -1) / 30)
 
 
 def kneser_ney_twin(rows: list[list[int]], vocabulary: int, history: tuple[int, ...], token: int, order: int) -> float:

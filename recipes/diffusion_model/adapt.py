@@ -12,9 +12,7 @@ larger `--tokens` later, copy `stable.pt` to `last.pt`. The finished model is wr
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +24,8 @@ sys.path.append(str(HERE.parent / "reference_model"))
 from checkpoint import adapted, export
 from corpus import load_config
 from denoiser import head_gradients, masked_states, noised
-from train import (
-    CHECKPOINT_SECONDS,
-    balance_loss,
-    batch_at,
-    build_optimizer,
-    learning_rate_factor,
-    save_atomically,
-)
+from loop import prepare, run
+from train import balance_loss, batch_at
 
 CONFIG = HERE / "config.toml"
 LOG_STEPS = 25
@@ -65,61 +57,24 @@ def main() -> None:
     work, config = arguments.work, load_config(CONFIG)
     train, mixture = config["train"], load_config()["mixture"]
 
-    torch.manual_seed(train["seed"])
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    streams = {d: np.memmap(work / f"{d}.train.bin", dtype=np.uint16, mode="r") for d in mixture}
+    streams = prepare(work, mixture, train["seed"])
     model = adapted(arguments.start)
     captured: list[torch.Tensor] = []
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(lambda module, args, output: captured.append(output[0]))
-    optimizer = build_optimizer(model, train)
 
-    step_tokens = train["batch"] * train["copies"] * train["sequence"]
-    steps = -(-arguments.tokens // step_tokens)
-    decay_from = int(steps * (1 - train["decay_fraction"]))
-    step = masked = 0
-    if (work / "last.pt").exists():
-        state = torch.load(work / "last.pt", weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, masked = state["step"], state["masked"]
-        print(f"resumed at step {step}", flush=True)
-
-    def checkpoint(name: str) -> None:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "masked": masked}
-        save_atomically(state, work / name)
-
-    saved = logged = time.monotonic()
-    running: list[float] = []
-    bound: list[float] = []
-    while step < steps:
-        if step == decay_from:
-            checkpoint("stable.pt")
-        for group in optimizer.param_groups:
-            group["lr"] = train["learning_rate"] * learning_rate_factor(step, steps, train)
+    def gradients(step: int, decaying: bool) -> dict[str, float]:
         clean = batch_at(step, streams, mixture, train)[:, :-1]
         rng = np.random.default_rng((train["seed"], step, 1))
         batch = noised(clean, train["block_sizes"], train["copies"], model.config.mask_token_id, rng)
         captured.clear()
-        loss_M, balance = backward(
-            model, batch, captured, train["balance" if step < decay_from else "balance_in_decay"]
-        )
-        torch.nn.utils.clip_grad_norm_(model.parameters(), train["clip"])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        masked += len(loss_M)
-        running.append(loss_M.mean().item())
-        bound.append((loss_M * batch.weight_BCS[batch.masked_BCS]).sum().item() / batch.masked_BCS.numel())
-        if step % LOG_STEPS == 0:
-            now = time.monotonic()
-            means = f"bound {np.mean(bound):.4f} masked {np.mean(running):.4f} balance {balance:.3f}"
-            print(f"step {step}/{steps} {means} {len(bound) * step_tokens / (now - logged):.0f} tok/s", flush=True)
-            logged, running, bound = now, [], []
-        if time.monotonic() - saved > CHECKPOINT_SECONDS:
-            checkpoint("last.pt")
-            saved = time.monotonic()
-    checkpoint("last.pt")
+        loss_M, balance = backward(model, batch, captured, train["balance_in_decay" if decaying else "balance"])
+        bound = (loss_M * batch.weight_BCS[batch.masked_BCS]).sum().item() / batch.masked_BCS.numel()
+        return {"bound": bound, "loss": loss_M.mean().item(), "balance": balance, "masked": len(loss_M)}
+
+    step_tokens = train["batch"] * train["copies"] * train["sequence"]
+    steps = -(-arguments.tokens // step_tokens)
+    run(model, work, steps, train, gradients, counted=("masked",), step_tokens=step_tokens, log_steps=LOG_STEPS)
     export(work / "last.pt", arguments.start, work, work / "model")
 
 

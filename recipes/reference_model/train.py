@@ -15,18 +15,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from corpus import CONFIG, END_OF_TEXT, PAD, load_config
 from experts import register
+from loop import prepare, run
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-CHECKPOINT_SECONDS = 600
 LOSS_ROWS = 512
 BIAS = "e_score_correction_bias"
 FIXED = {  # by family: what a configuration need not say
@@ -59,15 +57,6 @@ def batch_at(step: int, streams: dict[str, np.ndarray], mixture: dict, train: di
         start = rng.integers(0, len(stream) - length)
         rows.append(stream[start : start + length].astype(np.int64))
     return torch.from_numpy(np.stack(rows))
-
-
-def build_optimizer(model: PreTrainedModel, train: dict) -> torch.optim.Optimizer:
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
-    return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": train["weight_decay"]}, {"params": rest, "weight_decay": 0.0}],
-        lr=train["learning_rate"], betas=tuple(train["betas"]), fused=True,
-    )  # fmt: skip
 
 
 def balance_loss(router_logits: list[torch.Tensor], top_k: int) -> torch.Tensor:
@@ -111,17 +100,6 @@ def backward(model: PreTrainedModel, tokens: torch.Tensor, routers: list[torch.T
     return total, even.item()
 
 
-def learning_rate_factor(step: int, steps: int, train: dict) -> float:
-    decay_from = int(steps * (1 - train["decay_fraction"]))
-    warm = min(1.0, (step + 1) / train["warmup_steps"])
-    return warm if step < decay_from else warm * (steps - step) / (steps - decay_from)
-
-
-def save_atomically(state: dict, path: Path) -> None:
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
-
-
 def save_model(model: PreTrainedModel, work: Path, folder: Path | None = None, **facts) -> None:
     """Model and tokenizer in transformers' format; the folder is `work / "model"` unless another one is named."""
     folder = folder or work / "model"
@@ -148,9 +126,7 @@ def main() -> None:
     work, config = arguments.work, load_config(arguments.config)
     train, mixture = config["train"], config["mixture"]
 
-    torch.manual_seed(train["seed"])
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    streams = {d: np.memmap(work / f"{d}.train.bin", dtype=np.uint16, mode="r") for d in mixture}
+    streams = prepare(work, mixture, train["seed"])
     model = build_model(config["model"], config["tokenizer"]["vocab_size"])
     captured: list[torch.Tensor] = []
     chosen: list[torch.Tensor] = []
@@ -158,55 +134,23 @@ def main() -> None:
     for router in routers:
         router.register_forward_hook(lambda module, args, output: captured.append(output[0]))
         router.register_forward_hook(lambda module, args, output: chosen.append(output[2]))
-    optimizer = build_optimizer(model, train)
 
-    steps = arguments.tokens // (train["batch"] * train["sequence"])
-    decay_from = int(steps * (1 - train["decay_fraction"]))
-    step = 0
-    if (work / "last.pt").exists():
-        state = torch.load(work / "last.pt", weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-        print(f"resumed at step {step}", flush=True)
-
-    def checkpoint(name: str) -> None:
-        save_atomically({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, work / name)
-
-    saved = logged = time.monotonic()
-    running: list[float] = []
-    while step < steps:
-        if step == decay_from:
-            checkpoint("stable.pt")
-        for group in optimizer.param_groups:
-            group["lr"] = train["learning_rate"] * learning_rate_factor(step, steps, train)
-        tokens = batch_at(step, streams, mixture, train)
+    def gradients(step: int, decaying: bool) -> dict[str, float]:
         captured.clear()
         chosen.clear()
+        phase = "_in_decay" if decaying else ""
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=arguments.bf16):
-            phase = "" if step < decay_from else "_in_decay"
+            tokens = batch_at(step, streams, mixture, train)
             loss, balance = backward(model, tokens, captured, train["balance" + phase])
-        torch.nn.utils.clip_grad_norm_(model.parameters(), train["clip"])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         load = loads(chosen, routers[0].num_experts)
         if "bias_rate" in train:
             correct(routers, load, train["bias_rate" + phase])
-        step += 1
-        running.append(loss)
-        if step % 50 == 0:
-            now = time.monotonic()
-            speed = 50 * train["batch"] * train["sequence"] / (now - logged)
-            mean = sum(running) / len(running)
-            busiest = max(load_E.max().item() for load_E in load)
-            even = f"balance {balance:.3f} busiest {busiest:.2f}"
-            print(f"step {step}/{steps} loss {mean:.4f} {even} {speed:.0f} tok/s", flush=True)
-            logged, running = now, []
-        if time.monotonic() - saved > CHECKPOINT_SECONDS:
-            checkpoint("last.pt")
-            saved = time.monotonic()
-    checkpoint("last.pt")
-    save_model(model, work, tokens=steps * train["batch"] * train["sequence"], steps=steps, config=config)
+        return {"loss": loss, "balance": balance, "busiest": max(load_E.max().item() for load_E in load)}
+
+    step_tokens = train["batch"] * train["sequence"]
+    steps = arguments.tokens // step_tokens
+    run(model, work, steps, train, gradients, step_tokens=step_tokens)
+    save_model(model, work, tokens=steps * step_tokens, steps=steps, config=config)
 
 
 if __name__ == "__main__":
