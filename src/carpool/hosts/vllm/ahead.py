@@ -7,6 +7,7 @@ what Python does around a just-in-time compiled graph then takes longer than the
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,8 +36,10 @@ def compile_ahead(
     module = _Present(function, len(given), present)
     dynamic = tuple({0: torch.export.Dim.DYNAMIC} if place < with_rows else None for place in present)
     example = tuple(value for value in given if value is not None)
-    exported = torch.export.export(module, example, dynamic_shapes=(dynamic,), strict=False)
-    package = torch._inductor.aoti_load_package(_built(exported, ONE_THREAD | options), run_single_threaded=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's of its own classes
+        exported = torch.export.export(module, example, dynamic_shapes=(dynamic,), strict=False)
+        package = torch._inductor.aoti_load_package(_built(exported, ONE_THREAD | options), run_single_threaded=True)
     run = package.loader.run  # without the package's own handling of nested arguments
 
     def call(*values: Tensor | None) -> tuple[Any, ...]:
