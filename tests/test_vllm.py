@@ -79,6 +79,26 @@ def test_every_decode_step_stays_within_the_budget(shared: Any, stock: Any) -> N
     assert [ids[0] for ids, _ in results] == [ids[0] for ids, _ in tiny.generate(stock, given, tokens=1)]
 
 
+def test_under_a_floor_every_step_stays_within_budget_and_overflow(shared: Any) -> None:
+    """The bound of every row, from what the experts are told and the native weights alone."""
+    tau = 0.2
+    shared.collective_rpc("carpool_set", kwargs={"policy": f"{POLICY} | floor({tau})"})
+    calls = tiny.watch(shared)
+    tiny.generate(shared, tiny.prompts(8, seed=13))
+    overflow = 0
+    for call in calls:
+        exempt_NE = call.outcome.inputs.native_NE & (call.batch.exempt_N & call.batch.real_N).unsqueeze(-1)
+        routing, native = call.outcome.routing, call.layer.spec.native(call.logits_NE)
+        over = int(call.outcome.overflow_SE.sum())
+        assert len(routing.ids_NK[call.batch.real_N].unique()) <= BUDGET + over + int(exempt_NE.any(0).sum())
+        computed_NE = torch.zeros_like(call.logits_NE, dtype=torch.bool).scatter(-1, routing.ids_NK.long(), True)
+        lost_NK = native.weights_NK.masked_fill(computed_NE.gather(-1, native.ids_NK.long()), 0)
+        assert (lost_NK.sum(-1) <= tau * native.weights_NK.sum(-1) + 1e-6).all()
+        overflow += over
+    assert overflow > 0
+    assert sum(int(call.outcome.changed_N.sum()) for call in calls) > 0
+
+
 def test_an_inert_hook_turns_the_check_red(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from carpool.hosts.vllm import router
 

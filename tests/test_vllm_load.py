@@ -75,6 +75,29 @@ def test_dense_models_and_bypassed_routers_are_refused(monkeypatch: pytest.Monke
     refused(tiny.SHARING, "routes inside its kernel")
 
 
+def test_kernels_that_route_by_themselves_are_kept_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs. On CPUs kernels for quantised weights leave routing to Python, but take none whose method they do not
+    know."""
+    tiny.set_environment()
+    from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsFp8
+    from vllm.model_executor.layers.fused_moe.experts.trtllm_bf16_moe import TrtLlmBf16ExpertsMonolithic
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+    from vllm.platforms import current_platform
+
+    from carpool.hosts.vllm.router import shared_class
+
+    router: Any = CPURouter(top_k=4, global_num_experts=32)
+    native = router.routing_method_type
+    router.__class__ = shared_class(CPURouter)
+    assert router.routing_method_type == native
+    assert CPUExpertsFp8._supports_routing_method(native, None, None)
+    assert not CPUExpertsFp8._supports_routing_method(RoutingMethodType.Unspecified, None, None)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    assert not TrtLlmBf16ExpertsMonolithic._supports_routing_method(router.routing_method_type, None, None)
+    assert TrtLlmBf16ExpertsMonolithic._supports_routing_method(native, None, None)
+
+
 def test_an_engine_that_bypasses_the_router_is_refused_at_the_first_step(shared: Any) -> None:
     host = tiny.host(shared)
     host._prove()

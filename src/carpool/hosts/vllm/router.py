@@ -156,6 +156,7 @@ def shared_class(kind: Any) -> Any:
     Single inheritance: an object's class can only be replaced by one of the same layout.
     """
     from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
+    from vllm.platforms import current_platform
 
     class Shared(kind):
         carpool_layer: Layer | None = None  # None until the model is loaded and checked
@@ -163,6 +164,8 @@ def shared_class(kind: Any) -> Any:
 
         @property
         def routing_method_type(self) -> Any:
+            if current_platform.is_cpu():  # its kernels leave routing to Python, and some still ask for the method
+                return super().routing_method_type
             return RoutingMethodType.Unspecified  # no fused routing kernel takes it, so Python routes
 
         def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor, indices_type: Any,
