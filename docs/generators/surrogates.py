@@ -50,7 +50,9 @@ def trials(content: dict[str, Any]) -> list[Block]:
 def described(title: str, content: dict[str, Any]) -> str:
     model, texts = content["model"], ", ".join(Path(text["name"]).stem for text in content["texts"])
     trained = f", {model['trained_tokens'] / 1e6:.1f} M training tokens" if "trained_tokens" in model else ""
-    return f"**{title}** ({model['architecture']}{trained}); held-out text: {texts}.\n\n"
+    low, high = min(content["explained"].values()), max(content["explained"].values())
+    explained = f"surrogates explain {low:.0%} to {high:.0%} of a layer's output energy"
+    return f"**{title}** ({model['architecture']}{trained}); {explained}; held-out text: {texts}.\n\n"
 
 
 def repriced(content: dict[str, Any], factor: float) -> dict[str, Any]:
