@@ -59,6 +59,9 @@ def test_evaluate_block_diffusion(texts: list[Path], tmp_path: Path) -> None:
     assert content["arguments"]["decode"] == "block-diffusion"
     assert content["kind"] == "carpool block diffusion"
     assert {"commit", "seed", "arguments", "texts", "model"} <= set(content)
+    shown = tmp_path / "report.html"
+    assert invoke("report", out, "-o", shown).exit_code == 0
+    assert "What is decoded" in shown.read_text()
 
 
 def test_diffuse_without_a_terminal(texts: list[Path]) -> None:

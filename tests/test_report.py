@@ -14,6 +14,7 @@ from carpool.cli.app import app
 from carpool.evaluate import report as results_file
 from carpool.evaluate.study import Settings, sequences_for, study
 from carpool.grammar import parse
+from carpool.report import figures, page
 from carpool.report.load import load, method_of
 
 POLICIES = ("oea(k0=1)", "xshare(budget=3)", "xshare(budget=5)", "topk(k=1)")
@@ -94,6 +95,56 @@ def test_interference_beside_an_evaluation(results, tmp_path):
     path.write_text(json.dumps(content | {"histogram_edges": [1]}))
     assert "lacks results" in invoke(results[0], path, "-o", out).output
     assert not out.exists()
+
+
+def blocks_of(path, target):
+    """The results as if they were of block diffusion."""
+    content = json.loads(path.read_text()) | {"kind": "carpool block diffusion"}
+    one = {"value": 0.75, "low": 0.7, "high": 0.8}
+    for row in content["results"]:
+        del row["details"]
+        row["masked_tokens"] = row.pop("decoded_tokens")
+        row["decoding"] = dict.fromkeys(("union", "union_share", "tokens_per_forward", "agreement"), one)
+        row["decoding"] |= {"followed_agreement": None, "perplexity_ratio": {"value": 1.234, "low": None, "high": None}}
+    target.write_text(json.dumps(content))
+    return content
+
+
+def test_block_diffusion(results, tmp_path):
+    path, out = tmp_path / "blocks.json", tmp_path / "report.html"
+    content = blocks_of(results[0], path)
+    done = invoke(path, "-o", out)
+    assert done.exit_code == 0, done.output
+    own = without_libraries(out.read_text())
+    for text in ("What is decoded", "0.7000–0.8000", "1.234", "masked tokens", "All results"):
+        assert text in own
+    assert "Who uses which" not in own
+    assert "make a report of each" in invoke(path, results[1], "-o", out).output
+    del content["results"][1]["decoding"]["agreement"]
+    path.write_text(json.dumps(content))
+    assert "lacks results" in invoke(path, "-o", out).output
+
+
+def test_ticks_are_written_in_full():
+    values, texts = figures._ticks([0.0041, 0.3])
+    assert texts[:5] == ["0.001", "0.002", "0.005", "0.01", "0.02"]
+    assert values[0] <= 0.0041
+    assert values[-1] >= 0.3
+    assert figures._ticks([figures.LEAST_KL, 2.0])[1] == [
+        "0.000001", "0.00001", "0.0001", "0.001", "0.01", "0.1", "1", "10",
+    ]  # fmt: skip
+
+
+def test_what_is_opened_is_what_the_headline_speaks_of(results, tmp_path):
+    """A second file with a batch size of its own does not hide the first one's results."""
+    content = json.loads(results[1].read_text())
+    content["results"] = [row | {"batch": 32} for row in content["results"] if row["batch"] == 4]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(content))
+    first, second = load([results[0], other])[0]
+    (section,) = page._frontiers([first, second])
+    assert re.findall("<button[^>]*>batch (\\d+)<", section) == ["2", "4", "32"]
+    assert 'data-opened="1"' in section
 
 
 def test_methods_are_recognised():

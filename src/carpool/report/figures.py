@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import floor, log10
 from typing import Any
 
 from carpool.evaluate.plot import COLOURS, INK, MUTED, PALE
 from carpool.report.load import Evaluation, Row
 
 LEAST_KL = 1e-6  # nats; stock's zero has no place on a logarithmic axis
-LOG_TICKS = "D2"  # 1, 2, 5
 DASHES = ("solid", "dash", "dot", "dashdot")
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 AXES = {
-    "bytes_share": ("bytes read in a layer and step (experts and surrogates), share of stock's", ".0%"),
-    "union_share": ("distinct experts read in a layer and step, share of stock's", ".0%"),
+    "bytes_share": ("bytes read (experts and surrogates), share of stock's", ".0%"),
+    "union_share": ("distinct experts read, share of stock's", ".0%"),
     "union": ("distinct experts read in a layer and step", ".1f"),
     "pairs": ("experts computed for a token in a layer", ".1f"),
 }
@@ -40,8 +40,9 @@ def frontier(evaluations: Sequence[Evaluation], batch: int) -> Any:
                 marker={"size": 7, "line": {"color": "white", "width": 1}},
             )
         )  # fmt: skip
-    made.update_xaxes(title=AXES["bytes_share"][0], tickformat=AXES["bytes_share"][1])
-    made.update_yaxes(title=COSTS["kl"], type="log", dtick=LOG_TICKS)
+    made.update_xaxes(title=AXES["bytes_share"][0], tickformat=AXES["bytes_share"][1], tickangle=0)
+    values, texts = _ticks([kl for _, rows, _, _ in lines for kl in _shown(rows, "kl")])
+    made.update_yaxes(title=COSTS["kl"], type="log", tickmode="array", tickvals=values, ticktext=texts)
     across = [
         {
             "label": label,
@@ -52,9 +53,9 @@ def frontier(evaluations: Sequence[Evaluation], batch: int) -> Any:
             ],
         }
         for label, name in (
-            ("bytes", "bytes_share"),
-            ("experts, share", "union_share"),
-            ("experts", "union"),
+            ("bytes read", "bytes_share"),
+            ("experts read, share", "union_share"),
+            ("experts read", "union"),
             ("pairs", "pairs"),
         )
     ]
@@ -66,12 +67,13 @@ def frontier(evaluations: Sequence[Evaluation], batch: int) -> Any:
                 {"y": [_shown(rows, name) for _, rows, _, _ in lines],
                  "error_y": [_bars(rows, name) for _, rows, _, _ in lines]},
                 {"yaxis.title.text": COSTS[name], "yaxis.type": "log" if name == "kl" else "linear",
-                 "yaxis.dtick": LOG_TICKS if name == "kl" else None},
+                 "yaxis.tickmode": "array" if name == "kl" else "auto",
+                 "yaxis.tickformat": ".0%" if name == "displaced_mass" else ""},
             ],
         }
         for label, name in (("KL", "kl"), ("perplexity", "perplexity_ratio"), ("displaced", "displaced_mass"))
     ]  # fmt: skip
-    _buttons(made, (across, 0.0), (down, 0.42))
+    _buttons(made, (across, 0.0, "left"), (down, 1.0, "right"))
     return made
 
 
@@ -79,17 +81,18 @@ def layers(evaluation: Evaluation, batch: int) -> Any:
     """Union of every layer, stock as bars and policies as lines."""
     import plotly.graph_objects as go
 
-    made = figure(height=400)
+    shown = _representatives(evaluation, batch)
+    made = figure(height=_height(len(shown) + 1))
     stock = evaluation.stock(batch)
     names = [str(layer) for layer in range(len(stock.data["union_by_layer"]))]
     made.add_trace(
         go.Bar(name="stock", x=names, y=stock.data["union_by_layer"], marker={"color": PALE}, hovertemplate="%{y:.1f}")
     )
-    for row, colour in _representatives(evaluation, batch):
+    for row, colour in shown:
         made.add_trace(
             go.Scatter(
                 name=row.policy, x=names, y=row.data["union_by_layer"], mode="lines+markers", hovertemplate="%{y:.1f}",
-                line={"color": colour, "width": 2}, marker={"size": 7},
+                line={"color": colour, "width": 2, "dash": _dash(row)}, marker={"size": 7},
             )
         )  # fmt: skip
     made.update_xaxes(title="MoE layer", type="category")
@@ -147,7 +150,7 @@ def displaced(evaluation: Evaluation, batch: int) -> Any | None:
     shown = [(row, colour) for row, colour in _representatives(evaluation, batch) if row.data.get("details")]
     if not shown:
         return None
-    made = figure(height=400)
+    made = figure(height=_height(len(shown)))
     for row, colour in shown:
         counts = row.data["details"]["displaced_histogram"]
         total, width = max(sum(counts), 1), 1 / len(counts)
@@ -155,7 +158,8 @@ def displaced(evaluation: Evaluation, batch: int) -> Any | None:
             go.Scatter(
                 name=row.policy, x=[(index + 0.5) * width for index in range(len(counts))],
                 y=[count / total if count else None for count in counts], mode="lines",
-                line={"shape": "hvh", "color": colour, "width": 2}, hovertemplate="%{x:.0%}: %{y:.2%}",
+                line={"shape": "hvh", "color": colour, "width": 2, "dash": _dash(row)},
+                hovertemplate="%{x:.0%}: %{y:.2%}",
             )
         )  # fmt: skip
     made.update_xaxes(title="displaced mass of a token in a layer", tickformat=".0%", range=[0, 1])
@@ -175,6 +179,27 @@ def _use(row: Row) -> tuple[list[list[float]], list[str]]:
 def _representatives(evaluation: Evaluation, batch: int) -> list[tuple[Row, str]]:
     """One setting of every method, the one closest to half of stock's union, with its colour."""
     return [(_middle(rows), colour) for _, rows, colour, _ in _lines([evaluation], batch)]
+
+
+def representative(evaluation: Evaluation, batch: int) -> list[str]:
+    """The policies that sections with one setting of every method show."""
+    return [row.policy for row, _ in _representatives(evaluation, batch)]
+
+
+def _dash(row: Row) -> str:
+    return "dot" if row.control else "solid"
+
+
+def _height(entries: int) -> int:
+    """Of a figure whose legend has so many entries, which would scroll in a lower one."""
+    return max(400, 120 + 19 * entries)
+
+
+def _ticks(values: Sequence[float]) -> tuple[list[float], list[str]]:
+    """1, 2 and 5 of every decade that holds one of the values, written in full; decades alone where they are many."""
+    low, high = (floor(log10(end)) for end in (min(values), max(values)))
+    ticks = [digit * 10.0**power for power in range(low, high + 2) for digit in ((1, 2, 5) if high - low < 4 else (1,))]
+    return ticks, [f"{tick:.10f}".rstrip("0").rstrip(".") for tick in ticks]
 
 
 def _middle(rows: Sequence[Row]) -> Row:
@@ -222,13 +247,13 @@ def _hover(row: Row) -> str:
     )
 
 
-def _buttons(figure: Any, *groups: tuple[list[dict[str, Any]], float]) -> None:
+def _buttons(figure: Any, *groups: tuple[list[dict[str, Any]], float, str]) -> None:
     figure.update_layout(
-        margin={"t": 60},
+        margin={"t": 80},
         updatemenus=[
-            {"type": "buttons", "direction": "right", "buttons": buttons, "x": x, "xanchor": "left", "y": 1.02,
+            {"type": "buttons", "direction": "right", "buttons": buttons, "x": x, "xanchor": anchor, "y": 1.02,
              "yanchor": "bottom", "bgcolor": "white", "bordercolor": PALE, "font": {"size": 12}}
-            for buttons, x in groups
+            for buttons, x, anchor in groups
         ],
     )  # fmt: skip
 

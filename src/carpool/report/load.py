@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from carpool.evaluate.report import SCHEMA
 from carpool.evaluate.table import CONTROLS
 from carpool.grammar import parse
 
-KIND, INTERFERENCE = "carpool evaluation", "carpool interference"
+KIND, BLOCKS, INTERFERENCE = "carpool evaluation", "carpool block diffusion", "carpool interference"
+DECODED = ("union", "union_share", "tokens_per_forward", "agreement")  # of block diffusion, always there
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Row:
     @property
     def batch(self) -> int:
         return int(self.data["batch"])
+
+    @property
+    def decoded(self) -> Row:
+        """Of a policy that decoded by block diffusion: what that gave."""
+        return replace(self, data=self.data["decoding"])
 
     def value(self, name: str) -> float:
         """A metric's value, with or without an interval."""
@@ -92,10 +98,11 @@ class Interference:
 
 
 def load(paths: Sequence[Path]) -> tuple[list[Evaluation], list[Interference]]:
-    """Read result files of `carpool evaluate`, with and without `--interference`, and of `carpool demo`.
+    """Read result files of `carpool evaluate` (either way of decoding, or `--interference`) and of `carpool demo`.
 
     Raises:
-        CarpoolError: no file, not readable, not such results, another schema, results without stock, or no evaluation.
+        CarpoolError: no file, not readable, not such results, another schema, results without stock, no evaluation, or
+            both ways of decoding.
     """
     if not paths:
         raise CarpoolError("no results were given: name one or more JSON files of `carpool evaluate --json`")
@@ -110,12 +117,14 @@ def load(paths: Sequence[Path]) -> tuple[list[Evaluation], list[Interference]]:
     interferences: list[Interference] = []
     for path, label in zip(paths, labels, strict=True):
         content = _content(path)
-        if content["kind"] == KIND:
+        if content["kind"] != INTERFERENCE:
             evaluations.append(_evaluation(path, label, content))
         else:
             interferences.append(_interference(path, label, content))
     if not evaluations:
         raise CarpoolError("a report needs results of `carpool evaluate` beside those of `--interference`")
+    if len({one.facts["kind"] for one in evaluations}) > 1:
+        raise CarpoolError("block diffusion and step-by-step decoding do not compare; make a report of each")
     return evaluations, interferences
 
 
@@ -142,7 +151,7 @@ def _content(path: Path) -> dict[str, Any]:
         content = json.loads(_bytes(path))
     except (ValueError, RecursionError):
         raise CarpoolError(f"{path} is not JSON; give a file that `carpool evaluate --json` wrote") from None
-    if not isinstance(content, dict) or content.get("kind") not in (KIND, INTERFERENCE):
+    if not isinstance(content, dict) or content.get("kind") not in (KIND, BLOCKS, INTERFERENCE):
         raise CarpoolError(
             f"{path} holds no results of an evaluation; give a file that `carpool evaluate --json` wrote"
         )
@@ -174,6 +183,10 @@ def _evaluation(path: Path, label: str, content: dict[str, Any]) -> Evaluation:
         made = Evaluation(label, content, rows)
         for batch in made.batches:
             made.stock(batch)
+        if content["kind"] == BLOCKS:
+            for row in rows:
+                for name in DECODED:
+                    row.decoded.ends(name)
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
         raise CarpoolError(f"{path} lacks results that a report needs; evaluate again with this version") from None
     if not rows:

@@ -34,7 +34,9 @@ def neighbours(found: Interference) -> Any:
                 hovertemplate="%{y:.2%} of the tokens move by more than %{x:.2g} nats",
             )
         )  # fmt: skip
-    made.update_xaxes(title="KL between one set of neighbours and the next, nats a token", type="log", dtick=1)
+    made.update_xaxes(
+        title="KL between one set of neighbours and the next, nats a token", type="log", dtick=1, exponentformat="power"
+    )
     made.update_yaxes(title="share of tokens above", tickformat=".0%", rangemode="tozero")
     return made
 

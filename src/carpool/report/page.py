@@ -12,11 +12,17 @@ from typing import Any
 from carpool.doctor import Diagnosis
 from carpool.errors import CarpoolError
 from carpool.report import figures
-from carpool.report.load import Evaluation, Interference, Row
+from carpool.report.load import BLOCKS, Evaluation, Interference
 from carpool.report.neighbours import neighbours
 from carpool.report.neighbours import table as neighbours_table
+from carpool.report.tables import comparison, decoded, measurements, worst
 
 QWEN3_30B = (9.44, 48)  # MB of an expert in bf16, MoE layers
+DECODED = (
+    "Prompts decoded block by block under every policy. Experts: distinct ones read in a layer and denoising forward; "
+    "tokens a forward: accepted for a request; agreement: positions that hold stock's token, and the same with each "
+    "block decoded after stock's text; perplexity: of the generated text under an autoregressive model, over stock's."
+)
 CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]}
 
 
@@ -80,16 +86,25 @@ def _headline(evaluation: Evaluation) -> str:
 
 def _facts(evaluation: Evaluation) -> str:
     model, facts = evaluation.facts.get("model", {}), evaluation.facts
-    tokens = max(int(row.data.get("decoded_tokens", 0)) for row in evaluation.rows)
+    counted = "masked" if facts["kind"] == BLOCKS else "decoded"
+    tokens = max(int(row.data.get(f"{counted}_tokens", 0)) for row in evaluation.rows)
     items = [
         ("model", f"{model.get('name', '?')} ({model.get('architecture', '?')})"),
         ("experts", f"{model.get('experts', '?')} in each of {model.get('layers', '?')} layers, "
                     f"{model.get('top_k', '?')} a token"),
-        ("decoded tokens", f"{tokens:,} a batch size"),
+        (f"{counted} tokens", f"{tokens:,} a batch size"),
         ("texts", ", ".join(text["name"] for text in facts.get("texts", [])) or "?"),
         ("seed", facts.get("seed", "?")),
     ]  # fmt: skip
     return "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in items)
+
+
+def _comparison(evaluations: Sequence[Evaluation]) -> list[str]:
+    if len(evaluations) < 2:
+        return []
+    table = comparison(evaluations)
+    note = "" if table else "No policy was measured at the same batch size in all files."
+    return [_section("Side by side", note, table)]
 
 
 def _frontiers(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -103,26 +118,51 @@ def _frontiers(evaluations: Sequence[Evaluation]) -> list[str]:
         "Further left reads fewer experts, lower stays closer to the model. Bars are 95 % intervals over batches; "
         "dotted grey lines are controls that every method has to beat. Click a name to hide it, twice to see it alone."
     )
-    return [_section("What it saves and what it costs", note, _tabs(panes))]
+    if evaluations[0].facts["kind"] == BLOCKS:
+        note = f"On masked tokens of held-out text, denoised block by block. {note}"
+    # the headline speaks of the first file
+    opened = [name for name, _ in panes].index(f"batch {_shown_first(evaluations[0])}")
+    return [_section("What it saves and what it costs", note, _tabs(panes, opened))]
+
+
+def _shown_first(evaluation: Evaluation) -> int:
+    """The batch size with the most settings; of several, the largest."""
+    return max(evaluation.batches, key=lambda batch: (len(evaluation.at(batch)), batch))
 
 
 def _first(evaluation: Evaluation) -> list[str]:
+    chosen = "One setting of every method, the one closest to half of what stock reads."
+    opened = evaluation.batches.index(_shown_first(evaluation))
     made = [_calculator_section(evaluation)]
+    if evaluation.facts["kind"] == BLOCKS:
+        panes = [(f"batch {batch}", decoded(evaluation.at(batch))) for batch in evaluation.batches]
+        made.insert(0, _section("What is decoded", DECODED, _tabs(panes, opened)))
     for title, note, draw in (
-        ("Layer by layer", "One setting of every method, the one closest to half of stock's union.", figures.layers),
+        ("Layer by layer", chosen, figures.layers),
         ("Who uses which expert", "Share of a domain's tokens that read an expert, before and after. Choose a policy "
          "above the right picture.", figures.expert_use),
         ("How unevenly tokens lose", "Displaced mass: the share of a token's native routing weight that is not "
-         "computed. A floor cuts the tail off.", figures.displaced),
+         f"computed. A floor cuts the tail off. {chosen}", figures.displaced),
     ):  # fmt: skip
         panes = [(f"batch {b}", drawn) for b in evaluation.batches if (drawn := _draw(draw(evaluation, b)))]
         if panes:
             extra = _worst(evaluation) if draw is figures.displaced else ""
-            made.append(_section(title, note, _tabs(panes) + extra))
-    made.append(
-        _section("All results", "", _tabs([(f"batch {b}", _table(evaluation.at(b))) for b in evaluation.batches]))
-    )
+            made.append(_section(title, note, _tabs(panes, min(opened, len(panes) - 1)) + extra))
+    panes = [(f"batch {batch}", measurements(evaluation.at(batch))) for batch in evaluation.batches]
+    made.append(_section("All results", "Click a heading to sort by it.", _tabs(panes, opened)))
     return made
+
+
+def _worst(evaluation: Evaluation) -> str:
+    panes = [
+        (f"{row.policy}, batch {row.batch}", table)
+        for row in evaluation.rows
+        if row.policy != "stock" and (table := worst(row))
+    ]
+    batch = _shown_first(evaluation)
+    first = f"{figures.representative(evaluation, batch)[0]}, batch {batch}"
+    opened = next((place for place, (name, _) in enumerate(panes) if name == first), 0)
+    return f"<h3>Tokens that lose most</h3>{_chooser(panes, opened)}" if panes else ""
 
 
 def _calculator_section(evaluation: Evaluation) -> str:
@@ -132,12 +172,14 @@ def _calculator_section(evaluation: Evaluation) -> str:
         '<label>one expert <input name="megabytes" type="number" min="0.01" step="any"> MB</label>'
         '<label>MoE layers <input name="layers" type="number" min="1" step="1"></label>'
         '<label>read beside them a step <input name="other" type="number" min="0" step="any"> GB</label>'
-        '<label>bandwidth <input name="bandwidth" type="number" min="1" step="any"> GB/s</label></form>'
-        '<table id="steps"></table>'
+        '<label>bandwidth <input name="bandwidth" type="number" min="1" step="any"> GB/s</label>'
+        '<label><input name="all" type="checkbox"> all settings</label></form>'
+        '<div class="scroll"><table id="steps"></table></div>'
     )
     note = (
         "A decoding step takes at least the time to read its weights. This is that time from what was read here, "
-        "for the sizes that you enter: a bound, not a measurement."
+        "for the sizes that you enter: a bound, not a measurement. Shown are the settings that no other one beats in "
+        "both bytes and KL."
     )
     return _section("At your batch and bandwidth", note, form)
 
@@ -154,79 +196,8 @@ def _calculator(evaluation: Evaluation, like: Diagnosis | None, bandwidth: float
         "megabytes": QWEN3_30B[0] if like is None else like.expert_bytes / 1e6,
         "layers": QWEN3_30B[1] if like is None else like.moe_layers,
         "bandwidth": bandwidth,
+        "batch": _shown_first(evaluation),
     }
-
-
-def _worst(evaluation: Evaluation) -> str:
-    made = []
-    for row in evaluation.rows:
-        worst = (row.data.get("details") or {}).get("worst_rows", [])
-        if row.policy == "stock" or not worst:
-            continue
-        lines = "".join(
-            f"<tr><td>{one['displaced_mass']:.0%}</td><td>{one['kl']:.3f}</td><td>{escape(one['domain'])}</td>"
-            f"<td class='text'>{escape(one['text'] or '–')}</td></tr>"
-            for one in worst
-        )
-        head = "<tr><th>displaced</th><th>KL</th><th>domain</th><th class='text'>… up to this token</th></tr>"
-        made.append(
-            f"<details><summary>{escape(row.policy)}, batch {row.batch}</summary><table>{head}{lines}</table></details>"
-        )
-    return f"<h3>Tokens that lose most</h3>{''.join(made)}" if made else ""
-
-
-def _table(rows: Sequence[Row]) -> str:
-    columns = (
-        "policy",
-        "union",
-        "of stock",
-        "bytes",
-        "pairs",
-        "displaced",
-        "KL",
-        "95 %",
-        "top-1",
-        "ppl ratio",
-        "95 %",
-    )
-    head = "".join(f"<th>{name}</th>" for name in columns)
-    body = "".join(
-        f"<tr{' class=control' if row.control else ''}><td>{escape(row.policy)}</td><td>{row.value('union'):.1f}</td>"
-        f"<td>{row.value('union_share'):.0%}</td><td>{row.value('bytes_share'):.0%}</td>"
-        f"<td>{row.value('pairs'):.2f}</td><td>{row.value('displaced_mass'):.1%}</td>"
-        f"<td>{row.value('kl'):.4f}</td><td>{_interval(row, 'kl')}</td><td>{row.value('top1_agreement'):.1%}</td>"
-        f"<td>{row.value('perplexity_ratio'):.4f}</td><td>{_interval(row, 'perplexity_ratio')}</td></tr>"
-        for row in rows
-    )
-    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def _interval(row: Row, name: str) -> str:
-    low, high = row.ends(name)
-    return "–" if low == high else f"{low:.4f}–{high:.4f}"
-
-
-def _comparison(evaluations: Sequence[Evaluation]) -> list[str]:
-    """The same policy at the same batch size in several files."""
-    if len(evaluations) < 2:
-        return []
-    found = [{(row.policy, row.batch): row for row in one.rows} for one in evaluations]
-    common = [key for key in found[0] if all(key in other for other in found[1:]) and key[0] != "stock"]
-    if not common:
-        return [_section("Side by side", "No policy was measured at the same batch size in all files.", "")]
-    head = "".join(f"<th colspan=2>{escape(one.label)}</th>" for one in evaluations)
-    names = "<th>of stock</th><th>KL</th>" * len(evaluations)
-    body = "".join(
-        f"<tr><td>{escape(policy)}</td><td>{batch}</td>"
-        + "".join(
-            f"<td>{rows[policy, batch].value('bytes_share'):.0%}</td><td>{rows[policy, batch].value('kl'):.4f}</td>"
-            for rows in found
-        )
-        + "</tr>"
-        for policy, batch in common
-    )
-    table = f"<table><thead><tr><th rowspan=2>policy</th><th rowspan=2>batch</th>{head}</tr><tr>{names}</tr></thead>"
-    return [_section("Side by side", "", f"<div class='scroll'>{table}<tbody>{body}</tbody></table></div>")]
 
 
 def _neighbours(found: Interference) -> str:
@@ -251,11 +222,21 @@ def _draw(figure: Any) -> str:
     return str(figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG))
 
 
-def _tabs(panes: Sequence[tuple[str, str]]) -> str:
+def _tabs(panes: Sequence[tuple[str, str]], opened: int) -> str:
     if len(panes) == 1:
         return panes[0][1]
     buttons = "".join(f'<button type="button">{escape(name)}</button>' for name, _ in panes)
-    return f'<div class="tabs"><nav>{buttons}</nav>{"".join(f"<div>{body}</div>" for _, body in panes)}</div>'
+    bodies = "".join(f"<div>{body}</div>" for _, body in panes)
+    return f'<div class="tabs" data-opened="{opened}"><nav>{buttons}</nav>{bodies}</div>'
+
+
+def _chooser(panes: Sequence[tuple[str, str]], opened: int) -> str:
+    options = "".join(
+        f"<option{' selected' if place == opened else ''}>{escape(name)}</option>"
+        for place, (name, _) in enumerate(panes)
+    )
+    bodies = "".join(f"<div>{body}</div>" for _, body in panes)
+    return f'<div class="chooser"><select>{options}</select>{bodies}</div>'
 
 
 def _section(title: str, note: str, body: str) -> str:
