@@ -95,10 +95,15 @@ def test_a_draft_model_is_left_alone() -> None:
 
 
 def test_two_ranks_decide_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import envs
+
+    envs.disable_envs_cache()  # of an engine that was started before in this process
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")
     llm = tiny.engine(tiny.qwen3(), tiny.SHARING, tensor_parallel_size=2)
     shared = tiny.generate(llm, tiny.prompts(6))
     first, second = llm.collective_rpc("carpool_report")
     assert first == second
     assert all(layer["rows_changed"] > 0 for layer in first["layers"])
+    envs.disable_envs_cache()
+    monkeypatch.undo()
     assert [ids for ids, _ in shared] == [ids for ids, _ in tiny.generate(tiny.shared_engine(), tiny.prompts(6))]
