@@ -97,5 +97,5 @@ def test_rehearsal_of_the_gpu_checks(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     content = json.loads(output.read_text())
     assert content["off"]["same_as_not_configured"]
     assert content["graphs"]["first"]["union"] < content["graphs"]["wider"]["union"]
-    assert set(content["speed"]["states"]) == {"stock", "xshare(budget=1.0)", "xshare(budget=8)", "xshare(budget=16)"}
+    assert set(content["speed"]["states"]) == {"stock", "full", "xshare(budget=8)", "xshare(budget=16)"}
     assert [row["policy"] for row in content["quality"]["results"]] == ["stock", "xshare(budget=16)"]

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from carpool.cli.app import app
 from carpool.doctor import diagnose
 from carpool.errors import CarpoolError
+from carpool.grammar import parse
 
 QWEN3_30B = {
     "model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048, "moe_intermediate_size": 768,
@@ -50,7 +51,47 @@ def test_sparse_layers_are_counted(tmp_path):
 def test_quantised_weights(tmp_path):
     found = diagnose(folder(tmp_path, **QWEN3_30B, quantization_config={"quant_method": "fp8"}))
     assert found.expert_bytes == 3 * 2048 * 768
-    assert "FP8" in found.fused_routing
+    assert "gives up the fused TensorRT-LLM FP8 routing kernel" in found.in_vllm["cuda"]
+
+
+@pytest.mark.parametrize(
+    ("family", "cpu", "gpu"),
+    [
+        ("qwen3_moe", "shared", "untested; routing in Python gives up"),
+        ("ernie4_5_moe", "refused: vLLM's CPU build drops its correction bias", "untested"),
+        ("gemma4_text", "refused: vLLM routes it by a function of the model's own", "refused"),
+        ("mistral4", "not tried with this family", "untested"),
+    ],
+)
+def test_what_becomes_of_it_in_vllm(tmp_path, family, cpu, gpu):
+    tiny_config(family).save_pretrained(tmp_path)
+    found = diagnose(tmp_path)
+    assert found.in_vllm["cpu"].startswith(cpu)
+    assert found.in_vllm["cuda"].startswith(gpu)
+
+
+def test_what_is_known_about_vllm_is_what_was_measured():
+    from carpool.hosts.vllm import known
+
+    measured = json.loads((Path(__file__).parent.parent / "docs/results/vllm-coverage.json").read_text())["rows"]
+    results: dict[str, set[str]] = {}
+    for row in measured:
+        if row["parallel"] == "one worker" and row["storage"] in ("bfloat16", "float32"):
+            results.setdefault(row["family"], set()).add(row["result"])
+    assert len(results) > 10
+    for family, found in results.items():
+        assert "failed" not in found
+        assert ("shared" in found) == (family in known.SHARED), family
+        if "refused" in found and family != "qwen3":  # which is dense
+            assert family in known.REFUSED or family in known.REFUSED_ON_CPU, family
+
+
+def test_suggestions_fit_the_model(tmp_path):
+    for top_k in (1, 2, 8):
+        found = diagnose(folder(tmp_path, **QWEN3_30B | {"num_experts_per_tok": top_k}))
+        for text, _ in found.suggestions():
+            if "..." not in text:
+                parse(text).check(found.num_experts, found.top_k)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +164,7 @@ def test_command_prints_the_estimate_and_labels_it(tmp_path):
     assert "128 experts, 8 per token" in shown.output
     assert "82.4" in shown.output
     assert "upper estimate" in shown.output
+    assert "(this machine): " in shown.output
 
 
 def test_command_exits_with_an_error(tmp_path):

@@ -9,10 +9,11 @@ import pytest
 import torch
 import vllm_models as tiny
 
+import carpool
 from carpool import CarpoolError, parse
 
 pytest.importorskip("vllm", reason="vLLM is an extra")
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]  # the page: docs/results/vllm-coverage.json
 SHARED = {
     "qwen3_moe": ("softmax", True), "qwen2_moe": ("softmax", False), "mixtral": ("softmax", True),
     "olmoe": ("softmax", False), "deepseek_v2": ("softmax", False), "deepseek_v3": ("sigmoid", True),
@@ -20,40 +21,56 @@ SHARED = {
 }  # fmt: skip
 REFUSED = {
     "ernie4_5_moe": "does not apply the correction bias",
+    "llama4_text": "routing function of the model's own",
     "hunyuan_v1_moe": "external routing",
     "qwen3": "no mixture-of-experts layer",
 }
 
 
 def dtype_of(family: str) -> dict[str, str]:
-    return {"dtype": "bfloat16"} if family in ("deepseek_v2", "deepseek_v3", "gpt_oss") else {}
+    return {"dtype": "bfloat16"} if family in ("deepseek_v2", "deepseek_v3", "gpt_oss", "llama4_text") else {}
 
 
 @pytest.mark.parametrize("family", SHARED)
 def test_shared_within_the_budget(family: str, tmp_path: Path) -> None:
-    llm = tiny.engine(tiny.write_model(family, tmp_path), tiny.SHARING, **dtype_of(family))
-    host, outcomes = tiny.host(llm), list[Any]()
+    host = assert_shared(tiny.write_model(family, tmp_path), **dtype_of(family))
     assert {(layer.spec.scoring, layer.spec.renormalize) for layer in host.layers} == {SHARED[family]}
-    host.step.observer = lambda layer, logits_NE, outcome: outcomes.append(outcome)
-    tiny.generate(llm, tiny.prompts(6))
-    assert len(outcomes) == 7 * len(host.layers)
-    for outcome in outcomes:
-        assert len(outcome.routing.ids_NK.unique()) <= tiny.BUDGET
-        assert torch.isfinite(outcome.routing.weights_NK).all()
-    assert sum(int(outcome.changed_N.sum()) for outcome in outcomes) > 0
-    # the identity setting gives what an engine without the plugin gives
-    llm.collective_rpc("carpool_set", kwargs={"policy": "xshare(budget=1.0)"})
-    stock = tiny.engine(tmp_path, None, **dtype_of(family))
-    given = tiny.prompts(4, seed=1)
-    assert tiny.generate(llm, given) == tiny.generate(stock, given)
+
+
+def test_the_reference_model() -> None:
+    """Trained routers: 64 experts, 8 a token."""
+    model = pytest.importorskip("carpool_demo", reason="the reference model is an extra").MODEL
+    host = assert_shared(model)
+    assert {(layer.num_experts, layer.spec.top_k) for layer in host.layers} == {(64, 8)}
+
+
+def assert_shared(folder: Path, **options: Any) -> Any:
+    """Every decode step within the budget; off, and with all experts, what an engine without the plugin gives."""
+    llm = tiny.engine(folder, tiny.SHARING, **options)
+    host, given = tiny.host(llm), tiny.prompts(6)
+    calls = tiny.watch(llm)
+    shared = tiny.generate(llm, given)
+    assert len(calls) == 7 * len(host.layers)
+    tiny.assert_bounded(calls, tiny.BUDGET)
+    for call in calls:
+        assert torch.isfinite(call.outcome.routing.weights_NK).all()
+        again = carpool.route(call.layer.plan, call.layer.spec, call.logits_NE, call.batch, stats=call.layer.stats)
+        assert torch.equal(again.routing.ids_NK.sort(-1).values, call.outcome.routing.ids_NK.sort(-1).values)
+    native = tiny.generate(tiny.engine(folder, None, **options), given)
+    assert shared != native
+    llm.collective_rpc("carpool_set", kwargs={"enabled": False})
+    assert tiny.generate(llm, given) == native
+    llm.collective_rpc("carpool_set", kwargs={"enabled": True, "policy": "xshare(budget=1.0)"})
+    assert tiny.generate(llm, given) == native
     assert str(host.layers[0].plan) == str(parse("xshare(budget=1.0)").for_serving())
+    return host
 
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_refused_by_name(family: str, tmp_path: Path) -> None:
     """The engine does not come up; without the key it does, dense models included."""
     folder = tiny.write_model(family, tmp_path)
-    stock = tiny.engine(folder, None)
+    stock = tiny.engine(folder, None, **dtype_of(family))
     assert len(tiny.generate(stock, tiny.prompts(1))) == 1
     with pytest.raises(CarpoolError, match=REFUSED[family]):
-        tiny.engine(folder, tiny.SHARING)
+        tiny.engine(folder, tiny.SHARING, **dtype_of(family))

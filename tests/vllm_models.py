@@ -62,6 +62,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "ernie4_5_moe": {"moe_num_experts": EXPERTS, "moe_k": TOP_K, "moe_intermediate_size": 32, "head_dim": 32},
     "hunyuan_v1_moe": {"num_experts": EXPERTS, "moe_topk": TOP_K, "head_dim": 32},
+    "qwen3_next": {
+        "num_experts": EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "head_dim": 64,
+        "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 2, "norm_topk_prob": True,
+    },
+    "phimoe": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2},
+    "llama4_text": {
+        "num_local_experts": EXPERTS, "num_experts_per_tok": 1, "intermediate_size": 32, "intermediate_size_mlp": 64,
+        "head_dim": 32, "interleave_moe_layer_step": 1,
+    },
+    "gemma4_text": {
+        "enable_moe_block": True, "num_experts": EXPERTS, "top_k_experts": TOP_K, "moe_intermediate_size": 32,
+        "layer_types": ["full_attention"] * 2, "hidden_size_per_layer_input": 0, "head_dim": 32, "global_head_dim": 32,
+    },
+    "cohere2_moe": {
+        "num_experts": EXPERTS, "moe_intermediate_size": 32, "mlp_layer_types": ["sparse"] * 2, "head_dim": 32,
+        "expert_selection_fn": "sigmoid", "norm_topk_prob": True, "layer_types": ["full_attention"] * 2,
+    },
+    "minimax_m2": {"num_local_experts": EXPERTS, "intermediate_size": 32, "head_dim": 32, "rotary_dim": 32},
+    "flex_olmo": {"num_experts": EXPERTS, "intermediate_size": 32},
     "qwen3": {"head_dim": 32},  # dense
 }  # fmt: skip
 
@@ -72,11 +92,11 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def write_model(family: str, folder: Path, seed: int = 0) -> Path:
+def write_model(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Save a model of a family with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **(SIZES | FAMILIES[family]))
+    config = AutoConfig.for_model(family, **(SIZES | FAMILIES[family] | changes))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():

@@ -15,11 +15,11 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 # vLLM's fused kernels that route by themselves: what each kind of weights would use, and loses under a policy
 FUSED_ROUTING = {
-    "none": "on Blackwell GPUs the fused TensorRT-LLM bf16 routing kernel; elsewhere none",
+    "none": "the fused TensorRT-LLM bf16 routing kernel on Blackwell, elsewhere none",
     "fp8": "the fused TensorRT-LLM FP8 routing kernel, where the GPU has one",
     "modelopt": "the fused TensorRT-LLM FP8 or NVFP4 routing kernel, where the GPU has one",
     "compressed-tensors": "the fused TensorRT-LLM routing kernel of its number format, where the GPU has one",
-    "mxfp4": "the monolithic Triton or TensorRT-LLM MXFP4 kernel; vLLM falls back to a modular one",
+    "mxfp4": "the monolithic Triton or TensorRT-LLM MXFP4 kernel for a modular one",
 }
 BITS = {"fp8": 8, "mxfp4": 4.25, "awq": 4.5, "gptq": 4.5}
 
@@ -33,7 +33,7 @@ class Diagnosis:
         moe_layers, layers: how many of the model's layers are MoE.
         num_experts, top_k: `E` and `K` of the first MoE layer. spec: its routing rule.
         expert_bytes: bytes of one expert of one layer. weights: how they are stored.
-        fused_routing: the vLLM kernel that sharing gives up.
+        in_vllm: what becomes of the model in vLLM, by device: `cpu` and `cuda`.
     """
 
     family: str
@@ -45,7 +45,7 @@ class Diagnosis:
     spec: RouteSpec
     expert_bytes: float
     weights: str
-    fused_routing: str
+    in_vllm: dict[str, str]
 
     def expected_union(self, batch: int) -> float:
         """Distinct experts per layer and step if every token drew `K` of `E` independently and evenly:
@@ -83,6 +83,7 @@ def diagnose(model: str | Path) -> Diagnosis:
 
     from carpool.hosts.transformers import find_layers
     from carpool.hosts.transformers.loading import auto_class
+    from carpool.hosts.vllm.known import on_cpu, on_gpu
 
     config = _config(model)
     try:
@@ -106,7 +107,10 @@ def diagnose(model: str | Path) -> Diagnosis:
         spec=first.spec,
         expert_bytes=numel * bits / 8,
         weights=f"{bits:g} bits ({method})" if method != "none" else f"{bits:g} bits",
-        fused_routing=FUSED_ROUTING.get(method, f"unknown for {method!r}: untested"),
+        in_vllm={
+            "cpu": on_cpu(text.model_type),
+            "cuda": on_gpu(text.model_type, FUSED_ROUTING.get(method, f"nobody knows what ({method!r} weights)")),
+        },
     )
 
 

@@ -53,5 +53,10 @@ def doctor(
     console.print("[bold]Policies to begin with[/]")
     for text, needs in found.suggestions():
         console.print(f"  {text}   needs: {needs}", highlight=False)
-    console.print("\n[bold]In vLLM[/] a policy needs routing in Python; the engine then gives up:")
-    console.print(f"  {found.fused_routing}", highlight=False)
+    import torch
+
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    console.print("\n[bold]In vLLM[/], where a policy needs routing in Python")
+    for device, name in (("cpu", "CPU build"), ("cuda", "GPUs")):
+        place = f"{name} (this machine)" if device == here else name
+        console.print(f"  {place}: {found.in_vllm[device]}", highlight=False)

@@ -1,0 +1,93 @@
+"""Which models the vLLM plugin shares, measured on the installed vLLM: `docs/results/vllm-coverage.json`.
+
+    python benchmarks/vllm_coverage.py
+    python benchmarks/vllm_coverage.py --only qwen3_moe         # this family's rows anew, the others as they are
+
+Tiny models with random weights: every family in every number format, quantised weights, and ways to spread a model over
+workers. Each runs without the plugin, under a budget, switched off, and with a budget of all experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import vllm_models as tiny
+from vllm_coverage import Case, cases, measure
+
+from carpool.files import write_text
+
+RESULTS = ROOT / "docs/results/vllm-coverage.json"
+NAMES = ("family", "storage", "parallel")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", default=[], help="families to measure; keep the other rows")
+    parser.add_argument("--missing", action="store_true", help="measure what the file lacks, as after an interruption")
+    parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)  # the number of one case, in this process
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    tiny.set_environment()
+    if options.alone is not None:
+        keep(options.output, [run(cases()[options.alone])])
+        return
+    chosen = [(i, case) for i, case in enumerate(cases()) if not options.only or case.family in options.only]
+    if options.missing and options.output.exists():
+        there = [tuple(row[name] for name in NAMES) for row in json.loads(options.output.read_text())["rows"]]
+        chosen = [(i, case) for i, case in chosen if case.key not in there]
+    elif not options.only:
+        options.output.unlink(missing_ok=True)
+    for i, case in chosen:
+        if case.parallel == "one worker":
+            keep(options.output, [run(case)])
+            continue
+        # in a process of its own, which may end in any way
+        bind = "0|0" if "two" in case.parallel else "0"
+        environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": bind}
+        command = [sys.executable, __file__, "--alone", str(i), "--output", str(options.output)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        print(done.stdout, end="", flush=True)
+        if done.returncode:
+            cause = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+            row = {"family": case.family, "storage": case.storage, "parallel": case.parallel}
+            keep(options.output, [row | {"result": "failed", "says": f"ended with code {done.returncode}: {cause}"}])
+
+
+def run(case: Case) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        row = measure(case, Path(folder))
+    print(*case.key, row["result"], row.get("says", ""), sep=" | ", flush=True)
+    return row
+
+
+def keep(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Put rows into the file, in place of older ones of the same cases."""
+    import torch
+    import vllm
+
+    made = {"vllm": vllm.__version__, "torch": torch.__version__, "seed": 0, "budget": tiny.BUDGET}
+    kept: dict[tuple[str, ...], dict[str, Any]] = {}
+    if path.exists():
+        content = json.loads(path.read_text())
+        if {key: content[key] for key in made} != made:
+            raise SystemExit(f"the other rows were not measured with {made}; run without --only")
+        kept = {tuple(row[name] for name in NAMES): row for row in content["rows"]}
+    kept |= {tuple(row[name] for name in NAMES): row for row in rows}
+    order = [case.key for case in cases()]
+    found = sorted(kept.items(), key=lambda item: order.index(item[0]))
+    content = {"command": "python benchmarks/vllm_coverage.py", **made, "rows": [row for _, row in found]}
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

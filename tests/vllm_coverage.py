@@ -1,0 +1,155 @@
+"""What the plugin does with a model in the installed vLLM: shares its experts, refuses it, or vLLM does not run it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm_models as tiny
+from family_matrix import describe
+
+from carpool import CarpoolError
+
+DTYPES = ("bfloat16", "float32")
+FULL = "xshare(budget=1.0)"
+WIDE = {"hidden_size": 256, "moe_intermediate_size": 128, "head_dim": 128}  # blocks of 128, as number formats have
+NO_GATE = ["lm_head", "re:.*mlp.gate$"]
+INT8 = {
+    "quant_method": "compressed-tensors", "format": "int-quantized", "ignore": NO_GATE,
+    "config_groups": {"group_0": {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
+        "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+    }},
+}  # fmt: skip
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "dynamic": {}}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a way to run it.
+
+    Attributes:
+        family: a key of `vllm_models.FAMILIES`. storage: of the weights. parallel: over what it is spread.
+        config: changes of the configuration, without weights where they are quantised. options: of the engine.
+    """
+
+    family: str
+    storage: str = "float32"
+    parallel: str = "one worker"
+    config: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What no two cases share."""
+        return self.family, self.storage, self.parallel
+
+
+def cases() -> list[Case]:
+    """Every family in every number format, the number formats of quantised weights, and ways to spread a model."""
+    made = [Case(name, options={"dtype": dtype}, storage=dtype) for dtype in DTYPES for name in tiny.FAMILIES]
+    made.append(Case("qwen3_moe", "float16", options={"dtype": "float16"}))
+    for name in ("fp8_per_block", "mxfp4", "int8_per_channel"):
+        made.append(Case("qwen3_moe", name, config=WIDE, options={"dtype": "bfloat16", "quantization": name}))
+    for name, given in (("int8, compressed-tensors", INT8), ("int4, GPTQ", GPTQ), ("int4, AWQ", AWQ)):
+        options = {"dtype": "bfloat16", "load_format": "dummy"}
+        made.append(Case("qwen3_moe", name, config=WIDE | {"quantization_config": given}, options=options))
+    backend = {"model_impl": "transformers"}
+    made.append(Case("qwen3_moe", parallel="one worker, Transformers backend", options=backend))
+    made.append(Case("qwen3_moe", parallel="one worker, torch.compile", options={"enforce_eager": False}))
+    expert = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    made.append(Case("qwen3_moe", parallel="two workers, expert parallel", options=expert))
+    for name in ("qwen3_moe", "deepseek_v3"):
+        options = {"tensor_parallel_size": 2, "dtype": _spread(name)}
+        made.append(Case(name, _spread(name), "two workers, tensor parallel", options=options))
+    options = {"pipeline_parallel_size": 2, "enforce_eager": False}
+    made.append(Case("qwen3_moe", parallel="two workers, pipeline parallel", options=options))
+    return made
+
+
+def _spread(name: str) -> str:
+    return "bfloat16" if name.startswith("deepseek") else "float32"
+
+
+def measure(case: Case, folder: Path) -> dict[str, Any]:
+    """Run a case beside the same engine without the key `carpool`.
+
+    Args:
+        case: what to run.
+        folder: where its model is written, unless one is there.
+
+    Returns:
+        The case, its `result` (shared, refused, failed or not run by vLLM) and what that was seen from.
+    """
+    row: dict[str, Any] = {"family": case.family, "storage": case.storage, "parallel": case.parallel}
+    if not (folder / "config.json").exists():
+        _write(case, folder)
+    given = tiny.prompts(6)
+    native, without = None, ""
+    try:
+        native = tiny.generate(tiny.engine(folder, None, **case.options), given)
+    except Exception as error:  # whatever it is, it is not about sharing
+        without = _first(error)
+    try:
+        llm = tiny.engine(folder, tiny.SHARING, **case.options)
+    except CarpoolError as error:
+        return row | {"result": "refused", "says": _first(error), "without": without or "runs"}
+    except Exception as error:
+        row |= {"says": without or _first(error)}
+        return row | {"result": "not run by vLLM" if without else "failed"}
+    if native is None:
+        return row | {"result": "not run by vLLM", "says": without}
+    shared = tiny.generate(llm, given)
+    found = llm.collective_rpc("carpool_report")
+    layers = [layer for rank in found for layer in rank["layers"]]
+    row |= {
+        name: sum(layer[name] for layer in layers) for name in ("steps", "rows_changed", "union", "natural_union")
+    }  # fmt: skip
+    row["within_budget"] = all(layer["union"] <= layer["steps"] * tiny.BUDGET for layer in layers)
+    row["tokens_differ"] = [ids for ids, _ in shared] != [ids for ids, _ in native]
+    llm.collective_rpc("carpool_set", kwargs={"enabled": False})
+    row["off_identical"] = tiny.generate(llm, given) == native
+    llm.collective_rpc("carpool_set", kwargs={"enabled": True, "policy": FULL})
+    row["all_experts_identical"] = tiny.generate(llm, given) == native
+    kept = row["rows_changed"] > 0 and row["within_budget"] and row["off_identical"] and row["all_experts_identical"]
+    if hasattr(llm.llm_engine.model_executor, "driver_worker"):  # in this process
+        row["router"] = describe(tiny.host(llm).layers[0].spec)
+    return row | {"result": "shared" if kept else "failed"}
+
+
+def _first(error: Exception) -> str:
+    return " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split())[:300]
+
+
+def _write(case: Case, folder: Path) -> None:
+    if "quantization_config" not in case.config:
+        tiny.write_model(case.family, folder, **case.config)
+        return
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from vllm.model_executor.model_loader import dummy_loader
+
+    plain = {name: value for name, value in case.config.items() if name != "quantization_config"}
+    config = AutoConfig.for_model(case.family, **(tiny.SIZES | tiny.FAMILIES[case.family] | plain))
+    config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    config.save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text()) | case.config
+    (folder / "config.json").write_text(json.dumps(written))
+    dummy_loader.initialize_single_dummy_weight = _random
+
+
+def _random(tensor: torch.Tensor, *_: Any, **__: Any) -> None:
+    """Weights of a usual size, and whole numbers of every kind."""
+    tensor = tensor.detach()
+    generator = torch.Generator().manual_seed(tensor.numel())
+    if not tensor.is_floating_point():
+        low, high = (-128, 128) if tensor.dtype == torch.int8 else (0, 1 << 30)
+        tensor.copy_(torch.randint(low, high, tensor.shape, generator=generator))
+    elif tensor.dim() == 1:  # norms
+        tensor.fill_(1.0)
+    else:
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.05)
