@@ -14,12 +14,15 @@ from carpool.cli.app import app
 from carpool.errors import CarpoolError
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.study import describe
+from carpool.grammar import parse
 from carpool.hosts.transformers import share
 from carpool.policy_file import PolicyFile
 from carpool.texts import Document
 from carpool.tune import DEFAULT, Target, Trials, family, measurable
+from carpool.tune import search as search_module
+from carpool.tune import trials as trials_module
 from carpool.tune import tune as search_for
-from carpool.tune.allocate import allocations
+from carpool.tune.allocate import allocations, between
 from carpool.tune.texts import split
 
 MODEL = small_model()
@@ -60,13 +63,53 @@ def test_bisection_finds_what_a_full_scan_finds():
         assert found.best_uniform == good[0 if target.bounds_quality else -1], target
 
 
+def test_families_that_cannot_win_are_left_early():
+    """The winner is that of a full scan of all families, and the losers were not searched to their ends."""
+    names = ("xshare(budget=1, utility='squared')", "des_vote", "lynx", "xshare", "topk", "random")
+    families = [family(one) for one in names]
+    left = 0
+    for target in (Target(max_kl=0.4), Target(union=0.7)):
+        search, scan = trials(0), trials(0)
+        found = search_for(families, target, search, trials(1), [0, 1], per_layer=False)
+        edges = []
+        for one in families:
+            points = scan.measure([PolicyFile(one.at(value)) for value in one.values(8, 2)])
+            good = [point for point in points if target.met(point.kl, point.perplexity_ratio, point.share)]
+            edges += good[:1] if target.bounds_quality else good[-1:]
+        costs = [point.share if target.bounds_quality else point.kl for point in edges]
+        best = found.best_uniform.share if target.bounds_quality else found.best_uniform.kl
+        assert best == min(costs), target
+        alone = trials(0)
+        for one in families:
+            search_module._bisect(one, one.values(8, 2), target, alone, None)
+        left += len(alone.points) - len(search.points)
+    assert left >= 2
+
+
+def test_stock_runs_once(monkeypatch):
+    real, seen = trials_module.forward, []
+    monkeypatch.setattr(
+        trials_module, "forward", lambda model, plan, *given, **named: seen.append(str(plan))
+        or real(model, plan, *given, **named),
+    )  # fmt: skip
+    search, chosen = trials(0), family("xshare")
+    kept = [search.measure([PolicyFile(chosen.at(value))])[0] for value in (3, 4)]
+    assert sorted(seen) == ["topk(k=2)", "xshare(budget=3)", "xshare(budget=4)"]
+    monkeypatch.setattr(trials_module, "KEPT", 0)
+    anew = trials(0)
+    assert [anew.measure([PolicyFile(chosen.at(value))])[0] for value in (3, 4)] == kept
+    assert seen.count("topk(k=2)") == 3
+
+
 def test_layers_get_budgets_of_their_own_only_where_that_is_better():
-    target, search = Target(max_kl=0.2), trials(0)
-    found = search_for([family("xshare")], target, search, trials(1), [0, 1])
+    target, search, verify = Target(max_kl=0.2), trials(0), trials(1)
+    found = search_for([family("xshare")], target, search, verify, [0, 1])
     assert len(search.points) > 8  # steps of single layers were measured
     assert target.met(found.searched.kl, found.searched.perplexity_ratio, found.searched.share) or not found.met
     if found.chosen.layers:
-        assert found.searched.share <= found.best_uniform.share
+        (common,) = verify.measure([PolicyFile(parse(found.best_uniform.policy))])
+        missed = not target.met(common.kl, common.perplexity_ratio, common.share)
+        assert found.searched.share <= found.best_uniform.share or missed
 
 
 def test_allocations_are_the_best_of_all_combinations():
@@ -76,7 +119,8 @@ def test_allocations_are_the_best_of_all_combinations():
         1: {8: (0.0, 0.0), 4: (0.01, -0.10), 12: (-0.04, 0.10)},
         2: {8: (0.0, 0.0), 4: (0.02, -0.11), 12: (-0.03, 0.08)},
     }
-    made = allocations(layers, keep_quality=True, most=100)
+    bounds = [0.0, -0.05, 0.05]
+    made = allocations(layers, bounds, keep_quality=True)
     sums = {
         combination: tuple(sum(layers[n][step][which] for n, step in enumerate(combination)) for which in (0, 1))
         for combination in itertools.product((8, 4, 12), repeat=3)
@@ -87,7 +131,37 @@ def test_allocations_are_the_best_of_all_combinations():
     first = sums[tuple(made[0][n] for n in range(3))]
     assert first[0] <= 0
     assert first[1] < 0  # moving budget between layers reads less at no foreseen cost
-    assert allocations({0: {8: (0.0, 0.0)}}, keep_quality=True) == []
+    for one, bound in zip(made, bounds, strict=True):
+        assert sums[tuple(one[n] for n in range(3))][0] <= bound
+    least = allocations(layers, [0.0], keep_quality=False)[0]
+    assert sums[tuple(least[n] for n in range(3))][1] <= 0
+    assert allocations({0: {8: (0.0, 0.0)}}, [0.0], keep_quality=True) == []
+
+
+def test_steps_between_measured_ones():
+    """Exact where log KL is a parabola, and on a line where there are two points."""
+
+    def kl(budget):
+        return 0.02 * math.exp(-0.1 * (budget - 20) + 0.001 * (budget - 20) ** 2)
+
+    steps = {one: (kl(one) - 0.02, 0.01 * (one - 20)) for one in (12, 16, 20, 25, 32)}
+    found = between(steps, 20, 0.02, range(1, 65))
+    assert set(found) == set(range(12, 33))
+    for budget, (change, share_) in found.items():
+        assert math.isclose(change, kl(budget) - 0.02, abs_tol=1e-9)
+        assert math.isclose(share_, 0.01 * (budget - 20), abs_tol=1e-12)
+    assert found[20] == (0.0, 0.0)
+    wide = between({100: (0.1, -0.2), 200: (0.0, 0.0), 300: (-0.1, 0.2)}, 200, 0.2, range(1, 513))
+    assert {100, 200, 300} <= set(wide)
+    assert len(wide) <= 26
+    assert set(between({4: (0.0, 0.0), 5: (-0.01, 0.1)}, 4, 0.02, [4, 5])) == {4, 5}
+
+
+def test_room():
+    assert Target(max_kl=0.03).room(0.02, 1.1, 0.5) == pytest.approx(1.5)
+    assert Target(max_perplexity_ratio=1.02).room(0.02, 1.01, 0.5) == pytest.approx(2)
+    assert Target(max_perplexity_ratio=1.02).room(0.02, 0.99, 0.5) == 1
+    assert Target(union=0.5).room(0.02, 0.99, 0.4) == pytest.approx(1.25)
 
 
 def test_a_policy_file_comes_out(command):
@@ -95,6 +169,10 @@ def test_a_policy_file_comes_out(command):
     assert done.exit_code == 0, done.output
     loaded = PolicyFile.load(out)
     assert loaded.model["num_experts"] == 8
+    head = loaded.curve[0]
+    assert head["target"] == {"max_kl": 0.2}
+    assert (head["batch"], head["sequence"], head["prefill"]) == (4, 9, 3)
+    assert [name for name, _ in head["texts"]] == ["a.txt", "b.txt"]
     unseen = [one for one in loaded.curve if one.get("text") == "unseen"][-1]
     assert unseen["kl"] <= 0.2
     assert not list(out.parent.glob("*.progress"))
@@ -164,6 +242,8 @@ def test_text_is_split_by_document():
 def test_families():
     assert str(family("xshare | floor(0.3)").at(5)) == "xshare(budget=5) | floor(0.3)"
     assert str(family("oea").at(2)) == "oea(k0=2)"
+    assert family("xshare | floor(0.3)").name == "xshare | floor(0.3)"
+    assert family("xshare(budget=1, utility='squared')").name == "xshare(utility='squared')"
     assert family("oea").values(8, 2) == [1, 2]
     with pytest.raises(CarpoolError, match="no number to tune"):
         family("top_p(p=0.5)")

@@ -84,7 +84,8 @@ def tune(
     moe, indices = describe_layers(opened.layers), [layer.index for layer in opened.layers]
     families = [one for one in families if one.values(moe.experts, moe.top_k)]
     fewer = "lower --sequence, --tokens or --batch"
-    parts = [sequences_for(settings, half, opened.tokenizer, fewer=fewer) for half in halves]
+    with progress("tokenizing", sum(len(document.text) for half in halves for document in half)) as advance:
+        parts = [sequences_for(settings, half, opened.tokenizer, advance, fewer=fewer) for half in halves]
     source = stats or (shipped_statistics() if model is None else None)
     windows = None
     if source is None and any(one.required_stats for one in families):
@@ -120,11 +121,14 @@ def tune(
         {"fingerprint": facts["fingerprint"], "num_layers": moe.layers, "num_experts": moe.experts, "top_k": moe.top_k},
         _beside(output, source) if found.chosen.plan.policy.required_stats() else None,
         (
-            {"target": str(target), "batch": batch, "group": group, "tokens": tokens, "seed": seed},
+            {
+                "target": target.given, "batch": batch, "group": group, "sequence": sequence, "prefill": prefill,
+                "tokens": tokens, "seed": seed, "texts": data,
+            },
             *({"text": "search", **asdict(point)} for point in search.points.values()),
             *({"text": "unseen", **asdict(point)} for point in verify.points.values()),
         ),
-    ).save(output)
+    ).save(output)  # fmt: skip
     memory.unlink(missing_ok=True)
     _show(console, found, target, output, batch)
     if not found.met:
@@ -165,10 +169,14 @@ def _beside(output: Path, source: Path | None) -> Path | None:
 
 def _expected(families: Sequence[Family], moe: MoE, layers: int) -> int:
     """Trials of a search, about: a bisection a family, four a layer, and some to choose and verify."""
-    from carpool.tune.search import REPAIRS, STEPS
+    from carpool.tune.search import LEVELS, REPAIRS, STEPS
 
-    bisections = sum(ceil(log2(len(one.values(moe.experts, moe.top_k)) + 1)) for one in families)
-    return bisections + len(STEPS) * layers + 6 + REPAIRS
+    # a family that cannot beat an earlier one is soon left
+    bisections = sum(
+        ceil(log2(len(one.values(moe.experts, moe.top_k)) + 1)) if place == 0 else 2
+        for place, one in enumerate(families)
+    )
+    return bisections + len(STEPS) * layers + len(LEVELS) + REPAIRS + 2  # two verifications, about
 
 
 def _show(console: Console, found: Found, target: Target, output: Path, batch: int) -> None:

@@ -6,22 +6,51 @@ reading is the best step of every layer by itself; the prices between them give 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+
+import numpy as np
+from numpy.polynomial import Polynomial
+
+FINE = 25  # budgets of a layer to choose from, at most
+LEAST_KL = 1e-9  # nats
 
 Steps = Mapping[int, tuple[float, float]]  # change of KL and of the share read, by budget
 
 
-def allocations(layers: Mapping[int, Steps], *, keep_quality: bool, most: int = 6) -> list[dict[int, int]]:
+def between(steps: Steps, value: int, kl: float, values: Sequence[int]) -> dict[int, tuple[float, float]]:
+    """Steps between the measured ones, foreseen: log KL as a parabola in the budget, the share linear between steps.
+
+    Args:
+        steps: measured, with the step that changes nothing. value: that step. kl: with it in every layer.
+        values: budgets that are allowed.
+    """
+    known = np.array(sorted(steps))
+    kls, shares = (np.array([steps[step][which] for step in known]) for which in (0, 1))
+    logs = np.log(np.maximum(kl + kls, LEAST_KL))
+    parabola = Polynomial.fit(known, logs, min(2, len(known) - 1))
+    inside = [one for one in values if known[0] <= one <= known[-1]]
+    chosen = {inside[round(place)] for place in np.linspace(0, len(inside) - 1, min(len(inside), FINE))} | {value}
+    # relative to the parabola's own value at the common budget, where it does not pass through the measurement
+    return {
+        step: (
+            float(kl * (np.exp(parabola(step) - parabola(value)) - 1)),
+            float(np.interp(step, known, shares)),
+        )
+        for step in sorted(chosen)
+    }
+
+
+def allocations(layers: Mapping[int, Steps], bounds: Sequence[float], *, keep_quality: bool) -> list[dict[int, int]]:
     """Allocations around the common budget (the step that changes nothing).
 
     Args:
         layers: every layer's steps.
-        keep_quality: prefer allocations whose KL is foreseen not to rise; else whose share is foreseen not to rise.
-        most: allocations to return.
+        bounds: how much KL may rise (negative: has to fall); one allocation each, if there is one.
+        keep_quality: or else, how much the share may rise.
 
     Returns:
-        budgets by layer, the most promising first.
+        budgets by layer.
     """
     prices = sorted(
         {
@@ -39,11 +68,13 @@ def allocations(layers: Mapping[int, Steps], *, keep_quality: bool, most: int = 
         chosen = {layer: _cheapest(steps, price) for layer, steps in layers.items()}
         kl, share = (sum(layers[layer][step][which] for layer, step in chosen.items()) for which in (0, 1))
         found[tuple(chosen.items())] = (kl, share)
-    bound, gain = (0, 1) if keep_quality else (1, 0)
-    inside = sorted((one for one in found if found[one][bound] <= 0), key=lambda one: found[one][gain])
-    # sums are not exact: allocations just outside the bound are worth a trial too
-    outside = sorted((one for one in found if found[one][bound] > 0), key=lambda one: found[one][bound])
-    return [dict(one) for one in [*inside[: most // 2], *outside[: most - most // 2]]]
+    bounded, gained = (0, 1) if keep_quality else (1, 0)
+    made = []
+    for bound in bounds:
+        inside = [one for one in found if found[one][bounded] <= bound + 1e-12]  # sums round
+        if inside:
+            made.append(min(inside, key=lambda one: found[one][gained]))
+    return [dict(one) for one in dict.fromkeys(made)]
 
 
 def _cheapest(steps: Steps, price: float) -> int:

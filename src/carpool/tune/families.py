@@ -28,6 +28,12 @@ class Family:
         """The plan with a value of its knob."""
         return Plan(replace(self.plan.policy, **{self.knob: value}), self.plan.guards)
 
+    @property
+    def name(self) -> str:
+        """The plan without its knob."""
+        given = f"{self.knob}={getattr(self.plan.policy, self.knob)!r}"
+        return str(self.plan).replace(f"({given})", "").replace(f"{given}, ", "").replace(f", {given}", "")
+
     def values(self, num_experts: int, top_k: int) -> list[int]:
         """Values that the policy accepts for `E` experts, `K` a token, ascending."""
         found = []

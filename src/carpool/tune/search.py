@@ -8,13 +8,15 @@ from typing import Any
 
 from carpool.errors import CarpoolError
 from carpool.policy_file import PolicyFile
-from carpool.tune.allocate import allocations
+from carpool.tune.allocate import allocations, between
 from carpool.tune.families import Family
 from carpool.tune.target import Target
 from carpool.tune.trials import Point, Trials
 
 STEPS = (0.6, 0.8, 1.25, 1.6)  # of a layer's budget, where its sensitivity is measured
-REPAIRS = 4  # larger settings that verification may ask for
+LEVELS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85)  # of the target: unseen text may lose more than the search's
+MOST_ROOM = 1.5  # by which the sum of layers is trusted
+REPAIRS = 4  # settings beyond the common one that verification may ask for
 Say = Callable[[str], None]
 
 
@@ -60,13 +62,15 @@ def tune(
     moe = search.moe
     best: tuple[Point, Family, int] | None = None
     for family in families:
-        value = _bisect(family, family.values(moe.experts, moe.top_k), target, search)
+        rival = None if best is None else best[0]
+        value = _bisect(family, family.values(moe.experts, moe.top_k), target, search, rival)
         if value is None:
-            say(f"{family.plan.policy.name}: does not reach {target}")
+            missed = f"does not reach {target}" if best is None else f"no better than {best[0].policy}"
+            say(f"{family.name}: {missed}")
             continue
         (point,) = search.measure([PolicyFile(family.at(value))])
         if point.share >= 1:
-            say(f"{family.plan.policy.name}: reaches {target} only where it reads all that stock reads")
+            say(f"{family.name}: reaches {target} only where it reads all that stock reads")
             continue
         say(f"{point.policy}: KL {point.kl:.4f}, reads {point.share:.1%} of stock")
         if best is None or _cost(point, target) < _cost(best[0], target):
@@ -74,7 +78,10 @@ def tune(
     if best is None:
         raise _infeasible(target, search)
     uniform, family, value = best
-    candidates = [PolicyFile(family.at(value))]
+    values = family.values(moe.experts, moe.top_k)
+    place, step = values.index(value), 1 if target.bounds_quality else -1
+    repairs = [values[at] for n in range(REPAIRS + 1) if 0 <= (at := place + step * n) < len(values)]
+    candidates = [PolicyFile(family.at(one)) for one in repairs]
     if per_layer and len(layers) > 1:
         candidates += _allocated(family, value, target, search, layers)
     good = [
@@ -83,11 +90,15 @@ def tune(
         if target.met(point.kl, point.perplexity_ratio, point.share)
     ]
     good.sort(key=lambda pair: _cost(pair[0], target))
-    return _verified(good, family, value, target, search, verify, uniform)
+    return _verified(good, target, verify, uniform)
 
 
-def _bisect(family: Family, values: list[int], target: Target, search: Trials) -> int | None:
-    """The value on the target's edge: the smallest that keeps the quality, or the largest that reads little enough."""
+def _bisect(family: Family, values: list[int], target: Target, search: Trials, best: Point | None) -> int | None:
+    """The value on the target's edge: the smallest that keeps the quality, or the largest that reads little enough.
+
+    None where no value is there, or none that beats `best`: where one that misses the target costs as much, those that
+    keep it cost more.
+    """
     low, high = 0, len(values) - 1
     found = None
     while low <= high:
@@ -96,6 +107,8 @@ def _bisect(family: Family, values: list[int], target: Target, search: Trials) -
         good = target.met(point.kl, point.perplexity_ratio, point.share)
         if good:
             found = values[middle]
+        elif best is not None and _cost(point, target) >= _cost(best, target):
+            return None
         if good == target.bounds_quality:
             high = middle - 1
         else:
@@ -113,43 +126,34 @@ def _allocated(family: Family, value: int, target: Target, search: Trials, layer
     single = {(layer, step): PolicyFile(base.plan, {layer: {family.knob: step}}) for layer in layers for step in steps}
     points = dict(zip(single, search.measure(list(single.values())), strict=True))
     (start,) = search.measure([base])
-    made = allocations(
-        {
-            layer: {value: (0.0, 0.0)}
-            | {step: (points[layer, step].kl - start.kl, points[layer, step].share - start.share) for step in steps}
-            for layer in layers
-        },
-        keep_quality=target.bounds_quality,
-    )
+    layered = {}
+    for layer in layers:
+        measured = {step: points[layer, step] for step in steps}
+        changes = {step: (one.kl - start.kl, one.share - start.share) for step, one in measured.items()}
+        layered[layer] = between(changes | {value: (0.0, 0.0)}, value, start.kl, values)
+    room = min(target.room(start.kl, start.perplexity_ratio, start.share), MOST_ROOM)
+    if target.bounds_quality:
+        bounds = [start.kl * (room * level - 1) for level in LEVELS]
+    else:  # what is read differs little from text to text
+        bounds = [start.share * (room * (0.9 + 0.1 * level) - 1) for level in LEVELS]
+    made = allocations(layered, bounds, keep_quality=target.bounds_quality)
     return [
         PolicyFile(base.plan, {layer: {family.knob: chosen} for layer, chosen in one.items() if chosen != value})
         for one in made
     ]
 
 
-def _verified(
-    good: list[tuple[Point, PolicyFile]],
-    family: Family,
-    value: int,
-    target: Target,
-    search: Trials,
-    verify: Trials,
-    uniform: Point,
-) -> Found:
-    """The cheapest candidate that holds on unseen text; where none does, one number for all layers, step by step."""
-    values = family.values(search.moe.experts, search.moe.top_k)
-    place, step = values.index(value), 1 if target.bounds_quality else -1
-    more = [values[place + step * n] for n in range(1, REPAIRS + 1) if 0 <= place + step * n < len(values)]
+def _verified(good: list[tuple[Point, PolicyFile]], target: Target, verify: Trials, uniform: Point) -> Found:
+    """The cheapest candidate that holds on unseen text; where none does, the closest."""
     closest: Found | None = None
-    for candidate in [one for _, one in good[:REPAIRS]] + [PolicyFile(family.at(one)) for one in more]:
+    for searched, candidate in good:
         (point,) = verify.measure([candidate])
-        (searched,) = search.measure([candidate])
         found = Found(candidate, point, target.met(point.kl, point.perplexity_ratio, point.share), uniform, searched)
         if found.met:
             return found
         if closest is None or _quality(point, target) < _quality(closest.verified, target):
             closest = found
-    assert closest is not None
+    assert closest is not None  # the common number keeps the target on the search's text
     return closest
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from carpool.errors import CarpoolError
 
@@ -23,14 +23,18 @@ class Target:
     union: float | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in ("max_kl", "max_perplexity_ratio", "union") if getattr(self, name) is not None]
-        if len(given) != 1:
+        if len(self.given) != 1:
             raise CarpoolError("give one target: --max-kl, --max-perplexity-ratio or --union")
-        value = getattr(self, given[0])
-        low, high = {"max_kl": (0, math.inf), "max_perplexity_ratio": (1, math.inf), "union": (0, 1)}[given[0]]
+        ((name, value),) = self.given.items()
+        low, high = {"max_kl": (0, math.inf), "max_perplexity_ratio": (1, math.inf), "union": (0, 1)}[name]
         if not (math.isfinite(value) and low < value < high):
             limits = f"between {low} and {high}" if math.isfinite(high) else f"above {low}"
-            raise CarpoolError(f"--{given[0].replace('_', '-')} {value}: give a number {limits}")
+            raise CarpoolError(f"--{name.replace('_', '-')} {value}: give a number {limits}")
+
+    @property
+    def given(self) -> dict[str, float]:
+        """Name and value of what is set."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
     def bounds_quality(self) -> bool:
@@ -45,6 +49,16 @@ class Target:
             return perplexity_ratio <= self.max_perplexity_ratio
         assert self.union is not None
         return share <= self.union
+
+    def room(self, kl: float, perplexity_ratio: float, share: float) -> float:
+        """What is bounded may grow by this factor; 1 where a measurement does not say."""
+        if self.max_kl is not None:
+            return self.max_kl / kl if kl > 0 else 1.0
+        if self.max_perplexity_ratio is not None:
+            lost = perplexity_ratio - 1  # grows with the KL
+            return (self.max_perplexity_ratio - 1) / lost if lost > 0 else 1.0
+        assert self.union is not None
+        return self.union / share
 
     def __str__(self) -> str:
         if self.max_kl is not None:

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from carpool.errors import CarpoolError
 from carpool.evaluate.bootstrap import estimate, resample
 from carpool.evaluate.layout import Layout
-from carpool.evaluate.lockstep import LAYER_FIELDS, compare, forward
+from carpool.evaluate.lockstep import LAYER_FIELDS, Pass, compare, forward
 from carpool.evaluate.measure import MoE, explaining_memory, passes
 from carpool.evaluate.sequences import Sequences
 from carpool.files import write_text
-from carpool.policy_file import PolicyFile
+from carpool.policy_file import AnyPlan, PolicyFile
 
 BYTES = LAYER_FIELDS.index("bytes")
+KEPT = 1 << 29  # bytes of stock's logits that are kept from one step of a search to the next
+TOGETHER = 4  # plans beside one run of stock, where that is not kept; an interruption loses as many
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,16 @@ class Point:
     kl_high: float
     perplexity_ratio: float
     share: float
+
+
+@dataclass(frozen=True, eq=False)
+class Stock:
+    """What stock does in one pass: logits `[R, V]`, the text's next tokens and their losses `[R]`, bytes read `[M]`."""
+
+    logits_RV: Tensor
+    targets_R: Tensor
+    nll_R: Tensor
+    read_M: Tensor
 
 
 class Trials:
@@ -67,17 +80,19 @@ class Trials:
     ) -> None:
         self.model, self.moe, self.stats, self.layout = model, moe, stats, layout
         self._passes = passes(model, sequences, layout, batches)
+        self._stock: dict[int, Stock] = {}
         self._counts_RM = resample(batches, seed)
         self._memory, self._settings, self._advance = memory, settings or {}, advance
         self.points: dict[str, Point] = self._remembered()
 
     def measure(self, candidates: Sequence[PolicyFile]) -> list[Point]:
-        """Points of all candidates, in one go over the text for those that are new."""
+        """Points of all candidates; those that are new a few at a time, and kept as soon as they are measured."""
         new = list({_key(one): one for one in candidates if _key(one) not in self.points}.values())
-        if new:
+        for start in range(0, len(new), TOGETHER):
+            few = new[start : start + TOGETHER]
             with explaining_memory(self.layout):
-                found = self._run(new)
-            for point, candidate in zip(found, new, strict=True):
+                found = self._run(few)
+            for point, candidate in zip(found, few, strict=True):
                 self.points[_key(candidate)] = point
                 self._advance(point.policy)
             self._remember()
@@ -86,21 +101,31 @@ class Trials:
     def _run(self, candidates: Sequence[PolicyFile]) -> list[Point]:
         layout = self.layout
         sums: list[list[Any]] = [[] for _ in candidates]
-        for ids_SX, _ in self._passes:
-            given: dict[str, Any] = {"num_layers": self.moe.layers, "stats": self.stats}
-            stock = forward(self.model, self.moe.stock, ids_SX[:, :-1], layout, **given)
-            targets_R = ids_SX[:, layout.prefill + 1 :].flatten().to(stock.logits_RV.device)
-            stock_nll_R = compare(stock.logits_RV, stock.logits_RV, targets_R).nll_R
-            stock_M = stock.layers_LFM[:, BYTES].sum(0).cpu()
+        for place, (ids_SX, _) in enumerate(self._passes):
+            stock = self._stock.get(place) or self._run_stock(place)
             for mine, candidate in zip(sums, candidates, strict=True):
-                run = forward(self.model, candidate, ids_SX[:, :-1], layout, **given)
-                found = compare(stock.logits_RV, run.logits_RV, targets_R)
+                run = self._forward(candidate, ids_SX)
+                found = compare(stock.logits_RV, run.logits_RV, stock.targets_R)
                 kl_M, more_M = (
                     rows_R.view(-1, layout.rows * layout.decoded).sum(1).cpu()
-                    for rows_R in (found.kl_R, found.nll_R - stock_nll_R)
+                    for rows_R in (found.kl_R, found.nll_R - stock.nll_R)
                 )
-                mine.append(np.stack([kl_M, more_M, run.layers_LFM[:, BYTES].sum(0).cpu(), stock_M]))
+                mine.append(np.stack([kl_M, more_M, run.layers_LFM[:, BYTES].sum(0).cpu(), stock.read_M]))
         return [self._point(one, np.concatenate(mine, axis=1)) for one, mine in zip(candidates, sums, strict=True)]
+
+    def _run_stock(self, place: int) -> Stock:
+        """Stock in one pass; kept where all passes together are small enough."""
+        ids_SX, _ = self._passes[place]
+        run = self._forward(self.moe.stock, ids_SX)
+        targets_R = ids_SX[:, self.layout.prefill + 1 :].flatten().to(run.logits_RV.device)
+        nll_R = compare(run.logits_RV, run.logits_RV, targets_R).nll_R
+        made = Stock(run.logits_RV, targets_R, nll_R, run.layers_LFM[:, BYTES].sum(0).cpu())
+        if run.logits_RV.nbytes * len(self._passes) <= KEPT:
+            self._stock[place] = made
+        return made
+
+    def _forward(self, plan: AnyPlan, ids_SX: Tensor) -> Pass:
+        return forward(self.model, plan, ids_SX[:, :-1], self.layout, num_layers=self.moe.layers, stats=self.stats)
 
     def _point(self, candidate: PolicyFile, sums_XM: Any) -> Point:
         kl_M, more_M, read_M, stock_M = sums_XM
