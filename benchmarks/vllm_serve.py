@@ -1,6 +1,6 @@
 """`vllm bench serve` against `vllm serve`, stock and shared, in turn.
 
-    python benchmarks/vllm_serve.py --output docs/results/vllm-serve.json
+    python benchmarks/vllm_serve.py --output docs/results/vllm-serve.json    # about nine minutes a repeat
     python benchmarks/vllm_serve.py --quick --output /tmp/quick.json
 
 Random weights with the layer geometry of a real model are written once; then servers without and with the key
@@ -127,9 +127,8 @@ def main() -> None:
                 if policy is not None and not result["carpool"].get("carpool_rows_changed_total"):
                     failed = "the policy changed no row"
                 content["runs"].append({"state": name, "repeat": repeat, "failed": failed, "result": result})
-                write_text(options.output, json.dumps(content, indent=1) + "\n")
-    content["summary"] = summary(content["runs"])
-    write_text(options.output, json.dumps(content, indent=1) + "\n")
+            content["summary"] = summary(content["runs"])
+            write_text(options.output, json.dumps(content, indent=1) + "\n")  # an interrupted run keeps whole pairs
     print(json.dumps(content["summary"], indent=1))
 
 

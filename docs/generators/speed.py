@@ -164,7 +164,8 @@ def server(content: dict[str, Any]) -> str:
     ]  # fmt: skip
     about = (
         f"{NAMES.get(content['geometry'], content['geometry'])} geometry, {content['layers']} layers, "
-        f"{content['dtype']}, {content['concurrency']} requests at a time, {content['threads']} thread(s), medians."
+        f"{content['dtype']}, {content['concurrency']} requests at a time, {content['threads']} thread(s), "
+        f"medians over {len(content['runs']) // 2} run(s) of {summary['stock']['completed']} requests each."
     )
     return f"{about}\n\n{rows(heads, lines)}"
 
