@@ -48,12 +48,10 @@ def main() -> None:
     elif not options.only:
         options.output.unlink(missing_ok=True)
     for i, case in chosen:
-        if case.parallel == "one worker":
-            keep(options.output, [run(case)])
-            continue
-        # in a process of its own, which may end in any way
-        bind = "0|0" if "two" in case.parallel else "0"
-        environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": bind}
+        # in a process of its own, which may end in any way, and in which no other model has left a patched class
+        spread = case.parallel != "one worker"
+        bind = {"VLLM_CPU_OMP_THREADS_BIND": "0|0" if "two" in case.parallel else "0"} if spread else {}
+        environment = os.environ | bind
         command = [sys.executable, __file__, "--alone", str(i), "--output", str(options.output)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         print(done.stdout, end="", flush=True)

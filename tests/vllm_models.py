@@ -81,7 +81,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "expert_selection_fn": "sigmoid", "norm_topk_prob": True, "layer_types": ["full_attention"] * 2,
     },
     "minimax_m2": {"num_local_experts": EXPERTS, "intermediate_size": 32, "head_dim": 32, "rotary_dim": 32},
-    "flex_olmo": {"num_experts": EXPERTS, "intermediate_size": 32},
+    "flex_olmo": {"num_experts": EXPERTS, "intermediate_size": 32, "pad_token_id": 1, "eos_token_id": 0},
     "qwen3": {"head_dim": 32},  # dense
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ TESTED = "shared, as tested with a tiny model"
 
 SHARED = frozenset({
     "qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "granitemoe", "glm4_moe",
+    "qwen3_next", "flex_olmo",
 })  # fmt: skip
 REFUSED = {  # wherever vLLM runs
     "llama4_text": FUNCTION, "phimoe": FUNCTION, "gemma4_text": FUNCTION, "cohere2_moe": FUNCTION,
