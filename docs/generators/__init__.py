@@ -29,6 +29,13 @@ def load(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def with_interval(found: dict[str, Any], digits: int = 2) -> str:
+    """An estimate, with its interval where there is one."""
+    value, low, high = (found[name] for name in ("value", "low", "high"))
+    between = "" if low is None or low == high else f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{value:.{digits}f}{between}"
+
+
 def rows(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     """A markdown table; a heading that starts with `>` is a column of numbers."""
     heads = list(heads)

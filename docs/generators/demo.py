@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from generators import Block, load, rows
+from generators import Block, load, rows, with_interval
 
 HALF = 0.5  # of the bytes that stock reads: the setting of each method nearest to it is shown
 HEADS = ("policy", ">bytes, of stock", ">pairs", ">KL, nats/token", ">top-1 agreement", ">perplexity ratio")
@@ -38,7 +38,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"`{row['policy']}`" if not stock else "stock",
         f"{share:.0%}",
         f"{row['pairs']:.2f}",
-        "0" if stock else f"{kl['value']:.4f} [{kl['low']:.4f}, {kl['high']:.4f}]",
+        "0" if stock else with_interval(kl, 4),
         f"{row['top1_agreement']['value']:.1%}",
         f"{row['perplexity_ratio']['value']:.3f}",
     ]

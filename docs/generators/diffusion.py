@@ -9,7 +9,7 @@ import math
 from itertools import pairwise
 from typing import Any
 
-from generators import Block, load, rows
+from generators import Block, load, rows, with_interval
 
 PAGE = "docs/diffusion.md"
 SHOWN = ("topk(k=4)", "des_seq(k0=2)", "des_vote(beta=0.3)", "xshare(budget=19)")
@@ -44,7 +44,8 @@ def main_table(content: dict[str, Any]) -> str:
             _name(row["policy"]), f"{_decoding(row, 'union_of_group'):.1f}",
             f"{_decoding(row, 'union_of_group') / stock:.0%}",
             f"{made['tokens_per_forward']['value']:.2f}", _share(made["agreement"]),
-            _interval(row["kl"], 4), f"{row['top1_agreement']['value']:.1%}", _interval(row["perplexity_ratio"], 3),
+            with_interval(row["kl"], 4), f"{row['top1_agreement']['value']:.1%}",
+            with_interval(row["perplexity_ratio"], 3),
             _ratio(made["perplexity_ratio"]), f"{made['repeated']:.0%}",
         ])  # fmt: skip
     heads = (
@@ -151,9 +152,3 @@ def _share(value: dict[str, Any] | None) -> str:
 
 def _ratio(value: dict[str, Any] | None) -> str:
     return "" if value is None else f"{value['value']:.2f}"
-
-
-def _interval(value: dict[str, Any], digits: int) -> str:
-    if value["low"] is None or value["low"] == value["high"]:
-        return f"{value['value']:.{digits}f}"
-    return f"{value['value']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from generators import Block, load, rows
+from generators import Block, load, rows, with_interval
 
 NAMES = {"llada2.0-mini": "LLaDA2.0-mini", "sdar-30b-a3b": "SDAR-30B-A3B"}
 HEADS = (
@@ -70,4 +70,4 @@ def unions(cells: list[dict[str, Any]]) -> str:
 
 def _ratio(row: dict[str, Any], against: str) -> str:
     value = row.get(f"speed_over_{against}")
-    return "" if value is None else f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+    return "" if value is None else with_interval(value)

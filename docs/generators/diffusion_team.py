@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from generators import Block, load, rows
+from generators import Block, load, rows, with_interval
 
 HEADS = (
     "threshold", "method", ">APF", ">TPF", ">APT", ">of vanilla", ">rows a forward", ">agreement",
@@ -50,8 +50,4 @@ def _share(value: dict[str, Any]) -> str:
 
 
 def _ratio(value: dict[str, Any] | None) -> str:
-    if value is None:
-        return ""
-    if value["low"] is None or value["low"] == value["high"]:
-        return f"{value['value']:.2f}"
-    return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+    return "" if value is None else with_interval(value)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from generators import Block, load, rows
+from generators import Block, load, rows, with_interval
 
 PAGE = "docs/methods.md"
 
@@ -124,7 +124,7 @@ def _mean_and_range(own: Sequence[dict[str, Any]], name: str) -> str:
 def base_weight(content: dict[str, Any]) -> str:
     lines = [
         [f"`{row['policy']}`", row["weight"], f"{row['union']:.1f}",
-         f"{row['kl']['value']:.4f} [{row['kl']['low']:.4f}, {row['kl']['high']:.4f}]",
+         with_interval(row["kl"], 4),
          f"{row['perplexity_ratio']['value']:.3f}"]
         for row in content["results"]
     ]  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from carpool.policies import policies
-from generators import Block, load, rows
+from generators import Block, load, rows, with_interval
 
 PAGE = "docs/methods.md"
 Row = dict[str, Any]
@@ -70,7 +70,7 @@ def _cells(row: Row) -> list[str]:
         f"{row['bytes_share']['value']:.0%}",
         f"{row['pairs']:.2f}",
         f"{row['displaced_mass']['value']:.1%}",
-        f"{kl['value']:.4f} [{kl['low']:.4f}, {kl['high']:.4f}]",
+        with_interval(kl, 4),
         f"{row['perplexity_ratio']['value']:.3f}",
     ]
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-from generators import ROOT, Block, load, rows
+from generators import ROOT, Block, load, rows, with_interval
 
 MODEL = "demo/src/carpool_demo/model/model.safetensors"
 NAMES = {"qwen3-30b-a3b": "Qwen3-30B-A3B", "olmoe-1b-7b": "OLMoE-1B-7B", "gpt-oss-20b": "gpt-oss-20b"}
@@ -181,7 +181,4 @@ def _name(name: str) -> str:
 
 def _ratio(row: dict[str, Any], other: str) -> str:
     found = row.get(f"throughput_over_{other}")
-    if found is None:
-        return ""
-    between = "" if found["low"] is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
-    return f"{found['value']:.2f}{between}"
+    return "" if found is None else with_interval(found)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from carpool.evaluate.bootstrap import Estimate, estimate, resample
-from generators import Block, load, rows
+from carpool.evaluate.bootstrap import estimate, resample
+from generators import Block, load, rows, with_interval
 from generators.surrogates import RESULTS, comparison
 
 PAGE = "docs/tune.md"
@@ -28,9 +29,9 @@ def served(content: dict[str, Any]) -> str:
     summary, machine = content["summary"], content["machine"]
     stock, tuned = summary["stock"], summary["tuned"]
     lines = [
-        ["stock", f"{stock['union']:.1f}", "", "100%", speed(stock["tokens_per_second"], 0), "1"],
+        ["stock", f"{stock['union']:.1f}", "", "100%", with_interval(stock["tokens_per_second"], 0), "1"],
         ["tuned file", f"{tuned['union']:.1f}", f"{tuned['surrogates']:.1f}", f"{tuned['bytes_of_stock']:.0%}",
-         speed(tuned["tokens_per_second"], 0), speed(summary["throughput_over_stock"], 2)],
+         with_interval(tuned["tokens_per_second"], 0), with_interval(summary["throughput_over_stock"], 2)],
     ]  # fmt: skip
     heads = ("", ">experts read a layer and step", ">surrogates", ">bytes, of stock", ">tokens/s", ">of stock")
     size = f"{content['prompt']} prompt and {content['new_tokens']} new tokens"
@@ -39,10 +40,6 @@ def served(content: dict[str, Any]) -> str:
         f"{content['threads']} thread(s), {content['dtype']}; {machine['cpu']}; vLLM {machine['versions']['vllm']}, "
         f"{machine['date']}.\n\n{rows(heads, lines)}"
     )
-
-
-def speed(found: dict[str, float | None], digits: int) -> str:
-    return shown(Estimate(**found), digits)
 
 
 def table(content: dict[str, Any]) -> str:
@@ -67,7 +64,8 @@ def table(content: dict[str, Any]) -> str:
             chosen += f", {len(values)} layers with {min(values)} to {max(values)}"
         lines.append(
             [
-                said(about["target"]), chosen, shown(own["kl"], 4), shown(own["perplexity"], 3),
+                said(about["target"]), chosen, with_interval(asdict(own["kl"]), 4),
+                with_interval(asdict(own["perplexity"]), 3),
                 f"{own['union'].value:.1%}", f"{own['bytes'].value:.1%}",
                 *(
                     ["none", "", "", ""] if best is None else
@@ -117,8 +115,3 @@ def interpolated(kl: float, methods: list[list[dict[str, Any]]]) -> float | None
 def said(target: dict[str, float]) -> str:
     ((name, value),) = target.items()
     return f"`--{name.replace('_', '-')} {value:g}`"
-
-
-def shown(found: Estimate, digits: int) -> str:
-    between = "" if found.low is None else f" [{found.low:.{digits}f}, {found.high:.{digits}f}]"
-    return f"{found.value:.{digits}f}{between}"
