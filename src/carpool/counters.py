@@ -78,6 +78,7 @@ class Counters:
     def __init__(self, layers: list[str], device: torch.device | str = "cpu") -> None:
         self.layers = layers
         self._totals_LF = torch.zeros(len(layers), len(FIELDS), dtype=torch.float64, device=device)
+        self._totals_F = [self._totals_LF[row] for row in range(len(layers))]
 
     def add(self, layer: int, batch: Batch, outcome: Outcome) -> None:
         """Add one call of a layer; in place and without a sync."""
@@ -85,7 +86,7 @@ class Counters:
 
     def add_measured(self, layer: int, values_F: Tensor) -> None:
         """Add what `measured` made of one call."""
-        self._totals_LF[layer] += values_F
+        self._totals_F[layer].add_(values_F)
 
     def reset(self) -> None:
         self._totals_LF.zero_()

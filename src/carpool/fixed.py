@@ -44,4 +44,6 @@ def with_ties(keys_XE: Tensor) -> Tensor:
 
 def rank_descending(keys_XE: Tensor) -> Tensor:
     """Rank of each entry in its row, 0 for the largest; the keys of a row must be distinct."""
-    return keys_XE.argsort(dim=-1, descending=True).argsort(dim=-1)
+    order_XE = keys_XE.argsort(dim=-1, descending=True)
+    rank_E = torch.arange(keys_XE.shape[-1], device=keys_XE.device)
+    return torch.empty_like(order_XE).scatter(-1, order_XE, rank_E.expand_as(order_XE))

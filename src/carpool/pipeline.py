@@ -59,7 +59,8 @@ class Outcome:
     @lazy_property
     def computed_NE(self) -> Tensor:
         """The experts that each row reads (a weight-0 slot repeats an id and adds none)."""
-        return torch.zeros_like(self.allowed_NE).scatter(-1, self.routing.ids_NK.long(), True)
+        read_NE = torch.zeros_like(self.allowed_NE, dtype=torch.int32)
+        return read_NE.scatter(-1, self.routing.ids_NK.long(), 1) != 0  # a compiler writes booleans one by one
 
     @lazy_property
     def natural_SE(self) -> Tensor:
@@ -84,6 +85,8 @@ class Outcome:
     def overflow_SE(self) -> Tensor:
         """Experts that a step reads only because of the floor."""
         batch = self.inputs.batch
+        if self.unfloored_NE is self.allowed_NE:
+            return torch.zeros_like(self.union_SE)
         added_SE = batch.step_any(self.allowed_NE & ~self.unfloored_NE)
         return added_SE & ~batch.step_any(self.computed_NE & self.unfloored_NE)
 

@@ -18,6 +18,7 @@ from carpool.fixed import ordered_int, rank_descending, to_fixed, with_ties
 from carpool.lazy import lazy_property
 from carpool.routing import RouteSpec, Routing
 
+NATIVE = 1 << 44  # of a key of preference: the row's router chose the expert
 BLOCKED = 1 << 50  # above every key of preference: what it is taken from comes after all others
 Number = int | float | Tensor  # a 0-d device tensor stands for a number that changes at run time
 
@@ -61,17 +62,19 @@ class Inputs:
     @lazy_property
     def native_NE(self) -> Tensor:
         """Mask of each row's native experts."""
-        return torch.zeros_like(self.scores_NE, dtype=torch.bool).scatter(-1, self.native_ids_NK.long(), True)
+        return self.preference_NE >= NATIVE
 
     @lazy_property
     def preference_NE(self) -> Tensor:
         """Each row's order of preference as distinct int64 keys, the largest first: its native experts, then those in
         the model's allowed expert groups, then the rest; by score within each, ties by the fixed rule."""
-        tier_NE = self.native_NE.to(torch.int64) << 33
+        keys_NE = ordered_int(self.scores_NE)
         kept_NE = self.spec.in_kept_groups(self.scores_NE)
         if kept_NE is not None:
-            tier_NE = tier_NE | (kept_NE.to(torch.int64) << 32)
-        return with_ties(tier_NE | ordered_int(self.scores_NE))
+            keys_NE = keys_NE | (kept_NE.to(torch.int64) << 32)
+        keys_NE, ids_NK = with_ties(keys_NE), self.native_ids_NK.long()
+        # numbers instead of a mask: a compiler writes booleans one by one
+        return keys_NE.scatter(-1, ids_NK, keys_NE.gather(-1, ids_NK) | NATIVE)
 
     @lazy_property
     def rank_NE(self) -> Tensor:

@@ -46,13 +46,17 @@ class Rows:
     def __init__(self, size: int, max_requests: int, group: str, device: torch.device) -> None:
         self.size, self.max_requests, self.group = size, max_requests, group
         self.expected = self.sharing = 0
-        self._request_N = torch.zeros(size, dtype=torch.int64, device=device)
-        self._tenant_N = torch.zeros(size, dtype=torch.int64, device=device)
+        # written here and sent at once; on a CPU the tensors are this very memory
+        self._numbers_2N = np.zeros((2, size), np.int64)
+        self._flags_3N = np.zeros((3, size), np.bool_)
+        self._flags_3N[2] = True
+        self._padding_3N = torch.tensor(self._flags_3N, device=device)
+        self._sent_2N = torch.from_numpy(self._numbers_2N).to(device)
+        self._sent_3N = torch.from_numpy(self._flags_3N).to(device)
+        self._request_N, self._tenant_N = self._sent_2N
+        self._real_N, self._voter_N, self._exempt_N = self._sent_3N
         self._zero_N = torch.zeros(size, dtype=torch.int64, device=device)
         self._slots_R = torch.zeros(max(2, max_requests), dtype=torch.int64, device=device)
-        self._real_N = torch.zeros(size, dtype=torch.bool, device=device)
-        self._voter_N = torch.zeros(size, dtype=torch.bool, device=device)
-        self._exempt_N = torch.ones(size, dtype=torch.bool, device=device)
         self._views: dict[int, tuple[Tensor, ...]] = {}
         self._shares = np.zeros(0, dtype=bool)
         self._places_M: Tensor | None = None
@@ -68,25 +72,22 @@ class Rows:
         count = len(shares)
         self.expected, self.sharing = num_rows, int(shares.sum())
         self._shares, self._places_M = shares, None
-        shares_N = torch.from_numpy(shares)
-        self._request_N.zero_()
-        self._request_N[:count].copy_(torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)))
+        request_N, tenant_N = self._numbers_2N[:, :num_rows]
+        request_N[:count], request_N[count:] = np.repeat(np.arange(len(lengths)), lengths), 0
         if self.group == "tenant":
-            self._tenant_N.zero_()
-            self._tenant_N[:count].copy_(torch.from_numpy(np.repeat(_tenants(requests.parameters), lengths)))
-        self._real_N.zero_()
-        self._voter_N.zero_()
-        self._exempt_N.fill_(True)
-        self._real_N[:count] = True
-        self._voter_N[:count].copy_(shares_N)
-        self._exempt_N[:count].copy_(~shares_N)
+            tenant_N[:count], tenant_N[count:] = np.repeat(_tenants(requests.parameters), lengths), 0
+        real_N, voter_N, exempt_N = self._flags_3N
+        real_N[:count], real_N[count:] = True, False
+        voter_N[:count], voter_N[count:] = shares, False
+        exempt_N[:count], exempt_N[count:] = ~shares, True
+        if self._sent_2N.device.type != "cpu":
+            self._sent_2N.copy_(torch.from_numpy(self._numbers_2N))
+            self._sent_3N.copy_(torch.from_numpy(self._flags_3N))
 
     def clear(self) -> None:
         """No request is running: whatever is forwarded now (profiling, warm-up, graph capture) is padding."""
         self.expected = self.sharing = 0
-        self._real_N.zero_()
-        self._voter_N.zero_()
-        self._exempt_N.fill_(True)
+        self._sent_3N.copy_(self._padding_3N)
 
     def batch(self, num_rows: int) -> Batch:
         """The first `num_rows` rows."""
