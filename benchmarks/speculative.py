@@ -1,18 +1,20 @@
 """Speculative decoding on vLLM under policies that share experts: acceptance, experts read per verify step, throughput.
 
-    python benchmarks/speculative.py --output docs/results/speculative.json
+    python benchmarks/speculative.py --rounds 8 --output docs/results/speculative.json
     python benchmarks/speculative.py --quick --output /tmp/quick.json
 
 The reference model continues held-out text, greedily, with drafts by ngram lookup, by the model itself (an upper bound:
 under stock every draft is accepted) and by its first layers (an untrained cut, a lower bound). Acceptance is exact with
 respect to the model under the policy, not to the original. Throughput: rounds in which stock and every policy take
-turns; the model's weights fit into a cache, so it shows what the policy costs and no reads saved.
+turns in random order, medians of what stood in the same round; the model's weights fit into a cache, so it shows what
+the policy costs and no reads saved.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -23,8 +25,8 @@ from typing import Any
 
 import numpy as np
 from engines import machine, set_environment
+from vllm_decode import paired
 
-from carpool.evaluate.bootstrap import estimate, resample
 from carpool.files import sha256_file, write_text
 
 BUDGETS = ((12, 6), (20, 10), (32, 16))  # of the batch, of each request; the model has 64 experts, 8 a token
@@ -133,14 +135,16 @@ def measure(run: Run, given: list[list[int]], options: argparse.Namespace) -> di
     times: dict[str, list[float]] = {name: [] for name in states}
     rows: dict[str, Any] = {}
     tokens: dict[str, list[list[int]]] = {}
+    shuffle = random.Random(SEED)
     for number in range(options.rounds):
-        for name, policy in states.items():
+        for name, policy in shuffle.sample(list(states.items()), len(states)):
             run.use(policy)
             ids, seconds, counts = run.generate(given, options.tokens)
             times[name].append(seconds)
             if number == 0:
                 tokens[name] = ids
                 rows[name] = counted_row(counts)
+    rows = {name: rows[name] for name in states}
     failed = [] if tokens[FULL] == tokens["stock"] else ["a budget of all experts changed tokens"]
     failed += [f"{text}: no row changed" for text in options.policy if not rows[text]["rows_changed"]]
     rows["stock"] |= {
@@ -149,10 +153,9 @@ def measure(run: Run, given: list[list[int]], options: argparse.Namespace) -> di
     result: dict[str, Any] = {"failed": "; ".join(failed), "states": rows}
     if not failed and options.rounds > 1:
         seconds = {name: np.array(values) for name, values in times.items()}
-        weights = resample(options.rounds, SEED)
         for name, row in rows.items():
-            row["tokens_per_second"] = len(given) * options.tokens * options.rounds / seconds[name].sum()
-            row["throughput_over_stock"] = asdict(estimate(seconds["stock"], seconds[name], weights))
+            row["tokens_per_second"] = len(given) * options.tokens / float(np.median(seconds[name]))
+            row["throughput_over_stock"] = asdict(paired(seconds["stock"], seconds[name]))
             row["seconds"] = times[name]
     return result
 

@@ -1,6 +1,6 @@
 """Decode throughput of vLLM under policies, against stock and against the ideal, in one process.
 
-    python benchmarks/vllm_decode.py --output docs/results/vllm-decode.json            # about 12 minutes on two cores
+    python benchmarks/vllm_decode.py --output docs/results/vllm-decode.json            # about 45 minutes on two cores
     python benchmarks/vllm_decode.py --quick --output /tmp/quick.json                  # proves that it runs
     python benchmarks/vllm_decode.py --batch 16 --policy "xshare(budget=16)" "surrogate(budget=16)" \
         --output docs/results/vllm-decode-surrogates.json                              # surrogates beside backfill
@@ -8,9 +8,10 @@
 One engine decodes one batch of requests; between steps it is switched between stock (all hooks of the plugin taken
 out), the plugin switched off, a budget of all experts, policies, and for each policy two ideals: routing forced to
 rotating random sets of experts of the same mean union (`ideal`), and to the policy's own ids (`replayed`), neither
-running a policy. Every round times a few steps of each, in random order but a policy right beside its ideals. Ratios
-are medians over rounds of what stood side by side (a virtual machine pauses now and then, and a mean would show that),
-intervals resample rounds. A cell whose checks fail gets no speeds. Cells that the output already holds are left as they
+running a policy. Every round times one step of each (`--steps` for more), in random order but a policy right beside its
+ideals: the nearer the steps that are compared, the less the machine has changed between them. Ratios are medians over
+rounds of what stood side by side (a virtual machine pauses now and then, and a mean would show that), intervals
+resample rounds. A cell whose checks fail gets no speeds. Cells that the output already holds are left as they
 are, so a run can be continued.
 
 The surrogates of `surrogate(...)` are random maps of the right size (`--surrogates RANK`, int8): they show speed only.
@@ -269,8 +270,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--policy", nargs="+", default=list(POLICIES))
     parser.add_argument("--surrogates", type=int, default=16, metavar="RANK", help="of the random maps; speed only")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=2, help="steps a block")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=1, help="steps a block")
     parser.add_argument("--eager", action="store_true", help="the plugin without its compiled graph")
     parser.add_argument("--quick", action="store_true", help="a tiny model; its speeds mean nothing")
     parser.add_argument("--output", type=Path, required=True)

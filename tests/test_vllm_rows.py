@@ -104,21 +104,27 @@ def test_generated_tokens_are_not_found_in_the_prefix_cache(name: str, cached: i
         assert [list(output.outputs[0].token_ids) for output in outputs] == [ids for ids, _ in native]
 
 
-def test_recomputed_rows_after_a_preemption_are_exempt() -> None:
+@pytest.mark.parametrize("chunk", [32, 4])
+def test_recomputed_rows_after_a_preemption_are_exempt(chunk: int) -> None:
     """A cache of five blocks for four requests of two blocks each: some are thrown out and computed again, in chunks
-    that reach beyond the prompt."""
-    options = {"num_gpu_blocks_override": 6, "max_model_len": 128, "max_num_batched_tokens": 32}
+    that reach beyond the prompt; the small ones also in chunks of one row, which look like decoding."""
+    options = {"num_gpu_blocks_override": 6, "max_model_len": 128, "max_num_batched_tokens": chunk, "max_num_seqs": 4}
     llm = tiny.engine(tiny.qwen3(), CARPOOL, **options)
     steps = follow(llm)
     done = run(llm, {0: tiny.prompts(4, length=20)}, 40)
     assert sorted(len(ids) for ids in done.values()) == [40] * 4
-    recomputed = 0
+    reached: dict[str, int] = {}  # tokens of each request that were computed at some time
+    recomputed = []
     for step in steps:
         for i, (start, end) in enumerate(zip(step["starts"], step["starts"][1:], strict=False)):
-            if end - start > 1:
+            name, computed = step["requests"][i], step["computed"][i]
+            if step["prompt"][i] <= computed < reached.get(name, 0):
                 assert set(step["rows"][start:end]) == {True}
-                recomputed += step["computed"][i] >= step["prompt"][i]
-    assert recomputed > 0
+                recomputed.append(end - start)
+            elif computed >= step["prompt"][i] and end - start == 1:
+                assert step["rows"][start:end] == [False]
+            reached[name] = max(reached.get(name, 0), computed + end - start)
+    assert min(recomputed) == 1 if chunk == 4 else recomputed
 
 
 def test_profiling_and_dummy_rows_do_not_count() -> None:

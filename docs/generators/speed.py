@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from generators import ROOT, Block, load, rows, with_interval
@@ -55,15 +55,20 @@ def where(content: dict[str, Any], cell: dict[str, Any]) -> str:
     name = NAMES.get(cell["geometry"], cell["geometry"])
     experts = f"{cell['experts']} experts, {cell['top_k']} a token, {cell['expert_mb']:.1f} MB each"
     alike = [one for one in cells(content) if one["geometry"] == cell["geometry"]]
-    threads = {one["threads"]: f"{one['rounds']} rounds of {one['steps_per_block']} steps" for one in alike}
-    by_threads = ", ".join(f"{text} on {number} thread{'s' * (number > 1)}" for number, text in threads.items())
-    rounds = f"{by_threads}, of every state in turn in one engine"
+    rounds = _range(one["rounds"] for one in alike)
+    steps = _range(one["steps_per_block"] for one in alike)
+    turns = f"{rounds} rounds of {steps} step{'s' * (steps != '1')} of every state in turn in one engine"
     return (
         f"Random weights with the layers of {name} ({experts}), {cell['layers']} layers, {cell['dtype']}; "
         f"{machine['cpu']}, {machine['cores']} cores, last-level cache {machine['last_level_cache']}; "
-        f"vLLM {versions['vllm']}, torch {versions['torch']}, {machine['date']}; {rounds}, seed {cell['seed']}; "
+        f"vLLM {versions['vllm']}, torch {versions['torch']}, {machine['date']}; {turns}, seed {cell['seed']}; "
         "ratios are medians over rounds with 95 % intervals."
     )
+
+
+def _range(values: Iterable[int]) -> str:
+    found = sorted(set(values))
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def states(cell: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

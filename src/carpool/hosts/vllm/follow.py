@@ -54,14 +54,16 @@ def _follow_v1(runner: Any, rows: Rows, on: Callable[[], bool], after: Callable[
 def requests_v1(runner: Any) -> Requests:
     """The batch that a V1 runner is about to run.
 
-    A request decodes if its prompt is computed and it runs one row and its draft tokens; more rows are a recomputation
-    after a preemption.
+    A request decodes if its prompt is computed and it runs its last token and the draft tokens after it; anything else
+    is a recomputation after a preemption.
     """
     batch = runner.input_batch
     n = batch.num_reqs
     lengths = np.diff(runner.query_start_loc.np[: n + 1])
     drafts = np.fromiter((len(ids) for ids in batch.spec_token_ids[:n]), np.int64, n)
-    prefill = (batch.num_computed_tokens_cpu[:n] < batch.num_prompt_tokens[:n]) | (lengths > drafts + 1)
+    computed = batch.num_computed_tokens_cpu[:n]
+    again = (lengths > drafts + 1) | (computed + lengths - drafts < batch.num_tokens_no_spec[:n])
+    prefill = (computed < batch.num_prompt_tokens[:n]) | again
     return Requests(lengths, prefill, [runner.requests[name].sampling_params for name in batch.req_ids[:n]])
 
 
