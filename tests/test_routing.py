@@ -125,7 +125,7 @@ def test_the_tie_order_is_an_order(experts: int) -> None:
 
 
 def test_ties_do_not_favour_low_ids() -> None:
-    winners = rank_descending(with_ties(torch.zeros(1, 128, dtype=torch.int64)))[0].argsort()[:32]
+    winners = rank_descending(with_ties(torch.zeros(1, 128, dtype=torch.int64)), torch.arange(128))[0].argsort()[:32]
     assert 40 < winners.float().mean() < 88
 
 

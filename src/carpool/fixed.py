@@ -42,8 +42,11 @@ def with_ties(keys_XE: Tensor) -> Tensor:
     return (keys_XE << TIE_BITS) | tie_order(keys_XE.shape[-1], keys_XE.device)
 
 
-def rank_descending(keys_XE: Tensor) -> Tensor:
-    """Rank of each entry in its row, 0 for the largest; the keys of a row must be distinct."""
+def rank_descending(keys_XE: Tensor, experts_E: Tensor) -> Tensor:
+    """Rank of each entry in its row, 0 for the largest; the keys of a row must be distinct.
+
+    Args:
+        keys_XE: what to rank by. experts_E: the numbers 0 to `E - 1` on its device.
+    """
     order_XE = keys_XE.argsort(dim=-1, descending=True)
-    rank_E = torch.arange(keys_XE.shape[-1], device=keys_XE.device)
-    return torch.empty_like(order_XE).scatter(-1, order_XE, rank_E.expand_as(order_XE))
+    return order_XE.scatter(-1, order_XE, experts_E.expand_as(order_XE))  # every place is written

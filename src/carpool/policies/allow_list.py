@@ -80,7 +80,8 @@ class AllowList(Policy):
             return {}
         (scores_E,) = (stats[name] for name in self.required_stats())
         size = resolve_budget("size", self.size, scores_E.shape[-1])
-        return {"allow": rank_descending(with_ties(ordered_int(scores_E))) < size}
+        experts_E = torch.arange(len(scores_E), device=scores_E.device)
+        return {"allow": rank_descending(with_ties(ordered_int(scores_E)), experts_E) < size}
 
     def coreset(self, inputs: Inputs) -> Tensor:
         """The list, bool `[G, E]`."""

@@ -62,7 +62,8 @@ class Inputs:
     @lazy_property
     def native_NE(self) -> Tensor:
         """Mask of each row's native experts."""
-        return self.preference_NE >= NATIVE
+        chosen_NE = torch.zeros_like(self.scores_NE, dtype=torch.int32)
+        return chosen_NE.scatter(-1, self.native_ids_NK.long(), 1) != 0  # a compiler writes booleans one by one
 
     @lazy_property
     def preference_NE(self) -> Tensor:
@@ -73,7 +74,6 @@ class Inputs:
         if kept_NE is not None:
             keys_NE = keys_NE | (kept_NE.to(torch.int64) << 32)
         keys_NE, ids_NK = with_ties(keys_NE), self.native_ids_NK.long()
-        # numbers instead of a mask: a compiler writes booleans one by one
         return keys_NE.scatter(-1, ids_NK, keys_NE.gather(-1, ids_NK) | NATIVE)
 
     @lazy_property
@@ -128,7 +128,7 @@ class Inputs:
         tier_GE = costly_GE.to(torch.int64)
         if start_GE is not None:
             tier_GE = tier_GE + (start_GE & costly_GE)
-        return rank_descending(with_ties(utility_GE + (tier_GE << 50)))
+        return rank_descending(with_ties(utility_GE + (tier_GE << 50)), self.experts_E)
 
 
 @dataclass(frozen=True)
