@@ -17,7 +17,7 @@ from carpool.grammar import Plan
 from carpool.guards import Floor
 from carpool.lazy import lazy_property
 from carpool.policies.base import Inputs
-from carpool.routing import RouteSpec, Routing
+from carpool.routing import RouteSpec, Routing, mask_of
 
 TINY = 1e-30  # below every weight that matters; keeps 0 / 0 out
 
@@ -59,8 +59,7 @@ class Outcome:
     @lazy_property
     def computed_NE(self) -> Tensor:
         """The experts that each row reads (a weight-0 slot repeats an id and adds none)."""
-        read_NE = torch.zeros_like(self.allowed_NE, dtype=torch.int32)
-        return read_NE.scatter(-1, self.routing.ids_NK.long(), 1) != 0  # a compiler writes booleans one by one
+        return mask_of(self.routing.ids_NK, self.inputs.num_experts)
 
     @lazy_property
     def natural_SE(self) -> Tensor:

@@ -36,6 +36,12 @@ class Routing:
     surrogate_weights_NK: Tensor | None = None
 
 
+def mask_of(ids_NK: Tensor, num_experts: int) -> Tensor:
+    """Mask `[N, E]` of each row's ids."""
+    counted_NE = torch.zeros(len(ids_NK), num_experts, dtype=torch.int32, device=ids_NK.device)
+    return counted_NE.scatter(-1, ids_NK.long(), 1) != 0  # a compiler writes booleans one by one
+
+
 @dataclass(frozen=True, eq=False)
 class RouteSpec:
     """A model's routing rule.

@@ -16,7 +16,7 @@ from carpool.batch import Batch
 from carpool.errors import CarpoolError
 from carpool.fixed import ordered_int, rank_descending, to_fixed, with_ties
 from carpool.lazy import lazy_property
-from carpool.routing import RouteSpec, Routing
+from carpool.routing import RouteSpec, Routing, mask_of
 
 NATIVE = 1 << 44  # of a key of preference: the row's router chose the expert
 BLOCKED = 1 << 50  # above every key of preference: what it is taken from comes after all others
@@ -62,8 +62,7 @@ class Inputs:
     @lazy_property
     def native_NE(self) -> Tensor:
         """Mask of each row's native experts."""
-        chosen_NE = torch.zeros_like(self.scores_NE, dtype=torch.int32)
-        return chosen_NE.scatter(-1, self.native_ids_NK.long(), 1) != 0  # a compiler writes booleans one by one
+        return mask_of(self.native_ids_NK, self.num_experts)
 
     @lazy_property
     def preference_NE(self) -> Tensor:
