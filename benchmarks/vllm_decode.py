@@ -1,6 +1,6 @@
 """Decode throughput of vLLM under policies, against stock and against the ideal, in one process.
 
-    python benchmarks/vllm_decode.py --output docs/results/vllm-decode.json            # about 45 minutes on two cores
+    python benchmarks/vllm_decode.py --output docs/results/vllm-decode.json            # about 80 minutes on two cores
     python benchmarks/vllm_decode.py --quick --output /tmp/quick.json                  # proves that it runs
     python benchmarks/vllm_decode.py --batch 16 --policy "xshare(budget=16)" "surrogate(budget=16)" \
         --output docs/results/vllm-decode-surrogates.json                              # surrogates beside backfill
@@ -40,7 +40,6 @@ from numpy.typing import NDArray
 from carpool.evaluate.bootstrap import Estimate, interval, resample
 from carpool.files import write_text
 
-POLICIES = ("xshare(budget=16)", "xshare(budget=32)", "xshare(budget=64)", "oea(k0=2)")
 FULL = "xshare(budget=1.0)"  # the whole plugin, and nothing shared
 WARM = 4  # untimed steps in which unions are counted and ids recorded
 SEED = 0
@@ -266,9 +265,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", default="float32", help="float32: on CPUs without bf16 units bf16 is bound by compute"
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[4, 16, 64])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--policy", nargs="+", default=list(POLICIES))
+    parser.add_argument("--policy", nargs="+", help="default: an eighth, a quarter and half of the experts, and OEA")
     parser.add_argument("--surrogates", type=int, default=16, metavar="RANK", help="of the random maps; speed only")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--steps", type=int, default=1, help="steps a block")
@@ -280,6 +279,8 @@ def arguments() -> argparse.Namespace:
     if options.quick:
         options.geometry, options.batch, options.threads = "tiny", [4], [1]
         options.policy = ["xshare(budget=8)", "surrogate(budget=8)"]
+    experts = GEOMETRIES[options.geometry].experts
+    options.policy = options.policy or [f"xshare(budget={experts // part})" for part in (8, 4, 2)] + ["oea(k0=2)"]
     return options
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from carpool import RouteSpec, Routing, parse, route
+from carpool.pipeline import decide, scored
 
 every_policy = pytest.mark.parametrize("row", ROWS, ids=repr)
 E, K, N = 16, 4, 6
@@ -55,13 +57,18 @@ def compiled_equals_eager(row: Row, text: str, backend: str) -> None:
     trial = Trial(row, a_case(row), parse(text))
     given = arguments(trial)
     plan, spec = trial.plan, trial.case.spec
+    scores = scored(spec, given["logits_NE"])  # outside of the graph as in engines: compilers round a softmax otherwise
+    inputs = (given["logits_NE"], *scores, given["native"].ids_NK, given["native"].weights_NK)
+    others = {name: value for name, value in given.items() if name not in ("logits_NE", "native")}
 
-    def routed(logits_NE: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, ...]:
-        outcome = route(plan, spec, **{**given, "logits_NE": logits_NE, "native": Routing(ids_NK, weights_NK)})
+    def routed(
+        logits_NE: Tensor, scores_NE: Tensor, weights_NE: Tensor, ids_NK: Tensor, weights_NK: Tensor
+    ) -> tuple[Tensor, ...]:
+        native = Routing(ids_NK, weights_NK)
+        outcome = decide(plan, spec, logits_NE, scores_NE, weights_NE, native=native, **others)
         chosen = (tensor for tensor in vars(outcome.routing).values() if tensor is not None)
         return (*chosen, outcome.coreset_GE, outcome.union_SE, outcome.displaced_N)
 
-    inputs = (given["logits_NE"], given["native"].ids_NK, given["native"].weights_NK)
     torch._dynamo.reset()
     graph = torch.compile(routed, fullgraph=True, backend=backend, dynamic=False)
     for slow, fast in zip(routed(*inputs), graph(*inputs), strict=True):
@@ -74,6 +81,14 @@ def compiled_equals_eager(row: Row, text: str, backend: str) -> None:
 @every_policy
 def test_compiles_to_one_graph(row: Row) -> None:
     compiled_equals_eager(row, row.texts(E, K)[0] + SERVING, "eager")
+
+
+@pytest.mark.parametrize("spec", [PLAIN, GROUPED], ids=["plain", "grouped"])
+def test_scores_compile_to_one_graph(spec: RouteSpec) -> None:
+    logits_NE = torch.randn(N, E, generator=torch.Generator().manual_seed(5))
+    torch._dynamo.reset()
+    graph = torch.compile(partial(scored, spec), fullgraph=True, backend="eager", dynamic=False)
+    assert all(map(torch.equal, scored(spec, logits_NE), graph(logits_NE)))
 
 
 @pytest.mark.slow

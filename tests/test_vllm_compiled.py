@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from carpool import RouteSpec, Routing, parse
 from carpool.calibrate.surrogates import stored
 from carpool.counters import Counters, measured
-from carpool.hosts.vllm import compiled
+from carpool.hosts.vllm import ahead, compiled
 from carpool.hosts.vllm.compiled import Compiler
 from carpool.hosts.vllm.knobs import Knobs
 from carpool.hosts.vllm.router import Layer, Step
@@ -125,6 +125,17 @@ def test_the_graph_chooses_the_same_experts(
     text: str, other: str, group: str, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiled, "BACKEND", "eager")
+    check(text, other, group, rule)
+
+
+@pytest.mark.parametrize(("text", "other", "group", "rule"), CASES + MORE_CASES)
+def test_what_is_compiled_ahead_takes_any_number_of_rows(
+    text: str, other: str, group: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def uncompiled(exported: torch.export.ExportedProgram, _: Any) -> Any:
+        return lambda values: exported.module()(*values)
+
+    monkeypatch.setattr(ahead, "_loaded", uncompiled)
     check(text, other, group, rule)
 
 

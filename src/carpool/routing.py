@@ -38,7 +38,7 @@ class Routing:
 
 def mask_of(ids_NK: Tensor, num_experts: int) -> Tensor:
     """Mask `[N, E]` of each row's ids."""
-    counted_NE = torch.zeros(len(ids_NK), num_experts, dtype=torch.int32, device=ids_NK.device)
+    counted_NE = torch.zeros(ids_NK.shape[0], num_experts, dtype=torch.int32, device=ids_NK.device)  # len(): one size
     return counted_NE.scatter(-1, ids_NK.long(), 1) != 0  # a compiler writes booleans one by one
 
 

@@ -39,8 +39,7 @@ def compile_ahead(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's of its own classes
         exported = torch.export.export(module, example, dynamic_shapes=(dynamic,), strict=False)
-        package = torch._inductor.aoti_load_package(_built(exported, ONE_THREAD | options), run_single_threaded=True)
-    run = package.loader.run  # without the package's own handling of nested arguments
+        run = _loaded(exported, ONE_THREAD | options)
 
     def call(*values: Tensor | None) -> tuple[Any, ...]:
         return tuple(run([value for value in values if value is not None]))
@@ -60,6 +59,12 @@ class _Present(torch.nn.Module):
         for place, tensor in zip(self._present, tensors, strict=True):
             values[place] = tensor
         return self._function(*values)
+
+
+def _loaded(exported: torch.export.ExportedProgram, options: dict[str, Any]) -> Callable[[list[Tensor]], Any]:
+    """The compiled program, without the package's own handling of nested arguments."""
+    package = torch._inductor.aoti_load_package(_built(exported, options), run_single_threaded=True)
+    return package.loader.run
 
 
 def _built(exported: torch.export.ExportedProgram, options: dict[str, Any]) -> str:
