@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from engines import machine, set_environment
 from vllm_decode import paired
+from vllm_states import Hooks
 
 from carpool.files import sha256_file, write_text
 
@@ -94,14 +95,16 @@ class Run:
             disable_log_stats=False, enable_prefix_caching=False, speculative_config=speculation,
             additional_config={"carpool": {"policy": FULL, "isolation": "batch", "compile": timed}},
         )  # fmt: skip
+        self.hooks = Hooks(self.llm)
 
     def use(self, policy: str | None) -> None:
-        """A policy, or none."""
-        change: dict[str, Any] = {"enabled": False}
-        if policy is not None:
-            change = {"policy": policy, "enabled": True, "compile": self.timed}
-        self.llm.collective_rpc("carpool_set", kwargs=change)
+        """A policy, or stock: all hooks of the plugin taken out."""
         self.llm.collective_rpc("carpool_report", kwargs={"reset": True})
+        if policy is None:
+            self.hooks.take_out()
+            return
+        self.hooks.put_in()
+        self.llm.collective_rpc("carpool_set", kwargs={"policy": policy, "compile": self.timed})
 
     def generate(self, given: list[list[int]], tokens: int) -> tuple[list[list[int]], float, dict[str, float]]:
         """Token ids, seconds, and what the engine counted."""

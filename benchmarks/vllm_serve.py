@@ -4,7 +4,8 @@
     python benchmarks/vllm_serve.py --quick --output /tmp/quick.json
 
 Random weights with the layer geometry of a real model are written once; then servers without and with the key
-`carpool` start in turn, `--repeats` times each, and vLLM's own client measures them. Its results are kept as they are.
+`carpool` start in turn, `--repeats` times each, with vLLM's defaults (it compiles the model), and vLLM's own client
+measures them. Its results are kept as they are.
 """
 
 from __future__ import annotations
@@ -55,10 +56,12 @@ def bench(folder: Path, options: argparse.Namespace, policy: str | None, name: s
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        *VLLM, "serve", str(folder), "--served-model-name", "bench", "--port", str(port), "--enforce-eager",
+        *VLLM, "serve", str(folder), "--served-model-name", "bench", "--port", str(port),
         "--dtype", options.dtype, "--kv-cache-memory-bytes", str(1 << 29), "--max-model-len", "512",
         "--max-num-seqs", str(options.concurrency), "--block-size", "32", "--no-enable-prefix-caching",
     ]  # fmt: skip
+    if options.eager:
+        command.append("--enforce-eager")
     if policy is not None:
         command += ["--additional-config", json.dumps({"carpool": {"policy": policy, "isolation": "batch"}})]
     cores = "0" if options.threads == 1 else f"0-{options.threads - 1}"
@@ -115,13 +118,15 @@ def main() -> None:
     set_environment()
     geometry = GEOMETRIES[options.geometry]
     about = {
-        name: getattr(options, name) for name in ("geometry", "layers", "dtype", "policy", "concurrency", "threads")
+        name: getattr(options, name)
+        for name in ("geometry", "layers", "dtype", "policy", "concurrency", "threads", "eager")
     }
     content: dict[str, Any] = {**about, "machine": machine(), "runs": []}
     with tempfile.TemporaryDirectory(prefix="carpool-serve-", dir=options.folder) as folder:
         model = write_model(geometry, options.layers, Path(folder))
         for repeat in range(options.repeats):
-            for name, policy in (("stock", None), ("shared", options.policy)):
+            states = [("stock", None), ("shared", options.policy)]
+            for name, policy in states[:: 1 - 2 * (repeat % 2)]:  # who goes first changes
                 result = bench(model, options, policy, f"{name}-{repeat}")
                 failed = "" if result["completed"] == options.requests else "requests were lost"
                 if policy is not None and not result["carpool"].get("carpool_rows_changed_total"):
@@ -155,6 +160,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32, help="of an answer")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--eager", action="store_true", help="--enforce-eager, not vLLM's defaults")
     parser.add_argument("--folder", help="where the checkpoint is written, 1.2 GB a layer; default: the system's")
     parser.add_argument("--quick", action="store_true", help="a tiny model; its speeds mean nothing")
     parser.add_argument("--output", type=Path, required=True)

@@ -19,6 +19,41 @@ from carpool.surrogates import NAMES, SCALES
 Ids = list[list[Tensor]]  # of some steps, of each layer: int32 [N, K]
 
 
+class Hooks:
+    """What the plugin has put into a running engine of this process, to be taken out and put in again.
+
+    Args:
+        llm: the engine, with the plugin configured.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        worker = llm.llm_engine.model_executor.driver_worker.worker
+        self.host, self.runner = worker.carpool, worker.model_runner
+        self.routers = [layer.router for layer in self.host.layers]
+        self._shared = [type(router) for router in self.routers]
+        self._followers = {name: vars(self.runner)[name] for name in ("_model_forward", "execute_model")}
+
+    def take_out(self) -> None:
+        """Between two steps."""
+        for name in self._followers:
+            vars(self.runner).pop(name, None)
+        for router, shared in zip(self.routers, self._shared, strict=True):
+            router.__class__ = shared.__mro__[1]
+        for layer in self.host.layers:
+            experts = layer.runner.routed_experts
+            if hasattr(type(experts), "carpool_kind"):
+                experts.__class__ = type(experts).__mro__[1]
+
+    def put_in(self) -> None:
+        """Between two steps."""
+        vars(self.runner).update(self._followers)
+        for router, shared in zip(self.routers, self._shared, strict=True):
+            router.__class__ = shared
+        for layer in self.host.layers:
+            if NAMES[0] in layer.statistics:
+                hook(layer)
+
+
 class Engine:
     """An `LLM` in this process, with the plugin configured, and a batch of requests that decode forever.
 
@@ -30,11 +65,8 @@ class Engine:
         from vllm import SamplingParams
 
         self.engine, self.llm, self.batch, self.compile = llm.llm_engine, llm, batch, compile
-        worker = self.engine.model_executor.driver_worker.worker
-        self.host, self.runner = worker.carpool, worker.model_runner
-        self.routers = [layer.router for layer in self.host.layers]
-        self._shared = [type(router) for router in self.routers]
-        self._hooks = {name: vars(self.runner)[name] for name in ("_model_forward", "execute_model")}
+        self.hooks = Hooks(llm)
+        self.host, self.runner, self.routers = self.hooks.host, self.hooks.runner, self.hooks.routers
         self.requests = [f"batch-{batch}-{i}" for i in range(batch)]
         limit = llm.llm_engine.vllm_config.model_config.max_model_len
         generator = torch.Generator().manual_seed(seed)
@@ -59,7 +91,7 @@ class Engine:
         """Surrogates of random numbers: the right size, and nothing that they foresee; bytes of one of them."""
         for layer in self.host.layers:
             layer.statistics = random_surrogates(layer.num_experts, rank, layer.hidden_size, layer.position)
-        self.plugin()
+        self.hooks.put_in()
         return (2 * rank + 1) * (self.host.layers[0].hidden_size + 4)
 
     def close(self) -> None:
@@ -67,27 +99,11 @@ class Engine:
         self.engine.abort_request(self.requests)
         while self.engine.has_unfinished_requests():
             self.engine.step()
-        self.plugin()
+        self.hooks.put_in()
 
     def stock(self) -> None:
         """Take all hooks out."""
-        for name in self._hooks:
-            vars(self.runner).pop(name, None)
-        for router, shared in zip(self.routers, self._shared, strict=True):
-            router.__class__ = shared.__mro__[1]
-        for layer in self.host.layers:
-            experts = layer.runner.routed_experts
-            if hasattr(type(experts), "carpool_kind"):
-                experts.__class__ = type(experts).__mro__[1]
-
-    def plugin(self) -> None:
-        """Put them in again."""
-        vars(self.runner).update(self._hooks)
-        for router, shared in zip(self.routers, self._shared, strict=True):
-            router.__class__ = shared
-        for layer in self.host.layers:
-            if NAMES[0] in layer.statistics:
-                hook(layer)
+        self.hooks.take_out()
 
     def forced(self, ids: Ids) -> None:
         """Stock, but with these ids in turn."""
@@ -98,7 +114,7 @@ class Engine:
 
     def policy(self, text: str | None) -> None:
         """Share by a policy, or be switched off."""
-        self.plugin()
+        self.hooks.put_in()
         if text is None:
             self.llm.collective_rpc("carpool_set", kwargs={"enabled": False})
         else:

@@ -34,13 +34,13 @@ def test_totals_equal_a_loop(data: st.DataObject) -> None:
         expected["steps"] += batch.num_steps
         heard, natural, union = set(), set(), set()
         for row in range(trial.case.rows):
-            step = int(batch.step_N[row])
-            natural |= {(step, expert) for expert in native[row]}
-            union |= {(step, expert) for expert in ids[row]}
             if batch.voter_N[row] and finite[row] and not prompt[row]:
                 heard.add(int(batch.group_N[row]))
             if not batch.real_N[row]:
                 continue
+            step = int(batch.step_N[row])
+            natural |= {(step, expert) for expert in native[row]}
+            union |= {(step, expert) for expert in ids[row]}
             expected["rows"] += 1
             expected["rows_nonfinite"] += not finite[row]
             expected["rows_exempt"] += finite[row] and bool(batch.exempt_N[row] or prompt[row])

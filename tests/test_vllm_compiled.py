@@ -106,7 +106,7 @@ def check(text: str, other: str, group: str, rule: str) -> None:
     compiler.use([layer], compile_new=True)
     graph = layer.graph
     assert graph is not None
-    assert sum(compare(layer, rows, count, seed=count) for count in (2, 3, 7, 16, 40)) > 0
+    assert sum(compare(layer, rows, count, seed=count) for count in (1, 2, 3, 7, 16, 40)) > 0
     plan = parse(other).for_serving()
     assert layer.knobs is not None
     assert layer.knobs.fits(plan)
@@ -116,7 +116,7 @@ def check(text: str, other: str, group: str, rule: str) -> None:
     assert layer.graph is graph  # other numbers need no other graph
     graphs = counters["stats"]["unique_graphs"]
     with torch.inference_mode():  # as the engine runs it
-        assert sum(compare(layer, rows, count, seed=count) for count in (2, 9, 33)) > 0
+        assert sum(compare(layer, rows, count, seed=count) for count in (1, 2, 9, 33)) > 0
     assert counters["stats"]["unique_graphs"] == graphs  # nor do other numbers of rows, or another mode
 
 
@@ -277,15 +277,45 @@ def test_a_plan_that_cannot_act_does_not_run(text: str, sharing: int, runs: bool
     assert (layer.route(torch.zeros(6, H), logits_NE, native) is not native) == runs
 
 
-@pytest.mark.parametrize(("count", "dtype"), [(8, torch.int64), (1, torch.int32)])
-def test_what_a_graph_was_not_compiled_for_runs_operation_by_operation(count: int, dtype: torch.dtype) -> None:
+def test_what_a_graph_was_not_compiled_for_runs_operation_by_operation() -> None:
     layer, rows = a_layer("xshare(budget=8)", SPECS["softmax"], "batch")
-    fill(rows, count)
-    logits_NE = torch.randn(count, E)
+    fill(rows, 8)
+    logits_NE = torch.randn(8, E)
     native = layer.spec.native(logits_NE)
-    native = Routing(native.ids_NK.to(dtype), native.weights_NK)
+    native = Routing(native.ids_NK.long(), native.weights_NK)
 
     def never(*_: Any) -> Any:
         raise AssertionError
 
-    assert compiled.run(never, layer, torch.zeros(count, H), logits_NE, native, rows) is None
+    assert compiled.run(never, layer, torch.zeros(8, H), logits_NE, native, rows) is None
+
+
+@pytest.mark.parametrize("text", ["xshare(budget=8)", "topk(k=2)"])
+@pytest.mark.parametrize("how", [None, "eager"])
+def test_recorded_graphs_read_nothing_for_padding(text: str, how: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding follows the first row; a call in which nobody shares is native and not counted."""
+    layer, rows = a_layer(text, SPECS["softmax"], "batch")
+    if how is not None:
+        monkeypatch.setattr(compiled, "BACKEND", how)
+        Compiler("batch").use([layer], compile_new=True)
+    assert (layer.graph is None) == (how is None)
+    assert layer.step is not None
+    layer.step.graphs = True
+    logits_NE = torch.randn(8, E, generator=torch.Generator().manual_seed(0))
+    native = layer.spec.native(logits_NE)
+    decoding, prompt = np.zeros(3, bool), np.array([False])
+
+    def routed(requests: Requests | None) -> Tensor:
+        rows.clear()
+        if requests is not None:
+            rows.fill(requests, 8)
+        return layer.route(torch.zeros(8, H), logits_NE, native).ids_NK
+
+    ids_NK = routed(Requests(np.ones(3, np.int64), decoding, [None] * 3))
+    assert torch.equal(ids_NK[3:], ids_NK[:1].expand(5, -1))
+    [counted] = layer.step.counters.report()
+    assert (counted.steps, counted.rows, counted.union) == (1, 3, len(ids_NK.unique()))
+    assert counted.natural_union == len(native.ids_NK[:3].unique())
+    for requests in (None, Requests(np.array([5]), ~prompt, [None])):
+        assert torch.equal(routed(requests), native.ids_NK)
+    assert layer.step.counters.report() == [counted]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,8 +25,8 @@ SHARING = {"policy": POLICY, "isolation": "batch"}
 
 
 def engine_config(**changes: Any) -> Any:
-    parallel = SimpleNamespace(enable_expert_parallel=False, data_parallel_size=1)
-    model = SimpleNamespace(is_diffusion=False)
+    parallel = SimpleNamespace(enable_expert_parallel=False, data_parallel_size=1, pipeline_parallel_size=1)
+    model = SimpleNamespace(is_diffusion=False, runner_type="generate")
     config = SimpleNamespace(
         model_config=model, parallel_config=parallel, use_v2_model_runner=False, kv_transfer_config=None
     )
@@ -41,6 +44,7 @@ def engine_config(**changes: Any) -> Any:
         ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
         ({"kv_transfer_config": object()}, "KV connector"),
         ({"is_diffusion": True, "use_v2_model_runner": True}, "diffusion models .* needs a GPU"),
+        ({"runner_type": "pooling"}, "pooling model .* nothing to share"),
     ],
 )
 def test_refused_engines(changes: dict[str, Any], message: str) -> None:
@@ -53,6 +57,19 @@ def test_refused_engines(changes: dict[str, Any], message: str) -> None:
         check_engine(engine_config(**changes), settings)
 
 
+def test_pipeline_parallelism_takes_no_statistics(tmp_path: Path) -> None:
+    from carpool.hosts.vllm.engine import check_engine
+
+    spread = engine_config(pipeline_parallel_size=2)
+    for change in ({}, {"layers": {3: {"budget": 4}}}, {"statistics": tmp_path}, {"model": {"num_layers": 4}}):
+        settings = Settings.of({"carpool": SHARING})
+        assert settings is not None
+        settings = replace(settings, policies=replace(settings.policies, **change))
+        check_engine(engine_config(), settings)
+        with pytest.raises(CarpoolError, match="no stage sees all layers") if change else nullcontext():
+            check_engine(spread, settings)
+
+
 def test_a_diffusion_model_is_refused_before_vllm_refuses_it_in_its_own_words() -> None:
     from carpool.hosts.vllm import arm
 
@@ -60,7 +77,7 @@ def test_a_diffusion_model_is_refused_before_vllm_refuses_it_in_its_own_words() 
         additional_config: dict[str, Any] = {"carpool": SHARING}
 
         def create_model_config(self) -> Any:
-            return SimpleNamespace(is_diffusion=True)
+            return SimpleNamespace(is_diffusion=True, runner_type="generate")
 
         def create_engine_config(self) -> Any:
             self.create_model_config()
@@ -72,6 +89,22 @@ def test_a_diffusion_model_is_refused_before_vllm_refuses_it_in_its_own_words() 
     Arguments.additional_config = {}
     with pytest.raises(ValueError, match="Model Runner V1"):
         Arguments().create_engine_config()
+
+
+def test_only_servers_collect_metrics_across_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`LLM` has no /metrics, and counters shared through files would outlive its engines."""
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+
+    from carpool.hosts.vllm import arm
+
+    collected: list[str] = []
+    monkeypatch.setattr("carpool.hosts.vllm.engine.check_engine", lambda *_: None)
+    monkeypatch.setattr("carpool.hosts.vllm.metrics.collect_from_workers", lambda: collected.append("metrics"))
+    config = SimpleNamespace(additional_config={"carpool": SHARING})
+    arm._configured(EngineArgs.__new__(EngineArgs), config)
+    assert not collected
+    arm._configured(AsyncEngineArgs.__new__(AsyncEngineArgs), config)
+    assert collected == ["metrics"]
 
 
 def test_untested_versions_need_the_override(monkeypatch: pytest.MonkeyPatch) -> None:

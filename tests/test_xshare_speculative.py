@@ -10,6 +10,7 @@ from test_by_hand import P_NE, coreset, routed
 
 from carpool import Batch, RouteSpec, parse, route
 from carpool.errors import CarpoolError
+from carpool.pipeline import Outcome
 
 TWO = {"request_N": torch.tensor([0, 0, 1]), "num_requests": 2}
 
@@ -40,6 +41,30 @@ def test_small_requests_leave_xshare(case: Case) -> None:
     outcome = route(speculative, case.spec, case.logits_NE, one_each.batch)
     flat = route(parse(f"xshare({budget}, warmup=1)"), case.spec, case.logits_NE, case.batch)
     assert torch.equal(outcome.coreset_GE, flat.coreset_GE)
+
+
+@pytest.mark.parametrize("merge", ["topup", "prune"])
+def test_groups_and_requests_are_numbered_however_the_host_likes(merge: str) -> None:
+    """An engine numbers both up to the requests that it could hold: sets are made for what is there."""
+    logits_NE = torch.randn(12, 16, generator=torch.Generator().manual_seed(2))
+    group_N, request_N = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 2]), torch.arange(12) // 2
+    policy = parse(f"xshare_speculative(6, 3, merge={merge!r})")
+
+    def routed(groups: int, requests: int, factor: int) -> Outcome:
+        given = {"group_N": group_N * factor, "num_groups": groups, "exempt_N": torch.arange(12) == 4}
+        batch = Batch.of(12, **given, request_N=request_N * factor, num_requests=requests)
+        return route(policy, RouteSpec(3), logits_NE, batch)
+
+    few, many = routed(3, 6, 1), routed(9000, 9000, 1500)
+    assert few.changed_N.any()
+    assert torch.equal(few.routing.ids_NK, many.routing.ids_NK)
+    assert torch.equal(few.coreset_GE, many.coreset_GE[[0, 1500, 3000]])
+    for group in range(3):  # as alone
+        rows_N = group_N == group
+        _, alone_N = request_N[rows_N].unique(return_inverse=True)
+        batch = Batch.of(len(alone_N), exempt_N=(torch.arange(12) == 4)[rows_N], request_N=alone_N, num_requests=6)
+        alone = route(policy, RouteSpec(3), logits_NE[rows_N], batch)
+        assert torch.equal(alone.routing.ids_NK, few.routing.ids_NK[rows_N])
 
 
 def test_without_requests() -> None:

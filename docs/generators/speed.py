@@ -15,6 +15,7 @@ ALL_HEADS = (
     "threads", "batch", "policy", ">experts read a layer and step", ">tokens/s", ">of stock", ">of random sets",
     ">of the same ids", ">GB of experts a step", ">of read bandwidth",
 )  # fmt: skip
+README_BATCHES = (4, 16, 64)
 README_HEADS = (
     "threads", "batch", "policy", ">experts read, of stock's", ">tokens/s (stock's)", ">over stock",
     ">over the ideal",
@@ -57,7 +58,7 @@ def where(content: dict[str, Any], cell: dict[str, Any]) -> str:
     alike = [one for one in cells(content) if one["geometry"] == cell["geometry"]]
     rounds = _range(one["rounds"] for one in alike)
     steps = _range(one["steps_per_block"] for one in alike)
-    turns = f"{rounds} rounds of {steps} step{'s' * (steps != '1')} of every state in turn in one engine"
+    turns = f"{rounds} rounds of {steps} step{'s' * (steps != '1')} of every state in turn in one eager engine"
     return (
         f"Random weights with the layers of {name} ({experts}), {cell['layers']} layers, {cell['dtype']}; "
         f"{machine['cpu']}, {machine['cores']} cores, last-level cache {machine['last_level_cache']}; "
@@ -77,12 +78,12 @@ def states(cell: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def readme(content: dict[str, Any]) -> str:
-    """One geometry, every batch size at the number of threads that is best for stock, a line a policy."""
+    """One geometry, some batch sizes at the number of threads that is best for stock, a line a policy."""
     found = [cell for cell in cells(content) if cell["geometry"] == "qwen3-30b-a3b" and cell["compiled"]]
     if not found:
         return "No cell passed its checks.\n"
     best = {cell["batch"]: cell for cell in sorted(found, key=_stock_speed)}
-    shown = [best[batch] for batch in sorted(best)]
+    shown = [best[batch] for batch in sorted(best) if batch in README_BATCHES]
     lines = [
         [*_place(cell), _name(name), f"{row['union']:.0f} of {cell['states']['stock']['union']:.0f}",
          f"{row['tokens_per_second']:.0f} ({_stock_speed(cell):.0f})",
@@ -163,16 +164,23 @@ def server(content: dict[str, Any]) -> str:
         return f"No speeds: {summary['failed']}.\n"
     heads = ("server", ">output tokens/s", ">mean time to first token, ms", ">mean time per output token, ms")
     lines = [
-        [name if name == "stock" else f"`{content['policy']}`", f"{row['output_throughput']:.1f}",
-         f"{row['mean_ttft_ms']:.0f}", f"{row['mean_tpot_ms']:.0f}"]
-        for name, row in ((name, summary[name]) for name in ("stock", "shared"))
+        [name if name == "stock" else f"`{content['policy']}`",
+         *(_each(content, name, value) for value in ("output_throughput", "mean_ttft_ms", "mean_tpot_ms"))]
+        for name in ("stock", "shared")
     ]  # fmt: skip
     about = (
         f"{NAMES.get(content['geometry'], content['geometry'])} geometry, {content['layers']} layers, "
         f"{content['dtype']}, {content['concurrency']} requests at a time, {content['threads']} thread(s), "
-        f"medians over {len(content['runs']) // 2} run(s) of {summary['stock']['completed']} requests each."
+        f"{'eager engines' if content['eager'] else 'models compiled by vLLM'}, "
+        f"each run of {summary['stock']['completed']} requests on a server of its own."
     )
     return f"{about}\n\n{rows(heads, lines)}"
+
+
+def _each(content: dict[str, Any], state: str, value: str) -> str:
+    """What every run of a state gave."""
+    found = [run["result"][value] for run in content["runs"] if run["state"] == state]
+    return ", ".join(f"{one:.1f}" if one < 100 else f"{one:.0f}" for one in found)
 
 
 def _place(cell: dict[str, Any]) -> list[str]:

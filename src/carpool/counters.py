@@ -24,7 +24,7 @@ def measured(batch: Batch, outcome: Outcome) -> Tensor:
         batch: the rows as the host gave them to `route`.
         outcome: what `route` made of them.
     """
-    real_N = batch.real_N
+    real_N, real_N1 = batch.real_N, batch.real_N.unsqueeze(-1)
     guarded = outcome.inputs.batch  # non-finite rows are no longer real, `decode_only` has exempted prompt rows
     kept_NK = outcome.routing.weights_NK != 0
     coreset_GE = outcome.coreset_GE & (outcome.inputs.voters_G1 > 0)
@@ -33,9 +33,9 @@ def measured(batch: Batch, outcome: Outcome) -> Tensor:
     foreseen = (one * 0, one * 0) if left_NK is None else (outcome.surrogates_SE.sum(), (left_NK != 0).sum())
     values = (
         one, one * batch.num_steps, real_N.sum(), (guarded.real_N & guarded.exempt_N).sum(),
-        outcome.changed_N.sum(), (outcome.nonfinite_N & real_N).sum(), outcome.natural_SE.sum(),
-        outcome.union_SE.sum(), coreset_GE.sum(),
-        (kept_NK & real_N.unsqueeze(-1)).sum(), *foreseen, outcome.overflow_SE.sum(),
+        outcome.changed_N.sum(), (outcome.nonfinite_N & real_N).sum(),
+        batch.step_any(outcome.inputs.native_NE & real_N1).sum(), batch.step_any(outcome.computed_NE & real_N1).sum(),
+        coreset_GE.sum(), (kept_NK & real_N1).sum(), *foreseen, outcome.overflow_SE.sum(),
         (outcome.displaced_N * real_N).sum(),
     )  # fmt: skip
     return torch.stack([value.double() for value in values])
@@ -48,7 +48,7 @@ class LayerReport:
     Attributes:
         calls: times the layer's router ran. steps: engine steps (calls, unless a call holds several).
         rows: real rows. rows_exempt, rows_changed, rows_nonfinite: of these.
-        natural_union, union, coreset: experts, summed over steps (coreset: over groups with a voter).
+        natural_union, union, coreset: experts of real rows, summed over steps (coreset: over groups with a voter).
         pairs: (row, expert) pairs computed.
         surrogates: experts whose surrogates are read, summed over steps. surrogate_pairs: pairs left to them.
         floor_overflow: experts read only because of the floor, summed over steps.

@@ -82,12 +82,13 @@ class Outcome:
 
     @lazy_property
     def overflow_SE(self) -> Tensor:
-        """Experts that a step reads only because of the floor."""
+        """Experts that a step reads only because of the floor, padding aside."""
         batch = self.inputs.batch
         if self.unfloored_NE is self.allowed_NE:
             return torch.zeros_like(self.union_SE)
         added_SE = batch.step_any(self.allowed_NE & ~self.unfloored_NE)
-        return added_SE & ~batch.step_any(self.computed_NE & self.unfloored_NE)
+        read_N1 = (batch.real_N | self.nonfinite_N).unsqueeze(-1)
+        return added_SE & ~batch.step_any(self.computed_NE & self.unfloored_NE & read_N1)
 
 
 def route(

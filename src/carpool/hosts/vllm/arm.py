@@ -60,8 +60,8 @@ def _model_known(arguments: Any, model_config: Any) -> None:
         check_model(model_config)
 
 
-def _configured(_: Any, config: Any) -> None:
-    """In the front end: refuse early, where the user sees it, and let the workers' metrics reach /metrics."""
+def _configured(arguments: Any, config: Any) -> None:
+    """In the front end: refuse early, where the user sees it, and let workers' metrics reach a server's /metrics."""
     settings = Settings.of(config.additional_config)
     if settings is None:
         return
@@ -71,7 +71,10 @@ def _configured(_: Any, config: Any) -> None:
 
     check_engine(config, settings)
     _mark(config)
-    collect_from_workers()
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    if isinstance(arguments, AsyncEngineArgs):  # `LLM` has no /metrics, and its process' own metrics stay as they are
+        collect_from_workers()
 
 
 def _scheduler_built(scheduler: Any, _: None) -> None:

@@ -91,11 +91,17 @@ class Compiler:
 def run(graph: Graph, layer: Layer, hidden_NH: Tensor, logits_NE: Tensor, native: Routing,
         rows: Rows) -> tuple[Routing, Tensor] | None:  # fmt: skip
     """Routing and counters of one call; None for inputs that the graph was not compiled for."""
-    fits = native.ids_NK.dtype == torch.int32 and native.weights_NK.dtype == torch.float32
-    if not fits or len(logits_NE) == 1:  # compilers take one row for a special case
+    if native.ids_NK.dtype != torch.int32 or native.weights_NK.dtype != torch.float32:
         return None
+    count = len(logits_NE)
+    if count == 1:  # compilers take one row for a special case; a second one is padding
+        if rows.size == 1:
+            return None
+        hidden_NH, logits_NE = hidden_NH.expand(2, -1), logits_NE.expand(2, -1)
+        native = Routing(native.ids_NK.expand(2, -1), native.weights_NK.expand(2, -1))
     *routing, values_F = graph(*_arguments(layer, hidden_NH, logits_NE, native, rows))
-    return Routing(*routing), values_F
+    of_rows: list[Any] = [None if tensor is None else tensor[:count] for tensor in routing]
+    return Routing(*of_rows), values_F
 
 
 def _arguments(

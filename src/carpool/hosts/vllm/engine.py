@@ -36,6 +36,12 @@ def check_engine(config: Any, settings: Settings) -> None:
             "vLLM's V2 model runner has not been run with Carpool yet; set VLLM_USE_V2_MODEL_RUNNER=0, or "
             '"allow_untested_engine": true to try it'
         )
+    policies = settings.policies
+    if parallel.pipeline_parallel_size > 1 and (policies.statistics or policies.model or policies.layers):
+        raise CarpoolError(
+            "with pipeline parallelism no stage sees all layers, so statistics and policy files cannot be checked "
+            "against the model; give a policy that needs none, or use tensor parallelism"
+        )
     if config.kv_transfer_config is not None:
         raise CarpoolError(
             "a KV connector may hand what a policy computed to other requests; remove kv_transfer_config"
@@ -47,8 +53,13 @@ def check_model(model_config: Any) -> None:
     """Refuse a kind of model whose decoding the plugin does not follow, whatever the override.
 
     Raises:
-        CarpoolError: a diffusion language model.
+        CarpoolError: a diffusion language model, or one that generates nothing.
     """
+    if getattr(model_config, "runner_type", "generate") == "pooling":
+        raise CarpoolError(
+            "a pooling model (embeddings, scores, rewards) only reads prompts, and these keep their native routing: "
+            "there is nothing to share; leave out the key 'carpool'"
+        )
     if getattr(model_config, "is_diffusion", False):
         raise CarpoolError(
             "vLLM decodes diffusion models in its V2 model runner only, which needs a GPU and which Carpool does not "

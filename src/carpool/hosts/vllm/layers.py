@@ -147,7 +147,7 @@ def _gate(modules: dict[str, torch.nn.Module], path: str, runner: Any) -> Tensor
     The CPU build packs weights for its kernels and drops the original; what the gate makes of unit vectors is the
     weight again, bit for bit, as long as it adds no bias.
     """
-    block = modules.get(path.rpartition(".")[0])
+    block = modules.get(path.removesuffix(".base_layer").rpartition(".")[0])  # adapters wrap the layer
     gates = [runner.gate, *(getattr(block, name, None) for name in GATES)]
     for gate in gates:
         weight = getattr(gate, "weight", None)

@@ -24,8 +24,11 @@ COUNTERS = {  # field of the counters: metric (Prometheus appends _total), help
     "surrogates": ("carpool_surrogates_read", "distinct experts whose surrogates are read"),
     "surrogate_pairs": ("carpool_surrogate_pairs", "pairs of a row and an expert that are left to surrogates"),
     "floor_overflow": ("carpool_floor_overflow", "distinct experts read only because of the floor"),
-    "natural_bytes": ("carpool_natural_bytes", "bytes of experts that native routing would have read, on one rank"),
-    "read_bytes": ("carpool_read_bytes", "bytes of experts and surrogates read, on one rank"),
+    "natural_bytes": (
+        "carpool_natural_bytes",
+        "bytes of experts that native routing would have read, on one rank (all with EP)",
+    ),
+    "read_bytes": ("carpool_read_bytes", "bytes of experts and surrogates read, on one rank (all with EP)"),
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carpool.counters import Counters
+from carpool.counters import Counters, measured
 from carpool.errors import CarpoolError
 from carpool.grammar import Plan
 from carpool.guards import MinBatch
@@ -101,17 +101,30 @@ class Layer:
         if self.graph is not None and step.observer is None:
             done = compiled.run(self.graph, self, hidden_NH, logits_NE, native, rows)
             if done is not None:
-                step.counters.add_measured(self.position, done[1])
-                return self._leaving(done[0])
+                return self._leaving(self._counted(*done))
         batch = rows.batch(len(logits_NE))
         skipped_NK = native.ids_NK < 0  # some GPU kernels mark padding so; the experts module knows it
         valid = Routing(native.ids_NK.masked_fill(skipped_NK, 0), native.weights_NK)
         plan = self.knobs.plan if step.graphs and self.knobs is not None else self.plan
         outcome = route(plan, self.spec, logits_NE, batch, native=valid, stats=self.stats, hidden_NH=hidden_NH)
-        step.counters.add(self.position, batch, outcome)
         if step.observer is not None:
             step.observer(self, logits_NE, outcome)
-        return self._leaving(self._contiguous(outcome, native, skipped_NK))
+        return self._leaving(self._counted(self._contiguous(outcome, native, skipped_NK), measured(batch, outcome)))
+
+    def _counted(self, routing: Routing, values_F: Tensor) -> Routing:
+        """The routing, counted. A recorded graph also runs where no row shares (warm-up, prompts, switched off), which
+        does not count, and with rows of padding, which follow the first row so that they read no expert of their own.
+        """
+        step = self.step
+        assert step is not None
+        if step.graphs:
+            _, real_N, voter_N, *_ = step.rows.tensors(len(routing.ids_NK))
+            shares = voter_N.any()
+            values_F = values_F * shares
+            follows_NK = (shares & ~real_N).unsqueeze(-1) & (routing.ids_NK >= 0)
+            routing = replace(routing, ids_NK=torch.where(follows_NK, routing.ids_NK[:1], routing.ids_NK))
+        step.counters.add_measured(self.position, values_F)
+        return routing
 
     def require_added(self) -> None:
         """Raises CarpoolError if pairs were left to surrogates and the experts ran without them."""

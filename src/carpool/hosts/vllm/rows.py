@@ -72,7 +72,7 @@ class Rows:
         count = len(shares)
         self.expected, self.sharing = num_rows, int(shares.sum())
         self._shares, self._places_M = shares, None
-        request_N, tenant_N = self._numbers_2N[:, :num_rows]
+        request_N, tenant_N = self._numbers_2N[:, : num_rows + 1]  # a lone row may get one of padding
         request_N[:count], request_N[count:] = np.repeat(np.arange(len(lengths)), lengths), 0
         if self.group == "tenant":
             tenant_N[:count], tenant_N[count:] = np.repeat(_tenants(requests.parameters), lengths), 0
@@ -81,8 +81,8 @@ class Rows:
         voter_N[:count], voter_N[count:] = shares, False
         exempt_N[:count], exempt_N[count:] = ~shares, True
         if self._sent_2N.device.type != "cpu":
-            self._sent_2N.copy_(torch.from_numpy(self._numbers_2N))
-            self._sent_3N.copy_(torch.from_numpy(self._flags_3N))
+            self._sent_2N.copy_(_pinned(self._numbers_2N), non_blocking=True)
+            self._sent_3N.copy_(_pinned(self._flags_3N), non_blocking=True)
 
     def clear(self) -> None:
         """No request is running: whatever is forwarded now (profiling, warm-up, graph capture) is padding."""
@@ -103,7 +103,10 @@ class Rows:
         if self.sharing == self.expected:
             return None
         if self._places_M is None:
-            self._places_M = torch.from_numpy(np.flatnonzero(self._shares)).to(self._zero_N.device)
+            device = self._zero_N.device
+            places_M = np.flatnonzero(self._shares)
+            found_M = torch.from_numpy(places_M) if device.type == "cpu" else _pinned(places_M)
+            self._places_M = found_M.to(device, non_blocking=True)
         return self._places_M
 
     def tensors(self, num_rows: int) -> tuple[Tensor, ...]:
@@ -129,6 +132,11 @@ class Rows:
         self._real_N[:-1] = True
         self._exempt_N.copy_(numbers_N >= self.size - 3)
         self._voter_N.copy_(~self._exempt_N)
+
+
+def _pinned(array: NDArray[Any]) -> Tensor:
+    """A copy that a device fetches while the host goes on; torch keeps its memory until that is done."""
+    return torch.from_numpy(array).pin_memory()
 
 
 def _tenants(parameters: list[Any]) -> NDArray[np.int64]:
