@@ -7,8 +7,10 @@ the published models, the number of layers and the vocabulary are smaller so tha
 from __future__ import annotations
 
 import functools
+import json
 import os
 import platform
+import re
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -139,7 +141,19 @@ def start(geometry: Geometry, layers: int, dtype: str, **options: Any) -> Any:
         "load_format": "dummy", "skip_tokenizer_init": True, "dtype": dtype, "enforce_eager": True, "seed": 0,
         "kv_cache_memory_bytes": 1 << 30, "max_model_len": 1024, "block_size": 32, "enable_prefix_caching": False,
     }  # fmt: skip
-    return LLM(str(folder), **(settings | options))
+    llm = LLM(str(folder), **(settings | options))
+    for name, tensor in llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.named_parameters():
+        if tensor.dim() == 1 and name.endswith("bias"):
+            tensor.data.zero_()  # as large as `random_weight` makes norms, they would make all tokens alike
+    return llm
+
+
+def as_json(content: Any) -> str:
+    """Indented JSON with lists of numbers on one line each."""
+    text = json.dumps(content, indent=1)
+    return (
+        re.sub(r"\[\s+([-+.\de]+(?:,\s+[-+.\de]+)*)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+    )
 
 
 def machine() -> dict[str, Any]:

@@ -7,12 +7,12 @@
 
 One engine decodes one batch of requests; between steps it is switched between stock (all hooks of the plugin taken
 out), the plugin switched off, a budget of all experts, policies, and for each policy two ideals: routing forced to
-rotating random sets of experts of the same mean union (`ideal`), and to the policy's own ids (`replayed`), neither
-running a policy. Every round times one step of each (`--steps` for more), in random order but a policy right beside its
-ideals: the nearer the steps that are compared, the less the machine has changed between them. Ratios are medians over
-rounds of what stood side by side (a virtual machine pauses now and then, and a mean would show that), intervals
-resample rounds. A cell whose checks fail gets no speeds. Cells that the output already holds are left as they
-are, so a run can be continued.
+random sets of as many experts as the policy read in the round before (`ideal`), and to the very ids that it chose there
+(`replayed`), neither running a policy. Every round times one step of each (`--steps` for more), in random order but a
+policy right beside its ideals: the nearer the steps that are compared, the less the machine has changed between them.
+Ratios are medians over rounds of what stood side by side (a virtual machine pauses now and then, and a mean would show
+that), intervals resample rounds. A cell whose checks fail gets no speeds. Cells that the output already holds are left
+as they are, so a run can be continued.
 
 The surrogates of `surrogate(...)` are random maps of the right size (`--surrogates RANK`, int8): they show speed only.
 Beside it, `xshare` of the same budget shows what adding their output costs (`throughput_over_backfill`).
@@ -28,20 +28,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engines import GEOMETRIES, machine, read_bandwidth, start
+from engines import GEOMETRIES, as_json, machine, read_bandwidth, start
 from numpy.typing import NDArray
+from vllm_states import Engine, Ids, random_ids, union
 
 from carpool.evaluate.bootstrap import Estimate, interval, resample
 from carpool.files import write_text
 
 FULL = "xshare(budget=1.0)"  # the whole plugin, and nothing shared
-WARM = 4  # untimed steps in which unions are counted and ids recorded
+WARM = 12  # untimed steps in which unions are counted and compared
 SEED = 0
 
 
@@ -84,8 +86,8 @@ def run_cells(options: argparse.Namespace) -> None:
         about = {
             "geometry": options.geometry, "layers": layers, "dtype": options.dtype, "batch": batch, "threads": threads,
             "experts": geometry.experts, "top_k": geometry.top_k, "expert_mb": geometry.expert_bytes(item) / 1e6,
-            "rounds": options.rounds, "steps_per_block": options.steps, "seed": SEED, "compiled": not options.eager,
-            "read_bandwidth_gb_s": bandwidth, "load_before": os.getloadavg()[0],
+            "rounds": options.rounds, "steps_per_block": options.steps, "warm_steps": WARM, "seed": SEED,
+            "compiled": not options.eager, "read_bandwidth_gb_s": bandwidth, "load_before": os.getloadavg()[0],
         }  # fmt: skip
         if foreseeing(options):
             about["surrogates"] = {"rank": options.surrogates, "maps": "random: speed only"}
@@ -93,7 +95,7 @@ def run_cells(options: argparse.Namespace) -> None:
         content = load(options.output)  # a slow cell must not lose what another run wrote meanwhile
         content["machine"] = machine()
         content["cells"][name] = cell
-        write_text(options.output, json.dumps(content, indent=1) + "\n")
+        write_text(options.output, as_json(content))
         print(f"{name}: {cell['failed'] or 'ok'}", flush=True)
 
 
@@ -101,8 +103,6 @@ def measure(
     llm: Any, batch: int, options: argparse.Namespace, bandwidth: float, bytes_per_expert: int
 ) -> dict[str, Any]:
     """One cell: checks first, then interleaved blocks."""
-    from vllm_states import Engine, random_ids, union
-
     engine = Engine(llm, batch, SEED, compile=not options.eager)
     geometry, layers = GEOMETRIES[options.geometry], len(engine.routers)
     surrogate = layers * engine.give_surrogates(options.surrogates) if foreseeing(options) else 0
@@ -135,9 +135,10 @@ def measure(
             states[text] = {"switch": lambda text=text: engine.policy(text), "union": read, "counted": []}
             if text == FULL:
                 continue
-            made = random_ids(batch, geometry.top_k, geometry.experts, read, layers, 8, SEED)
-            for kind, forced in (("ideal", made), ("replayed", ids)):
-                states[f"{kind}: {text}"] = {"switch": partial(engine.forced, forced), "union": union(forced)}
+            states[text]["ids"] = ids[-1:]  # of the last step
+            make = partial(random_ids, batch, geometry.top_k, geometry.experts)
+            for kind in ("ideal", "replayed"):
+                states[f"{kind}: {text}"] = {"of": states[text], "make": make if kind == "ideal" else None, "read": []}
         if batch > geometry.experts // geometry.top_k and len(idle) == len(options.policy):
             failed.append("no policy changed a row")
         if failed:
@@ -165,15 +166,26 @@ def interleave(engine: Any, states: dict[str, Any], rounds: int, steps: int) -> 
     for _ in range(rounds):
         order = [name for group in shuffled(groups.values(), shuffle) for name in shuffled(group, shuffle)]
         for name in order:
-            states[name]["switch"]()
-            if "counted" in states[name]:
+            state = states[name]
+            ids: Ids = []
+            if "of" in state:
+                forced = state["of"]["ids"]
+                forced = forced if state["make"] is None else state["make"](forced, seed=len(times[name]))
+                state["read"].append(union(forced))
+                engine.forced(forced)
+            else:
+                state["switch"]()
+            if "counted" in state:
                 engine.report()  # start from nothing
-            begin = time.perf_counter()
-            for _ in range(steps):
-                engine.step()
-            times[name].append(time.perf_counter() - begin)
-            if "counted" in states[name]:
-                states[name]["counted"].append(engine.report())
+            with engine.recording(ids) if "ids" in state else nullcontext():
+                begin = time.perf_counter()
+                for _ in range(steps):
+                    engine.step()
+                times[name].append(time.perf_counter() - begin)
+            if "counted" in state:
+                state["counted"].append(engine.report())
+            if "ids" in state:
+                state["ids"] = ids  # for the next round
     return times
 
 
@@ -200,7 +212,7 @@ def summarise(states: dict[str, Any], times: dict[str, list[float]], tokens: int
             field: sum(counts[field] for counts in state["counted"]) / steps_counted if steps_counted else None
             for field in (("union", "natural_union", "surrogates") if "counted" in state else ())
         }
-        read = per_step.get("union") or state["union"]
+        read = per_step.get("union") or (state["union"] if "union" in state else float(np.mean(state["read"])))
         read_gb = (read * bytes_per_expert + (per_step.get("surrogates") or 0) * bytes_per_surrogate) / 1e9
         block = float(np.median(seconds[name]))
         row = {

@@ -6,6 +6,8 @@ but each router hands out ids that were made before: what any policy with these 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -129,16 +131,27 @@ class Engine:
     def record(self, steps: int) -> Ids:
         """The ids that the experts get in the next steps."""
         recorded: Ids = []
-        try:
+        with self.recording(recorded):
             for _ in range(steps):
-                recorded.append([])
-                for router in self.routers:
-                    router.set_capture_fn(lambda ids_NK: recorded[-1].append(ids_NK.clone()))
                 self.step()
+        return recorded
+
+    @contextlib.contextmanager
+    def recording(self, recorded: Ids) -> Iterator[None]:
+        """Meanwhile the ids that the experts get are added to a list, step by step."""
+
+        def record(ids_NK: Tensor) -> None:
+            if not recorded or len(recorded[-1]) == len(self.routers):
+                recorded.append([])
+            recorded[-1].append(ids_NK.clone())
+
+        for router in self.routers:
+            router.set_capture_fn(record)
+        try:
+            yield
         finally:
             for router in self.routers:
                 router.set_capture_fn(None)
-        return recorded
 
     def compare_graph(self) -> list[bool]:
         """One step operation by operation; whether each layer's compiled graph takes the same experts, and its
@@ -202,19 +215,15 @@ def union(ids: Ids) -> float:
     return sum(counts) / len(counts)
 
 
-def random_ids(rows: int, top_k: int, experts: int, mean_union: float, layers: int, steps: int, seed: int) -> Ids:
-    """Random sets of experts whose sizes have the given mean; each row draws from its step's set, and all are used."""
+def random_ids(rows: int, top_k: int, experts: int, like: Ids, seed: int) -> Ids:
+    """Random sets of as many experts as other ids have, layer by layer; each row draws from its layer's set, and all
+    are used."""
     generator = torch.Generator().manual_seed(seed)
-    made: Ids = []
-    owed = 0.0
-    for _ in range(steps):
-        made.append([])
-        for _ in range(layers):
-            owed += mean_union
-            size = max(top_k, min(round(owed), experts, rows * top_k))
-            owed -= size
-            made[-1].append(_draw(rows, top_k, torch.randperm(experts, generator=generator)[:size], generator))
-    return made
+    sizes = [[max(top_k, len(layer.unique())) for layer in step] for step in like]  # some policies skip experts
+    return [
+        [_draw(rows, top_k, torch.randperm(experts, generator=generator)[:size], generator) for size in step]
+        for step in sizes
+    ]
 
 
 def _draw(rows: int, top_k: int, members: Tensor, generator: torch.Generator) -> Tensor:

@@ -171,7 +171,7 @@ def server(content: dict[str, Any]) -> str:
     about = (
         f"{NAMES.get(content['geometry'], content['geometry'])} geometry, {content['layers']} layers, "
         f"{content['dtype']}, {content['concurrency']} requests at a time, {content['threads']} thread(s), "
-        f"{'eager engines' if content['eager'] else 'models compiled by vLLM'}, "
+        f"{'eager engines' if content.get('eager') else 'models compiled by vLLM'}, "
         f"each run of {summary['stock']['completed']} requests on a server of its own."
     )
     return f"{about}\n\n{rows(heads, lines)}"
