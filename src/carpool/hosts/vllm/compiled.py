@@ -173,8 +173,10 @@ def _compile_sum(resident: Resident, top_k: int) -> Graph:
     ids_NK = torch.randint(0, E, (ROWS, top_k), generator=generator, dtype=torch.int32).to(device)
     inner_ERH, outer_EXH, *scales = (*resident.tensors, None, None)[:4]
     given = (hidden_NH, ids_NK, weights_NK)
-    first, factors = _compile_for_any_rows(pair_factors, (*given, inner_ERH, *scales), 3, IDS_IN_RANGE)
-    second, [compiled_NH] = _compile_for_any_rows(_pair_sum, (*factors, outer_EXH), 2, IDS_IN_RANGE)
+    # megabytes of maps: unlike routing, enough work for all threads
+    options = IDS_IN_RANGE | {"cpp.threads": torch.get_num_threads(), "cpp.dynamic_threads": True}
+    first, factors = _compile_for_any_rows(pair_factors, (*given, inner_ERH, *scales), 3, options)
+    second, [compiled_NH] = _compile_for_any_rows(_pair_sum, (*factors, outer_EXH), 2, options)
     eager_NH = resident.whole()(*given)
     if not torch.allclose(compiled_NH, eager_NH, rtol=1e-3, atol=1e-4 * float(eager_NH.abs().max())):
         raise RuntimeError("the compiled sum of surrogates differs from the same operations one by one")

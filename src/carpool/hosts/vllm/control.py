@@ -76,7 +76,7 @@ class Control:
         plans = {str(layer.plan) for layer in host.layers}
         assert host.step is not None
         return {
-            "policy": plans.pop() if len(plans) == 1 else "set per layer",
+            "policy": plans.pop() if len(plans) == 1 else "set per layer" if plans else "no layer on this rank",
             "group": str(host.settings.group),
             "enabled": host.step.enabled,
             "surrogate_memory": host.surrogate_memory,
