@@ -1,6 +1,6 @@
 """Speculative decoding on vLLM under policies that share experts: acceptance, experts read per verify step, throughput.
 
-    python benchmarks/speculative.py --rounds 8 --output docs/results/speculative.json
+    python benchmarks/speculative.py --rounds 4 --output docs/results/speculative.json
     python benchmarks/speculative.py --quick --output /tmp/quick.json
 
 The reference model continues held-out text, greedily, with drafts by ngram lookup, by the model itself (an upper bound:
