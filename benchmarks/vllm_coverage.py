@@ -50,7 +50,7 @@ def main() -> None:
     for i, case in chosen:
         # in a process of its own, which may end in any way, and in which no other model has left a patched class
         spread = case.parallel != "one worker"
-        bind = {"VLLM_CPU_OMP_THREADS_BIND": "0|0" if "two" in case.parallel else "0"} if spread else {}
+        bind = {"VLLM_CPU_OMP_THREADS_BIND": "0|1" if "two" in case.parallel else "0"} if spread else {}
         environment = os.environ | bind
         command = [sys.executable, __file__, "--alone", str(i), "--output", str(options.output)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

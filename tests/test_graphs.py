@@ -138,6 +138,7 @@ def test_a_look_at_a_value_would_be_seen() -> None:
 
 SHARED = {
     "backfill", "drop", "leave", "merge_duplicates", "votes", "utility", "utility_rank", "front_of", "skip", "mix",
+    "by_request",
 }  # fmt: skip
 
 

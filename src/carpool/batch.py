@@ -79,6 +79,18 @@ class Batch:
         of_rows = {field.name: getattr(self, field.name) for field in fields(self) if field.name.endswith("_N")}
         return replace(self, **{name: rows[rows_N] for name, rows in of_rows.items() if rows is not None})
 
+    def by_request(self) -> tuple[Batch, Tensor]:
+        """The same rows grouped by request inside each group, and the group `[R]` that each of the new groups is of
+        (`[1]` where there is one). No more groups than rows are made, however many requests a host numbers."""
+        assert self.request_N is not None
+        if self.num_groups == 1:
+            return replace(self, group_N=self.request_N, num_groups=self.num_requests), self.request_N.new_zeros(1)
+        sorted_N, place_N = (self.group_N * self.num_requests + self.request_N).sort()
+        new_N = (sorted_N[1:] != sorted_N[:-1]).to(torch.int64)
+        number_N = torch.zeros_like(self.group_N).scatter(0, place_N[1:], new_N.cumsum(0))
+        group_R = torch.zeros_like(self.group_N).scatter(0, number_N, self.group_N)
+        return replace(self, group_N=number_N, num_groups=self.group_N.shape[0]), group_R
+
     def group_sum(self, values_NX: Tensor) -> Tensor:
         """Integer column sums per group, `[G, X]`: exact, hence the same for every order of the rows."""
         return _sum_by(values_NX, self.group_N, self.num_groups)

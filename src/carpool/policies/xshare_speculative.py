@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from carpool.errors import CarpoolError
@@ -68,27 +67,16 @@ class XShareSpeculative(Policy):
         request_size = resolve_budget("request_budget", self.request_budget, inputs.num_experts)
         size = resolve_budget("budget", self.budget, inputs.num_experts)
 
-        # one set per request and group, so that no group sees another's rows
-        request_N, num_sets, group_R = batch.request_N, batch.num_requests, batch.request_N.new_zeros(1)
-        if batch.num_groups > 1:
-            request_N = _numbered(batch.group_N * batch.num_requests + batch.request_N)
-            num_sets = batch.group_N.shape[0]
-            group_R = torch.zeros_like(batch.group_N).scatter(0, request_N, batch.group_N)
-        free_RE = inputs.free_GE[group_R].expand(num_sets, -1)
-        requests = replace(inputs, batch=replace(batch, group_N=request_N, num_groups=num_sets), also_free_GE=free_RE)
+        # one set per request and group (R of them), so that no group sees another's rows
+        by_request, group_R = batch.by_request()
+        free_RE = inputs.free_GE[group_R].expand(by_request.num_groups, -1)
+        requests = replace(inputs, batch=by_request, also_free_GE=free_RE)
         mass_RE = requests.utility(inputs.weights_NE)
         set_RE = requests.top_by_utility(mass_RE, request_size, requests.votes(warm_NE))
 
         mass_GE = inputs.utility(inputs.weights_NE)
-        union_GE = inputs.votes(set_RE[request_N])
+        union_GE = inputs.votes(set_RE[by_request.group_N])
         if self.merge == "topup":
             return inputs.top_by_utility(mass_GE, size, union_GE)
         # an expert outside the union has no mass to offer; it may still fill the set, hence the mask
         return inputs.top_by_utility(mass_GE * union_GE, size, inputs.votes(warm_NE)) & union_GE
-
-
-def _numbered(key_N: Tensor) -> Tensor:
-    """Numbers from 0 for the distinct keys, `[N]`: there are no more of them than rows, whatever the keys are."""
-    sorted_N, place_N = key_N.sort()
-    new_N = (sorted_N[1:] != sorted_N[:-1]).to(torch.int64)
-    return torch.zeros_like(key_N).scatter(0, place_N[1:], new_N.cumsum(0))
