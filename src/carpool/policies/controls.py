@@ -79,7 +79,10 @@ class RandomCoreset(Policy):
     def coreset(self, inputs: Inputs) -> Tensor:
         """Bool `[G, E]`."""
         sums_GE = inputs.utility(inputs.weights_NE)
-        experts_E = torch.arange(1, inputs.num_experts + 1, device=sums_GE.device) * 0x9E3779B97F4A7C1 + self.seed
+        # number times 0x9E3779B97F4A7C1 modulo 2**64, in two parts: compilers do not wrap the product of a range
+        high, low, count = 0x9E3779B, 0x97F4A7C1, inputs.num_experts + 1
+        high_E = torch.arange(high, high * count, high, device=sums_GE.device) << 32
+        experts_E = high_E + torch.arange(low + self.seed, low * count + self.seed, low, device=sums_GE.device)
         mixed_GE = (sums_GE.sum(-1, keepdim=True) ^ experts_E) * 0x2545F4914F6CDD1D
         draw_GE = ((mixed_GE ^ (mixed_GE >> 29)) * 0x1B03738712FAD5C9 >> 24) & ((1 << 40) - 1)
         natural_GE = inputs.votes(inputs.native_NE)
