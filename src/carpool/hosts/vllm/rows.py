@@ -81,8 +81,8 @@ class Rows:
         voter_N[:count], voter_N[count:] = shares, False
         exempt_N[:count], exempt_N[count:] = ~shares, True
         if self._sent_2N.device.type != "cpu":
-            self._sent_2N.copy_(_pinned(self._numbers_2N), non_blocking=True)
-            self._sent_3N.copy_(_pinned(self._flags_3N), non_blocking=True)
+            for sent, array in ((self._sent_2N, self._numbers_2N), (self._sent_3N, self._flags_3N)):
+                sent.copy_(_sendable(array, sent.device), non_blocking=True)
 
     def clear(self) -> None:
         """No request is running: whatever is forwarded now (profiling, warm-up, graph capture) is padding."""
@@ -104,9 +104,7 @@ class Rows:
             return None
         if self._places_M is None:
             device = self._zero_N.device
-            places_M = np.flatnonzero(self._shares)
-            found_M = torch.from_numpy(places_M) if device.type == "cpu" else _pinned(places_M)
-            self._places_M = found_M.to(device, non_blocking=True)
+            self._places_M = _sendable(np.flatnonzero(self._shares), device).to(device, non_blocking=True)
         return self._places_M
 
     def tensors(self, num_rows: int) -> tuple[Tensor, ...]:
@@ -134,9 +132,10 @@ class Rows:
         self._voter_N.copy_(~self._exempt_N)
 
 
-def _pinned(array: NDArray[Any]) -> Tensor:
-    """A copy that a device fetches while the host goes on; torch keeps its memory until that is done."""
-    return torch.from_numpy(array).pin_memory()
+def _sendable(array: NDArray[Any], device: torch.device) -> Tensor:
+    """On CPUs the same memory, else a copy that the device fetches while the host goes on; torch keeps it meanwhile."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory()
 
 
 def _tenants(parameters: list[Any]) -> NDArray[np.int64]:
