@@ -30,7 +30,7 @@ import torch
 from engines import machine, read_bandwidth
 from moe_layers import INPUTS, LAYERS, Layer, blocks_alike, build, spread
 from torch import Tensor
-from vllm_decode import paired
+from vllm_rounds import paired
 
 import carpool
 from carpool.batch import Batch

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from engines import machine, set_environment
-from vllm_decode import paired
+from vllm_rounds import paired
 from vllm_states import Hooks
 
 from carpool.files import sha256_file, write_text

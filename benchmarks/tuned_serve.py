@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 from engines import machine, set_environment
-from vllm_decode import paired
+from vllm_rounds import paired
 
 from carpool.cli.common import embedded_texts, open_model
 from carpool.errors import CarpoolError

@@ -23,28 +23,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
-import time
-from collections.abc import Collection
-from contextlib import nullcontext
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from engines import GEOMETRIES, as_json, machine, read_bandwidth, start
-from numpy.typing import NDArray
-from vllm_states import Engine, Ids, random_ids, union
+from vllm_rounds import SEED, Ideal, Policy, State, interleave, summarise
+from vllm_states import Engine, union
 
-from carpool.evaluate.bootstrap import Estimate, interval, resample
 from carpool.files import write_text
 
 FULL = "xshare(budget=1.0)"  # the whole plugin, and nothing shared
 WARM = 12  # untimed steps in which unions are counted and compared
-SEED = 0
 
 
 def main() -> None:
@@ -110,10 +101,10 @@ def measure(
     idle: list[str] = []
     try:
         engine.stock()
-        states: dict[str, dict[str, Any]] = {"stock": {"switch": engine.stock, "union": union(engine.record(WARM))}}
+        states: list[State] = [State("stock", engine.stock, union(engine.record(WARM)))]
         engine.policy(None)
         engine.report()
-        states["off"] = {"switch": lambda: engine.policy(None), "union": union(engine.record(WARM))}
+        states.append(State("off", lambda: engine.policy(None), union(engine.record(WARM))))
         if engine.report()["steps"]:
             failed.append("switched off, policies still ran")
         for text in (FULL, *options.policy):
@@ -122,127 +113,36 @@ def measure(
             if batch > 1 and not options.eager and not (same and all(same)):
                 failed.append(f"{text}: no compiled graph, or one with other experts")
             engine.report()
-            ids = engine.record(WARM)
+            policy = Policy(engine, text, engine.record(WARM))
             report = engine.report()
-            read = union(ids)
-            if batch > 1 and abs(report["union"] / max(report["steps"], 1) - read) > 1e-6:
+            if batch > 1 and abs(report["union"] / max(report["steps"], 1) - policy.union) > 1e-6:
                 failed.append(f"{text}: the counters say another union than the experts got")
             if text == FULL and report["rows_changed"]:
                 failed.append(f"{text}: {report['rows_changed']:.0f} rows changed")
             if text != FULL and not report["rows_changed"]:
                 idle.append(text)  # the batch reads fewer experts than the budget
                 continue
-            states[text] = {"switch": lambda text=text: engine.policy(text), "union": read, "counted": []}
-            if text == FULL:
-                continue
-            states[text]["ids"] = ids[-1:]  # of the last step
-            make = partial(random_ids, batch, geometry.top_k, geometry.experts)
-            for kind in ("ideal", "replayed"):
-                states[f"{kind}: {text}"] = {"of": states[text], "make": make if kind == "ideal" else None, "read": []}
+            states.append(policy)
+            if text != FULL:
+                states += [Ideal(kind, policy, geometry.experts) for kind in ("ideal", "replayed")]
         if batch > geometry.experts // geometry.top_k and len(idle) == len(options.policy):
             failed.append("no policy changed a row")
         if failed:
             return {"failed": "; ".join(failed), "states": {}}
-        times = interleave(engine, states, options.rounds, options.steps)
+        interleave(engine, states, options.rounds, options.steps)
     finally:
         engine.close()
     return {
         "failed": "",
         "idle": idle,
         "load_after": os.getloadavg()[0],
-        "states": summarise(
-            states, times, batch * options.steps, options.steps, bandwidth, bytes_per_expert, surrogate
-        ),
+        "states": summarise(states, batch * options.steps, options.steps, bandwidth, bytes_per_expert, surrogate),
     }
-
-
-def interleave(engine: Any, states: dict[str, Any], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds of every state's block in each round."""
-    shuffle = random.Random(SEED)
-    groups: dict[str, list[str]] = {}
-    for name in states:
-        groups.setdefault(backfill_of(name.split(": ")[-1]), []).append(name)
-    times: dict[str, list[float]] = {name: [] for name in states}
-    for _ in range(rounds):
-        order = [name for group in shuffled(groups.values(), shuffle) for name in shuffled(group, shuffle)]
-        for name in order:
-            state = states[name]
-            ids: Ids = []
-            if "of" in state:
-                forced = state["of"]["ids"]
-                forced = forced if state["make"] is None else state["make"](forced, seed=len(times[name]))
-                state["read"].append(union(forced))
-                engine.forced(forced)
-            else:
-                state["switch"]()
-            if "counted" in state:
-                engine.report()  # start from nothing
-            with engine.recording(ids) if "ids" in state else nullcontext():
-                begin = time.perf_counter()
-                for _ in range(steps):
-                    engine.step()
-                times[name].append(time.perf_counter() - begin)
-            if "counted" in state:
-                state["counted"].append(engine.report())
-            if "ids" in state:
-                state["ids"] = ids  # for the next round
-    return times
-
-
-def shuffled(items: Collection[Any], shuffle: random.Random) -> list[Any]:
-    return shuffle.sample(list(items), len(items))
-
-
-def paired(numerator_M: NDArray[np.float64], denominator_M: NDArray[np.float64]) -> Estimate:
-    """The median over rounds of a ratio, with its interval."""
-    ratio_M = np.sort(numerator_M / denominator_M)
-    counts_RM = resample(len(ratio_M), SEED)
-    place_R = (counts_RM.cumsum(1) >= len(ratio_M) / 2).argmax(1)
-    return Estimate(float(np.median(ratio_M)), *interval(ratio_M[place_R]))
-
-
-def summarise(states: dict[str, Any], times: dict[str, list[float]], tokens: int, steps: int, bandwidth: float,
-              bytes_per_expert: int, bytes_per_surrogate: int = 0) -> dict[str, Any]:  # fmt: skip
-    """Throughput, unions, and ratios of time with intervals, by state."""
-    seconds = {name: np.array(values) for name, values in times.items()}
-    result: dict[str, Any] = {}
-    for name, state in states.items():
-        steps_counted = sum(counts["steps"] for counts in state.get("counted", ()))
-        per_step = {
-            field: sum(counts[field] for counts in state["counted"]) / steps_counted if steps_counted else None
-            for field in (("union", "natural_union", "surrogates") if "counted" in state else ())
-        }
-        read = per_step.get("union") or (state["union"] if "union" in state else float(np.mean(state["read"])))
-        read_gb = (read * bytes_per_expert + (per_step.get("surrogates") or 0) * bytes_per_surrogate) / 1e9
-        block = float(np.median(seconds[name]))
-        row = {
-            "tokens_per_second": tokens / block,
-            "ms_per_step": 1000 * block / steps,
-            "union": read,
-            "natural_union": per_step.get("natural_union"),
-            "surrogates": per_step.get("surrogates"),
-            "expert_gb_per_step": read_gb,
-            "share_of_read_bandwidth": read_gb * steps / block / bandwidth,
-            "seconds_per_block": [round(value, 6) for value in times[name]],
-        }
-        for against in ("stock", f"ideal: {name}", f"replayed: {name}"):
-            if against in states and against != name:
-                row[f"throughput_over_{against.split(':')[0]}"] = asdict(paired(seconds[against], seconds[name]))
-        backfill = backfill_of(name)
-        if backfill != name and backfill in states and ":" not in name:
-            row["throughput_over_backfill"] = asdict(paired(seconds[backfill], seconds[name]))
-        result[name] = row
-    return result
 
 
 def foreseeing(options: argparse.Namespace) -> bool:
     """Whether a policy needs surrogates."""
     return any(text.startswith("surrogate(") for text in options.policy)
-
-
-def backfill_of(name: str) -> str:
-    """The state that reads as many experts without surrogates; other states themselves."""
-    return name.replace("surrogate(", "xshare(", 1)
 
 
 def key(options: argparse.Namespace, threads: int, batch: int) -> str:

@@ -44,11 +44,12 @@ def test_random_ids_are_valid_and_as_many(rows: int, size: int, monkeypatch: pyt
 
 
 def test_throughput_ratios_are_of_the_same_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = script("vllm_decode", monkeypatch)
+    rounds = script("vllm_rounds", monkeypatch)
     slow = np.array([2.0, 4.0, 3.0, 2.5])  # a machine that slows down and recovers
-    times = {"stock": list(slow), "p(1)": list(slow / 2), "ideal: p(1)": list(slow / 2.2)}
-    states = {name: {"union": 10.0} for name in times}
-    rows = decode.summarise(states, times, tokens=32, steps=2, bandwidth=10.0, bytes_per_expert=10**9)
+    states = [rounds.State(name, lambda: None, 10.0) for name in ("stock", "p(1)", "ideal: p(1)")]
+    for state, faster in zip(states, (1, 2, 2.2), strict=True):
+        state.seconds = list(slow / faster)
+    rows = rounds.summarise(states, tokens=32, steps=2, bandwidth=10.0, bytes_per_expert=10**9)
     assert rows["p(1)"]["throughput_over_stock"] == pytest.approx({"value": 2, "low": 2, "high": 2})
     assert rows["p(1)"]["throughput_over_ideal"]["value"] == pytest.approx(2 / 2.2)
     assert rows["stock"]["tokens_per_second"] == pytest.approx(32 / np.median(slow))
