@@ -4,6 +4,7 @@
     python benchmarks/vllm_decode.py --quick --output /tmp/quick.json                  # proves that it runs
     python benchmarks/vllm_decode.py --batch 16 --policy "xshare(budget=16)" "surrogate(budget=16)" \
         --output docs/results/vllm-decode-surrogates.json                              # surrogates beside backfill
+    python benchmarks/vllm_decode.py --batch 16 --methods --output docs/results/vllm-decode-methods.json
 
 One engine decodes one batch of requests; between steps it is switched between stock (all hooks of the plugin taken
 out), the plugin switched off, a budget of all experts, policies, and for each policy two ideals: routing forced to
@@ -14,8 +15,9 @@ Ratios are medians over rounds of what stood side by side (a virtual machine pau
 that), intervals resample rounds. A cell whose checks fail gets no speeds. Cells that the output already holds are left
 as they are, so a run can be continued.
 
-The surrogates of `surrogate(...)` are random maps of the right size (`--surrogates RANK`, int8): they show speed only.
-Beside it, `xshare` of the same budget shows what adding their output costs (`throughput_over_backfill`).
+Statistics are random numbers of the right size, and the surrogates of `surrogate(...)` random maps (`--surrogates
+RANK`, int8): they show speed only. Beside a `surrogate`, `xshare` of the same budget shows what adding their output
+costs (`throughput_over_backfill`).
 """
 
 from __future__ import annotations
@@ -35,6 +37,12 @@ from vllm_states import Engine, union
 from carpool.files import write_text
 
 FULL = "xshare(budget=1.0)"  # the whole plugin, and nothing shared
+METHODS = (  # all but `surrogate`, which has a run of its own, and the one that needs devices
+    "xshare(budget={quarter})", "xshare_speculative(budget={quarter}, request_budget=2)", "oea(k0=2)", "des_seq(k0=2)",
+    "des_vote(size={quarter})", "lynx(budget={quarter})", "base(budget={quarter})", "sere(top=2)",
+    "allow_list(size={quarter})", "top_p(p=0.15)", "tail_mass(beta=0.6)", "layer_threshold(tau=0.03)", "topk(k=4)",
+    "random(budget={quarter})",
+)  # fmt: skip
 WARM = 12  # untimed steps in which unions are counted and compared
 
 
@@ -96,7 +104,7 @@ def measure(
     """One cell: checks first, then interleaved blocks."""
     engine = Engine(llm, batch, SEED, compile=not options.eager)
     geometry, layers = GEOMETRIES[options.geometry], len(engine.routers)
-    surrogate = layers * engine.give_surrogates(options.surrogates) if foreseeing(options) else 0
+    surrogate = layers * engine.give_statistics(options.surrogates if foreseeing(options) else 0)
     failed: list[str] = []
     idle: list[str] = []
     try:
@@ -180,6 +188,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--policy", nargs="+", help="default: an eighth, a quarter and half of the experts, and OEA")
+    parser.add_argument("--methods", action="store_true", help="instead: every published method once")
     parser.add_argument("--surrogates", type=int, default=16, metavar="RANK", help="of the random maps; speed only")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--steps", type=int, default=1, help="steps a block")
@@ -192,6 +201,8 @@ def arguments() -> argparse.Namespace:
         options.geometry, options.batch, options.threads = "tiny", [4], [1]
         options.policy = ["xshare(budget=8)", "surrogate(budget=8)"]
     experts = GEOMETRIES[options.geometry].experts
+    if options.methods:
+        options.policy = [text.format(quarter=experts // 4) for text in METHODS]
     options.policy = options.policy or [f"xshare(budget={experts // part})" for part in (8, 4, 2)] + ["oea(k0=2)"]
     return options
 

@@ -89,12 +89,21 @@ class Engine:
         if len(outputs) != self.batch:
             raise RuntimeError(f"{len(outputs)} of {self.batch} requests decoded; give the model more length")
 
-    def give_surrogates(self, rank: int) -> int:
-        """Surrogates of random numbers: the right size, and nothing that they foresee; bytes of one of them."""
+    def give_statistics(self, rank: int) -> int:
+        """Statistics of random numbers: the right size, and nothing that they know.
+
+        Args:
+            rank: of surrogates; 0 for none.
+
+        Returns:
+            Bytes of one expert's surrogate.
+        """
         for layer in self.host.layers:
-            layer.statistics = random_surrogates(layer.num_experts, rank, layer.hidden_size, layer.position)
+            layer.statistics = random_statistics(layer.num_experts, layer.hidden_size, layer.position)
+            if rank:
+                layer.statistics |= random_surrogates(layer.num_experts, rank, layer.hidden_size, layer.position)
         self.hooks.put_in()
-        return (2 * rank + 1) * (self.host.layers[0].hidden_size + 4)
+        return (2 * rank + 1) * (self.host.layers[0].hidden_size + 4) if rank else 0
 
     def close(self) -> None:
         self.stock()
@@ -160,7 +169,8 @@ class Engine:
 
         def observe(layer: Any, logits_NE: Tensor, outcome: Any) -> None:
             native = Routing(outcome.inputs.native_ids_NK.int(), outcome.routing.weights_NK)
-            done = layer.graph and compiled.run(layer.graph, layer, logits_NE, logits_NE, native, layer.step.rows)
+            hidden = logits_NE if outcome.inputs.hidden_NH is None else outcome.inputs.hidden_NH
+            done = layer.graph and compiled.run(layer.graph, layer, hidden, logits_NE, native, layer.step.rows)
             same.append(bool(done) and torch.equal(done[0].ids_NK, outcome.routing.ids_NK))
             if same[-1] and done[0].surrogate_ids_NK is not None:
                 same[-1] = same_sum(layer, done[0])
@@ -171,6 +181,19 @@ class Engine:
         finally:
             self.host.step.observer = None
         return same
+
+
+def random_statistics(experts: int, hidden: int, seed: int) -> dict[str, Tensor]:
+    """What the policies need of a layer that need statistics."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "similarity_frobenius": torch.rand(experts, experts, generator=generator),
+        "easy_ep": torch.rand(experts, generator=generator),
+        "sensitivity": torch.tensor(1.0),
+        "norm_weight": torch.randn(experts, hidden, generator=generator) / hidden**0.5,
+        "norm_bias": torch.zeros(experts),
+        "norm_scale": torch.tensor(1.0),
+    }
 
 
 def random_surrogates(experts: int, rank: int, hidden: int, seed: int) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from carpool.errors import CarpoolError
@@ -40,6 +41,13 @@ class Plan:
         defaults = (DecodeOnly(), MinBatch(2), ShortCircuit())
         missing = [guard for guard in defaults if not any(isinstance(given, type(guard)) for given in self.guards)]
         return Plan(self.policy, (*missing, *self.guards))
+
+    @cached_property
+    def least_voters(self) -> int:
+        """Voters of a batch below which the plan changes nothing, so that it need not run."""
+        if self.policy.kind == "token":
+            return 1
+        return max([1, *(guard.voters for guard in self.guards if isinstance(guard, MinBatch))])
 
     def __str__(self) -> str:
         return " | ".join(str(part) for part in (self.policy, *self.guards))

@@ -100,8 +100,9 @@ def run(graph: Graph, layer: Layer, hidden_NH: Tensor, logits_NE: Tensor, native
         hidden_NH, logits_NE = hidden_NH.expand(2, -1), logits_NE.expand(2, -1)
         native = Routing(native.ids_NK.expand(2, -1), native.weights_NK.expand(2, -1))
     *routing, values_F = graph(*_arguments(layer, hidden_NH, logits_NE, native, rows))
-    of_rows: list[Any] = [None if tensor is None else tensor[:count] for tensor in routing]
-    return Routing(*of_rows), values_F
+    if count == 1:
+        routing = [None if tensor is None else tensor[:1] for tensor in routing]
+    return Routing(*routing), values_F
 
 
 def _arguments(

@@ -15,7 +15,6 @@ from torch import Tensor
 from carpool.counters import Counters, measured
 from carpool.errors import CarpoolError
 from carpool.grammar import Plan
-from carpool.guards import MinBatch
 from carpool.hosts.vllm import compiled, supplement
 from carpool.hosts.vllm.knobs import Knobs
 from carpool.hosts.vllm.rows import Rows
@@ -96,7 +95,7 @@ class Layer:
                 f"{self.name}: the router sees {len(logits_NE)} rows of a forward pass of {rows.expected} "
                 "(sequence parallelism, micro-batches or gathered rows); this set-up is not supported"
             )
-        if not (step.graphs or (step.enabled and rows.sharing >= self.least)):
+        if not (step.graphs or (step.enabled and rows.sharing >= self.plan.least_voters)):
             return native
         if self.graph is not None and step.observer is None:
             done = compiled.run(self.graph, self, hidden_NH, logits_NE, native, rows)
@@ -147,13 +146,6 @@ class Layer:
     def surrogate_bytes(self) -> int:
         """Of one expert's surrogate, on this rank; 0 without any."""
         return 0 if self.resident is None else self.resident.bytes
-
-    @property
-    def least(self) -> int:
-        """Rows to share below which the plan changes nothing, so that it need not run."""
-        if self.plan.policy.kind == "token":
-            return 1
-        return max([1, *(guard.voters for guard in self.plan.guards if isinstance(guard, MinBatch))])
 
     @staticmethod
     def _contiguous(outcome: Outcome, native: Routing, skipped_NK: Tensor) -> Routing:
