@@ -84,7 +84,7 @@ def write_config(geometry: Geometry, layers: int, folder: Path) -> Path:
 
     given = geometry.config | {
         "vocab_size": VOCABULARY, "hidden_size": geometry.hidden, "num_hidden_layers": layers,
-        "num_experts_per_tok": geometry.top_k, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+        "num_experts_per_tok": geometry.top_k, "max_position_embeddings": 8192, "tie_word_embeddings": False,
     }  # fmt: skip
     if geometry.family == "gpt_oss":
         given["layer_types"] = ["full_attention"] * layers

@@ -43,6 +43,7 @@ METHODS = (  # all but `surrogate`, which has a run of its own, and the one that
     "allow_list(size={quarter})", "top_p(p=0.15)", "tail_mass(beta=0.6)", "layer_threshold(tau=0.03)", "topk(k=4)",
     "random(budget={quarter})",
 )  # fmt: skip
+PROMPT = 16  # tokens
 WARM = 12  # untimed steps in which unions are counted and compared
 
 
@@ -73,9 +74,11 @@ def run_cells(options: argparse.Namespace) -> None:
     geometry = GEOMETRIES[options.geometry]
     layers = options.layers or geometry.layers
     carpool = {"policy": FULL, "isolation": "batch", "compile": not options.eager}
+    length = steps_of_a_cell(options)
     llm = start(
-        geometry, layers, options.dtype, additional_config={"carpool": carpool}, max_num_seqs=max(options.batch)
-    )
+        geometry, layers, options.dtype, additional_config={"carpool": carpool}, max_num_seqs=max(options.batch),
+        max_model_len=length, kv_cache_memory_bytes=length << 20,
+    )  # fmt: skip
     for batch in options.batch:
         content = load(options.output)
         name = key(options, threads, batch)
@@ -102,7 +105,7 @@ def measure(
     llm: Any, batch: int, options: argparse.Namespace, bandwidth: float, bytes_per_expert: int
 ) -> dict[str, Any]:
     """One cell: checks first, then interleaved blocks."""
-    engine = Engine(llm, batch, SEED, compile=not options.eager)
+    engine = Engine(llm, batch, SEED, PROMPT, compile=not options.eager)
     geometry, layers = GEOMETRIES[options.geometry], len(engine.routers)
     surrogate = layers * engine.give_statistics(options.surrogates if foreseeing(options) else 0)
     failed: list[str] = []
@@ -146,6 +149,13 @@ def measure(
         "load_after": os.getloadavg()[0],
         "states": summarise(states, batch * options.steps, options.steps, bandwidth, bytes_per_expert, surrogate),
     }
+
+
+def steps_of_a_cell(options: argparse.Namespace) -> int:
+    """At most, prompts included."""
+    states = 3 * len(options.policy) + 3
+    checks = (len(options.policy) + 3) * (WARM + 1)
+    return max(1024, states * options.rounds * options.steps + checks + max(options.batch) + PROMPT)
 
 
 def foreseeing(options: argparse.Namespace) -> bool:

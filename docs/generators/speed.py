@@ -32,6 +32,9 @@ def blocks() -> list[Block]:
     if decode is not None:
         made.append(Block("README.md", "speed table", readme(decode)))
         made.append(Block("docs/vllm.md", "decode table", everything(decode)))
+    each = load("vllm-decode-methods.json")
+    if each is not None:
+        made.append(Block("docs/vllm.md", "methods decode table", methods(each)))
     foreseen = load("vllm-decode-surrogates.json")
     if foreseen is not None:
         made.append(Block("docs/vllm.md", "surrogates decode table", surrogates(foreseen)))
@@ -113,6 +116,34 @@ def everything(content: dict[str, Any]) -> str:
         failed = [f"\n{' '.join(_place(cell))}: no speeds, {cell['failed']}.\n" for cell in found if cell["failed"]]
         parts.append(f"{where(content, found[0])}\n\n{rows(ALL_HEADS, lines)}{''.join(failed)}")
     return "\n".join(parts)
+
+
+def methods(content: dict[str, Any]) -> str:
+    """A line a policy; the numbers of threads side by side."""
+    found = [cell for cell in cells(content) if not cell["failed"]]
+    if not found:
+        return "No cell passed its checks.\n"
+    heads = ["policy", ">experts read a layer and step"]
+    for cell in found:
+        threads = f"{cell['threads']} thread{'s' * (cell['threads'] > 1)}"
+        heads += [f">{threads}: tokens/s", ">of stock", ">of random sets", ">of the same ids"]
+    named = [dict(states(cell)) for cell in found]
+    lines = [
+        [_name(name), f"{named[0][name]['union']:.1f}"]
+        + [text for one in named for text in _speeds(one.get(name))]
+        for name in named[0]
+    ]  # fmt: skip
+    numbers = "Statistics are random numbers: they show speed only."
+    idle = ", ".join(f"`{text}`" for text in found[0]["idle"])
+    return f"{where(content, found[0])} {numbers}\n\n{rows(heads, lines)}" + (
+        f"\nWithout effect on these weights, and so not timed: {idle}.\n" if idle else ""
+    )
+
+
+def _speeds(row: dict[str, Any] | None) -> list[str]:
+    if row is None:
+        return [""] * 4
+    return [f"{row['tokens_per_second']:.1f}", *(_ratio(row, other) for other in ("stock", "ideal", "replayed"))]
 
 
 def surrogates(content: dict[str, Any]) -> str:
