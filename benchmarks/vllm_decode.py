@@ -77,7 +77,7 @@ def run_cells(options: argparse.Namespace) -> None:
     length = steps_of_a_cell(options)
     llm = start(
         geometry, layers, options.dtype, additional_config={"carpool": carpool}, max_num_seqs=max(options.batch),
-        max_model_len=length, kv_cache_memory_bytes=length << 20,
+        max_model_len=length, kv_cache_memory_bytes=length << 21,
     )  # fmt: skip
     for batch in options.batch:
         content = load(options.output)
