@@ -33,8 +33,8 @@ from rich.progress import track
 from torch import Tensor
 
 from carpool import Batch, Outcome, parse
+from carpool.artefacts.files import require_writable, write_text
 from carpool.evaluate.lockstep import compare
-from carpool.files import require_writable, write_text
 from carpool.hosts.transformers import share
 
 POLICIES = (

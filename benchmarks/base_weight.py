@@ -15,15 +15,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from carpool.batch import Grouping
+from carpool.artefacts.files import write_text
+from carpool.artefacts.texts import load_texts
 from carpool.cli.common import embedded_texts, load, model_facts, progress
 from carpool.evaluate.metrics import Result
-from carpool.evaluate.report import provenance, text_facts
+from carpool.evaluate.results import provenance, text_facts
 from carpool.evaluate.study import Settings, require_possible, sequences_for, study
-from carpool.files import write_text
-from carpool.grammar import Plan
+from carpool.plans.grammar import Plan
 from carpool.policies import BASE, Inputs
-from carpool.texts import load_texts
+from carpool.routing.batch import Grouping
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from carpool.batch import Grouping
+from carpool.artefacts.files import write_text
+from carpool.artefacts.texts import load_texts
 from carpool.cli.block_diffusion import diffusion_model
 from carpool.cli.common import embedded_texts, load, model_facts
 from carpool.diffusion import Decoding
 from carpool.evaluate.block_study import BlockSettings, as_dict, combined, prompts_of
 from carpool.evaluate.denoising import Denoised, denoise
 from carpool.evaluate.generations import decode
-from carpool.evaluate.report import provenance, text_facts
+from carpool.evaluate.results import provenance, text_facts
 from carpool.evaluate.sequences import draw
 from carpool.evaluate.study import describe
-from carpool.files import write_text
-from carpool.grammar import parse
-from carpool.texts import load_texts
+from carpool.plans.grammar import parse
+from carpool.routing.batch import Grouping
 
 PROMPT, NEW = 32, 32
 TEXTS = 48  # sequences of held-out text that are denoised in each cell

@@ -33,9 +33,9 @@ from torch import Tensor
 from vllm_rounds import paired
 
 import carpool
-from carpool.batch import Batch
-from carpool.files import write_text
+from carpool.artefacts.files import write_text
 from carpool.hosts.transformers import attach
+from carpool.routing.batch import Batch
 
 SEED = 0
 POLICIES = ("des_seq(k0=3)", "des_seq(k0=2)", "des_vote(size=38)", "des_vote(size=25)")

@@ -23,20 +23,20 @@ from typing import Any
 
 from rich.progress import Progress
 
-from carpool.batch import Grouping
+from carpool.artefacts.files import write_text
+from carpool.artefacts.texts import load_texts
 from carpool.cli.common import embedded_texts
 from carpool.diffusion import Decoding
 from carpool.diffusion.team import Team, TeamCold
 from carpool.evaluate.block_study import prompts_of
 from carpool.evaluate.decoded import Decoded, metrics
 from carpool.evaluate.generations import Generated, decode
-from carpool.evaluate.report import provenance, text_facts
+from carpool.evaluate.results import provenance, text_facts
 from carpool.evaluate.sequences import draw
 from carpool.evaluate.study import describe
-from carpool.files import write_text
-from carpool.grammar import parse
 from carpool.hosts.transformers import fingerprint, load_model
-from carpool.texts import load_texts
+from carpool.plans.grammar import parse
+from carpool.routing.batch import Grouping
 
 Given = Callable[[], dict[str, Any]]
 SEED = 0

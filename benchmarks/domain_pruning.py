@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from carpool import parse
-from carpool.batch import Grouping
+from carpool.artefacts.files import sha256_file, write_text
+from carpool.artefacts.statistics import Statistics
+from carpool.artefacts.texts import Document, load_texts
 from carpool.calibrate import calibrate, token_sequences
 from carpool.cli.common import progress
-from carpool.evaluate.report import provenance
+from carpool.evaluate.results import provenance
 from carpool.evaluate.study import Settings, require_possible, sequences_for, study
-from carpool.files import sha256_file, write_text
 from carpool.hosts.transformers import find_layers, fingerprint, load_model
-from carpool.stats import Statistics
-from carpool.texts import Document, load_texts
+from carpool.routing.batch import Grouping
 
 ALL = "all"
 CRITERIA = ("easy_ep", "frequency", "random")

@@ -21,8 +21,8 @@ from rich.progress import track
 from torch import Tensor
 
 from carpool import Batch, RouteSpec, parse, route
-from carpool.evaluate.report import provenance
-from carpool.files import write_text
+from carpool.artefacts.files import write_text
+from carpool.evaluate.results import provenance
 
 DEVICES = (2, 4, 8, 16, 32)
 SHARES = (0.25, 0.5)  # of a device's experts
@@ -36,9 +36,9 @@ def simulated(rows: int, num_experts: int, generator: torch.Generator) -> Tensor
 def recorded(model_path: str | None, texts: list[Path], tokens: int) -> tuple[list[Tensor], RouteSpec, str]:
     """Router logits `[N, E]` of every layer over text of all files, the first layer's routing rule, and the model's
     fingerprint."""
+    from carpool.artefacts.texts import load_texts
     from carpool.calibrate import token_sequences
     from carpool.hosts.transformers import find_layers, fingerprint, load_model
-    from carpool.texts import load_texts
 
     model, tokenizer = load_model(model_path)
     layers = find_layers(model)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from family_matrix import NAMES, measure
 
-from carpool.files import write_text
+from carpool.artefacts.files import write_text
 from carpool.hosts.transformers.refused import REFUSED
 
 RESULTS = ROOT / "docs/results/families.json"

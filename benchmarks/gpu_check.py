@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from carpool.files import write_text
+from carpool.artefacts.files import write_text
 
 NO_GPU = "gpu-check: this machine has no CUDA GPU that torch can see, so nothing was checked"
 FULL = "xshare(budget=1.0)"
@@ -107,12 +107,12 @@ def throughput(options: argparse.Namespace) -> Result:
 
 def quality(options: argparse.Namespace) -> Result:
     """Lockstep evaluation on transformers, on the same device."""
-    from carpool.batch import Grouping
-    from carpool.evaluate.report import as_dict
+    from carpool.artefacts.texts import load_texts
+    from carpool.evaluate.results import as_dict
     from carpool.evaluate.study import Settings, sequences_for, study
-    from carpool.grammar import parse
     from carpool.hosts.transformers import load_model
-    from carpool.texts import load_texts
+    from carpool.plans.grammar import parse
+    from carpool.routing.batch import Grouping
     from carpool_demo import TEXTS
 
     model, tokenizer = load_model(options.quality_model, device_map=options.device)

@@ -30,10 +30,10 @@ from rich.progress import track
 from torch import Tensor
 
 from carpool import Batch, Outcome, parse
-from carpool.batch import Grouping
+from carpool.artefacts.files import write_text
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.lockstep import forward
-from carpool.files import write_text
+from carpool.routing.batch import Grouping
 
 Array = np.ndarray[Any, Any]
 RUNS = (  # policy, grouping, rows of a batch

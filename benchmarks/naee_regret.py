@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from carpool import Batch, RouteSpec, parse, route
+from carpool.artefacts.files import write_text
 from carpool.calibrate.capture import Experts, Seen, calm, capture
 from carpool.calibrate.easy_ep import EasyEP
-from carpool.files import write_text
 
 RANKINGS = ("easy_ep", "gate", "frequency")
 
@@ -116,10 +116,10 @@ def trained_layers(model: Any, ids_BT: Tensor, experts: int, tokens: int) -> Ite
 def main() -> None:
     from rich.progress import track
 
+    from carpool.artefacts.texts import load_texts
     from carpool.calibrate import token_sequences
-    from carpool.evaluate.report import provenance
+    from carpool.evaluate.results import provenance
     from carpool.hosts.transformers import fingerprint, load_model
-    from carpool.texts import load_texts
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a transformers model; default: the reference model")

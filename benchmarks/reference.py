@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from carpool import Batch, Outcome, parse, route
-from carpool.batch import Grouping
+from carpool.artefacts.texts import load_texts
 from carpool.cli.app import app  # noqa: F401 - the commands import each other through it
 from carpool.cli.common import embedded_texts, load, model_facts
 from carpool.evaluate.layout import Layout
-from carpool.evaluate.report import provenance, text_facts
+from carpool.evaluate.results import provenance, text_facts
 from carpool.evaluate.sequences import Sequences, draw
 from carpool.evaluate.study import describe
-from carpool.grammar import Plan
 from carpool.hosts.transformers import find_layers
 from carpool.hosts.transformers.plans import prepare
-from carpool.policy_file import PolicyFile
-from carpool.texts import load_texts
+from carpool.plans.grammar import Plan
+from carpool.plans.policy_file import PolicyFile
+from carpool.routing.batch import Grouping
 
 
 @dataclass(frozen=True, eq=False)

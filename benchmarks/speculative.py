@@ -28,7 +28,7 @@ from engines import machine, set_environment
 from vllm_rounds import paired
 from vllm_states import Hooks
 
-from carpool.files import sha256_file, write_text
+from carpool.artefacts.files import sha256_file, write_text
 
 BUDGETS = ((12, 6), (20, 10), (32, 16))  # of the batch, of each request; the model has 64 experts, 8 a token
 FULL = "xshare(budget=1.0)"

@@ -18,17 +18,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from carpool.batch import Grouping
+from carpool.artefacts.files import write_text
+from carpool.artefacts.texts import load_texts
 from carpool.cli.common import embedded_texts, load, model_facts
 from carpool.errors import CarpoolError
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.measure import measure
-from carpool.evaluate.report import provenance, text_facts
+from carpool.evaluate.results import provenance, text_facts
 from carpool.evaluate.sequences import draw
 from carpool.evaluate.study import describe
-from carpool.files import write_text
-from carpool.policy_file import PolicyFile
-from carpool.texts import load_texts
+from carpool.plans.policy_file import PolicyFile
+from carpool.routing.batch import Grouping
 
 LEADERBOARD = Path(__file__).parent.parent / "leaderboard"
 sys.path.insert(0, str(LEADERBOARD))

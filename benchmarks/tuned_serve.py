@@ -28,12 +28,12 @@ import numpy as np
 from engines import machine, set_environment
 from vllm_rounds import paired
 
+from carpool.artefacts.files import sha256_file, write_text
+from carpool.artefacts.texts import load_texts
 from carpool.cli.common import embedded_texts, open_model
 from carpool.errors import CarpoolError
 from carpool.evaluate.sequences import draw
-from carpool.files import sha256_file, write_text
-from carpool.policy_file import PolicyFile
-from carpool.texts import load_texts
+from carpool.plans.policy_file import PolicyFile
 
 SEED = 0
 STATES = ("stock", "tuned")

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import vllm_models as tiny
 from vllm_coverage import Case, cases, measure
 
-from carpool.files import write_text
+from carpool.artefacts.files import write_text
 
 RESULTS = ROOT / "docs/results/vllm-coverage.json"
 NAMES = ("family", "storage", "parallel")

@@ -34,7 +34,7 @@ from engines import GEOMETRIES, as_json, machine, read_bandwidth, start
 from vllm_rounds import SEED, Ideal, Policy, State, interleave, summarise
 from vllm_states import Engine, union
 
-from carpool.files import write_text
+from carpool.artefacts.files import write_text
 
 FULL = "xshare(budget=1.0)"  # the whole plugin, and nothing shared
 METHODS = (  # all but `surrogate`, which has a run of its own, and the one that needs devices

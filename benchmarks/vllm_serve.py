@@ -26,7 +26,7 @@ from typing import Any
 
 from engines import GEOMETRIES, VOCABULARY, Geometry, machine, set_environment, write_config
 
-from carpool.files import write_text
+from carpool.artefacts.files import write_text
 
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 KEPT = ("output_throughput", "request_throughput", "mean_ttft_ms", "mean_tpot_ms", "p99_tpot_ms", "completed")

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from carpool.experts.surrogates import NAMES, SCALES
 from carpool.hosts.vllm import compiled
 from carpool.hosts.vllm.supplement import hook
-from carpool.routing import Routing
-from carpool.surrogates import NAMES, SCALES
+from carpool.routing.spec import Routing
 
 Ids = list[list[Tensor]]  # of some steps, of each layer: int32 [N, K]
 

@@ -19,17 +19,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from carpool.batch import Grouping
+from carpool.artefacts.files import sha256_file, write_text
+from carpool.artefacts.statistics import Statistics
+from carpool.artefacts.texts import Document, load_texts
 from carpool.cli.common import embedded_texts, load, model_facts, shipped_statistics
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.measure import Measured, measure
-from carpool.evaluate.report import provenance, text_facts
+from carpool.evaluate.results import provenance, text_facts
 from carpool.evaluate.sequences import draw
 from carpool.evaluate.study import describe
-from carpool.files import sha256_file, write_text
-from carpool.grammar import Plan, parse
-from carpool.stats import Statistics
-from carpool.texts import Document, load_texts
+from carpool.plans.grammar import Plan, parse
+from carpool.routing.batch import Grouping
 
 HERE = Path(__file__).parent
 MIXED = "all"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carpool.batch import Batch
+from carpool.routing.batch import Batch
 
 
 def block_causal(length: int, block: int, dtype: torch.dtype) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 from tiny_models import FAMILIES, MORE, VARIANTS, tiny_model, tokens
 
 import carpool
-from carpool.conformance import compare
 from carpool.hosts.transformers import MoELayer, attach
-from carpool.routing import RouteSpec, Routing
+from carpool.routing.conformance import compare
+from carpool.routing.spec import RouteSpec, Routing
 
 NAMES = sorted([*FAMILIES, *MORE, *VARIANTS])
 BUDGET = 3

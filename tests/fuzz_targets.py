@@ -17,9 +17,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from carpool import Batch, CarpoolError, RouteSpec, parse, route
+from carpool.artefacts.statistics import Statistics
 from carpool.hosts.vllm.settings import Settings
-from carpool.policy_file import PolicyFile
-from carpool.stats import Statistics
+from carpool.plans.policy_file import PolicyFile
 
 VALID = [text for row in ROWS for text in row.texts(16, 4)]
 GUARDS = ["floor(0.3)", "min_batch(2)", "decode_only", "short_circuit", "protect([3, 7])"]

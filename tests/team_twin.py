@@ -9,8 +9,8 @@ import torch
 from diffusion_twins import block_causal
 from torch import Tensor
 
-from carpool.batch import Batch
 from carpool.hosts.transformers import find_layers
+from carpool.routing.batch import Batch
 
 
 @dataclass

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from lockstep_tools import small_model
 
 from carpool import CarpoolError, parse, share
-from carpool.batch import Grouping
 from carpool.evaluate.answers import Question, deal, score
 from carpool.evaluate.check import in_float64
+from carpool.routing.batch import Grouping
 
 MODEL = small_model()
 BATCH = Grouping.parse("batch")

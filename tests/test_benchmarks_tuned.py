@@ -14,17 +14,17 @@ from lockstep_tools import NumberTokenizer, small_model, write_texts
 from test_benchmarks_vllm import script
 
 from carpool import parse
-from carpool.batch import Grouping
+from carpool.artefacts.texts import load_texts
 from carpool.cli.common import model_facts
 from carpool.errors import CarpoolError
 from carpool.evaluate.bootstrap import Estimate
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.measure import measure
-from carpool.evaluate.report import text_facts
+from carpool.evaluate.results import text_facts
 from carpool.evaluate.sequences import draw
 from carpool.evaluate.study import describe
-from carpool.policy_file import PolicyFile
-from carpool.texts import load_texts
+from carpool.plans.policy_file import PolicyFile
+from carpool.routing.batch import Grouping
 
 ROOT = Path(__file__).parent.parent
 HEAD = {"target": {"max_kl": 0.2}, "batch": 4, "group": "batch", "sequence": 9, "prefill": 3}

@@ -10,10 +10,10 @@ from tiny_models import tiny_model
 from typer.testing import CliRunner
 
 from carpool import CarpoolError
+from carpool.artefacts.statistics import SIMILARITIES, Statistics
+from carpool.artefacts.texts import Document
 from carpool.calibrate import token_sequences
 from carpool.cli.app import app
-from carpool.stats import SIMILARITIES, Statistics
-from carpool.texts import Document
 
 
 class Words:

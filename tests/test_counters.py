@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policies_under_test import ROWS
 
-from carpool.counters import FIELDS, Counters, totals
+from carpool.plans.counters import FIELDS, Counters, totals
 
 OEA = next(row for row in ROWS if row.name == "oea")
 

@@ -21,8 +21,8 @@ from carpool import CarpoolError, Grouping
 from carpool.doctor import diagnose
 from carpool.hosts.transformers import attach, find_layers
 from carpool.hosts.transformers.denoising import watch
+from carpool.hosts.transformers.forward_rows import RowRules, build_batch
 from carpool.hosts.transformers.loading import open_model
-from carpool.hosts.transformers.rows import RowRules, build_batch
 
 CANVAS, EXPERTS, TOP_K = 8, 8, 2
 PAD, EOS = 0, 2

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from carpool.cli.app import app
 from carpool.doctor import diagnose
 from carpool.errors import CarpoolError
-from carpool.grammar import parse
+from carpool.plans.grammar import parse
 
 QWEN3_30B = {
     "model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048, "moe_intermediate_size": 768,

@@ -11,8 +11,8 @@ from carpool.cli import demo as demo_command
 from carpool.cli import evaluate as evaluate_command
 from carpool.cli.app import app
 from carpool.evaluate import series
-from carpool.grammar import parse
-from carpool.policy_file import PolicyFile
+from carpool.plans.grammar import parse
+from carpool.plans.policy_file import PolicyFile
 
 NUMBERS = {"batch": 4, "group": "batch", "sequence": 9, "prefill": 3, "batches": 2, "seed": 0}
 SMALL = ["--batch", "2,4", "--batches", "2", "--sequence", "9", "--prefill", "3"]

@@ -6,11 +6,11 @@ import pytest
 import torch
 from lockstep_tools import NumberTokenizer, noise, small_model
 
-from carpool.batch import Grouping
 from carpool.evaluate import lockstep
 from carpool.evaluate.details import BINS, CONTEXT, WORST
 from carpool.evaluate.study import Settings, describe, sequences_for, study
-from carpool.grammar import parse
+from carpool.plans.grammar import parse
+from carpool.routing.batch import Grouping
 
 MODEL = small_model()
 TEXTS = [noise(domain, 120, seed) for seed, domain in enumerate(("a", "b", "a", "b"))]

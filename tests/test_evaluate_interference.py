@@ -12,12 +12,12 @@ from lockstep_tools import NumberTokenizer, opening, small_model, write_texts
 from typer.testing import CliRunner
 
 from carpool import CarpoolError, parse
-from carpool.batch import Grouping
 from carpool.cli.app import app
 from carpool.evaluate.interference import EDGES, Spread, interference
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.sequences import Sequences
 from carpool.evaluate.study import describe
+from carpool.routing.batch import Grouping
 
 POLICIES = ("xshare(budget=3)", "xshare(budget=3) | floor(0.2)", "topk(k=1)", "xshare(budget=8)")
 SMALL = ["--batch", "4", "--batches", "2", "--sequence", "9", "--prefill", "3", "--co-batches", "3"]

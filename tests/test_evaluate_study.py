@@ -5,11 +5,11 @@ import pytest
 import torch
 from lockstep_tools import NumberTokenizer, noise, small_model
 
-from carpool.batch import Grouping
 from carpool.errors import CarpoolError
 from carpool.evaluate import lockstep
 from carpool.evaluate.study import Settings, describe, require_possible, sequences_for, study
-from carpool.grammar import parse
+from carpool.plans.grammar import parse
+from carpool.routing.batch import Grouping
 
 MODEL = small_model()
 TEXTS = [noise(domain, 90, seed) for seed, domain in enumerate(("a", "b", "a", "b"))]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from fuzz_targets import TARGETS
-from test_stats import statistics
+from test_statistics import statistics
 
 from carpool import CarpoolError, parse
 

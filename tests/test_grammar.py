@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from policies_under_test import ROWS, Row
 
 from carpool import CarpoolError, Grouping, Plan, parse
-from carpool.guards import DecodeOnly, Floor, MinBatch, Protect, ShortCircuit
+from carpool.plans.guards import DecodeOnly, Floor, MinBatch, Protect, ShortCircuit
 from carpool.policies import OEA, XShare
 
 

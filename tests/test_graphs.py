@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from carpool import RouteSpec, Routing, parse, route
-from carpool.pipeline import decide, scored
+from carpool.plans.pipeline import decide, scored
 
 every_policy = pytest.mark.parametrize("row", ROWS, ids=repr)
 E, K, N = 16, 4, 6

@@ -16,7 +16,7 @@ from policies_under_test import ROWS, Row
 from torch import Tensor
 
 from carpool import Batch, Outcome, RouteSpec, parse, route
-from carpool.hosts.vllm.rows import Requests, Rows
+from carpool.hosts.vllm.step_rows import Requests, Rows
 from carpool.policies import policy_class
 
 EXPERTS, TOP_K = 12, 3
@@ -44,8 +44,8 @@ def test_prompts_of_other_requests_are_not_heard(text: str, seed: int) -> None:
 @functools.cache
 def captured() -> Tensor:
     """Router logits of the reference model on its texts, `[layers * rows, E]`."""
+    from carpool.artefacts.texts import load_texts
     from carpool.hosts.transformers import find_layers, load_model
-    from carpool.texts import load_texts
 
     model, tokenizer = load_model(str(REFERENCE / "model"))
     texts = load_texts(sorted((REFERENCE / "texts").glob("*.jsonl")))

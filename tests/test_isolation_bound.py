@@ -14,7 +14,7 @@ from policies_under_test import ROWS, Row
 from torch import Tensor
 
 from carpool import Batch, Plan, RouteSpec, Routing, parse, route
-from carpool.guards import Floor
+from carpool.plans.guards import Floor
 
 
 def dense(routing: Routing, experts: int) -> Tensor:

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from carpool import CarpoolError, parse
-from carpool.batch import Grouping
 from carpool.cli.app import app
 from carpool.evaluate.answers import Question, deal, score
+from carpool.routing.batch import Grouping
 
 os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_EVALUATE_OFFLINE"] = "1"  # read when the harness is imported
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra")

@@ -3,7 +3,7 @@
 import pytest
 
 from carpool import CarpoolError
-from carpool.texts import Document, load_texts
+from carpool.artefacts.texts import Document, load_texts
 
 
 @pytest.mark.parametrize(

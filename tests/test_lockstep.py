@@ -8,12 +8,12 @@ import torch
 from lockstep_tools import VOCABULARY, small_model
 from tiny_models import tiny_model, tokens
 
-from carpool.batch import Grouping
 from carpool.errors import CarpoolError
 from carpool.evaluate import check, lockstep
 from carpool.evaluate.check import check_lockstep, in_float64
 from carpool.evaluate.layout import Layout
-from carpool.grammar import parse
+from carpool.plans.grammar import parse
+from carpool.routing.batch import Grouping
 
 REFERENCE = Path(__file__).parents[1] / "demo/src/carpool_demo/model"
 POLICIES = (

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from carpool.errors import CarpoolError
-from carpool.grammar import parse
-from carpool.policy_file import PolicyFile
+from carpool.plans.grammar import parse
+from carpool.plans.policy_file import PolicyFile
 
 
 def write(folder: Path, **content) -> Path:

@@ -17,7 +17,7 @@ from carpool.calibrate.sensitivity import sensitivity
 from carpool.calibrate.skipping import find_threshold, skipped_by
 from carpool.cli.app import app
 from carpool.hosts.transformers import find_layers
-from carpool.policy_file import PolicyFile
+from carpool.plans.policy_file import PolicyFile
 
 
 class Numbers(NumberTokenizer):

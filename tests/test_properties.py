@@ -14,7 +14,7 @@ from policies_under_test import ROWS, Row
 from strategies import Case, logits_of
 
 from carpool import Outcome, Plan, RouteSpec, parse
-from carpool.guards import Floor
+from carpool.plans.guards import Floor
 from carpool.policies import Policy, policies
 
 every_policy = pytest.mark.parametrize("row", ROWS, ids=repr)

@@ -9,13 +9,13 @@ import pytest
 from lockstep_tools import NumberTokenizer, noise, small_model
 from typer.testing import CliRunner
 
-from carpool.batch import Grouping
 from carpool.cli.app import app
-from carpool.evaluate import report as results_file
+from carpool.evaluate import results as results_file
 from carpool.evaluate.study import Settings, sequences_for, study
-from carpool.grammar import parse
+from carpool.plans.grammar import parse
 from carpool.report import figures, page
 from carpool.report.load import load, method_of
+from carpool.routing.batch import Grouping
 
 POLICIES = ("oea(k0=1)", "xshare(budget=3)", "xshare(budget=5)", "topk(k=1)")
 EVIL = "</script><b>&"

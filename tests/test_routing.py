@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import cases, specs
 
 from carpool import Batch, CarpoolError, Plan, RouteSpec, parse, route
-from carpool.fixed import MAX_EXPERTS, MAX_ROWS, ordered_int, rank_descending, tie_order, to_fixed, with_ties
+from carpool.routing.exact import MAX_EXPERTS, MAX_ROWS, ordered_int, rank_descending, tie_order, to_fixed, with_ties
 
 
 def by_hand(spec: RouteSpec, logits: list[float]) -> dict[int, float]:

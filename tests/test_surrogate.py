@@ -15,7 +15,7 @@ from test_by_hand import P_NE, coreset
 
 from carpool import Batch, Outcome, RouteSpec, parse, route
 from carpool.errors import CarpoolError
-from carpool.surrogates import Surrogates
+from carpool.experts.surrogates import Surrogates
 
 ROW = next(row for row in ROWS if row.name == "surrogate")
 # expert 0 is foreseen perfectly, expert 4 not at all

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from carpool.calibrate.surrogates import stored
-from carpool.surrogates import NAMES, SCALES, Surrogates, by_pairs, stored_part
+from carpool.calibrate.surrogate_fit import stored
+from carpool.experts.surrogates import NAMES, SCALES, Surrogates, by_pairs, stored_part
 
 HOW = ("int8", "bf16", "fp32")
 

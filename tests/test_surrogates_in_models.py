@@ -13,15 +13,15 @@ from torch import Tensor
 
 import carpool
 from carpool import Batch, CarpoolError, Outcome, parse
-from carpool.batch import Grouping
+from carpool.artefacts.statistics import Statistics
 from carpool.calibrate import calibrate
 from carpool.calibrate.capture import Seen
-from carpool.calibrate.surrogates import RIDGE, SurrogateFit, solve, stored
+from carpool.calibrate.surrogate_fit import RIDGE, SurrogateFit, solve, stored
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.lockstep import LAYER_FIELDS, forward
+from carpool.experts.surrogates import Surrogates
 from carpool.hosts.transformers import attach, find_layers
-from carpool.stats import Statistics
-from carpool.surrogates import Surrogates
+from carpool.routing.batch import Grouping
 
 RANK = 4
 PLAN = "surrogate(budget=2, warmup=0)"

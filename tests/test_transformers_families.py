@@ -18,9 +18,9 @@ from torch import nn
 import carpool
 from carpool import CarpoolError
 from carpool.hosts.transformers import find_layers
-from carpool.hosts.transformers.conformance import check, check_on_random
 from carpool.hosts.transformers.families import RULES, known_families
 from carpool.hosts.transformers.refused import REFUSED as REASONS
+from carpool.hosts.transformers.router_check import check, check_on_random
 
 MATRIX = json.loads((Path(__file__).parent.parent / "docs/results/families.json").read_text())
 PROMISES = ("conforms", "off_identical", "identity_identical", "only_allowed", "weights_add_up", "stock_afterwards")

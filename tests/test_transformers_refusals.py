@@ -40,7 +40,7 @@ def test_a_router_that_does_not_follow_its_rule_is_refused_at_attach(model: Any)
 
 
 def test_statistics_are_used_and_checked(model: Any) -> None:
-    from carpool.stats import Statistics
+    from carpool.artefacts.statistics import Statistics
 
     def similar(best: int) -> dict[str, torch.Tensor]:
         similarity_EE = torch.full((8, 8), 0.1).fill_diagonal_(1.0)

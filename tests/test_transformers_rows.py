@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from carpool import CarpoolError, Grouping
-from carpool.hosts.transformers.rows import RowRules, build_batch, on_device
+from carpool.hosts.transformers.forward_rows import RowRules, build_batch, on_device
 
 PAD = 0
 

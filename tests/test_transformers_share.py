@@ -13,7 +13,7 @@ from tiny_models import tiny_model, tokens
 import carpool
 from carpool import Batch, CarpoolError, Outcome, parse
 from carpool.hosts.transformers import attach, find_layers
-from carpool.policy_file import PolicyFile
+from carpool.plans.policy_file import PolicyFile
 
 TIGHT = "xshare(budget=2, warmup=0)"
 

@@ -8,22 +8,22 @@ import pytest
 from lockstep_tools import NumberTokenizer, noise, opening, small_model
 from typer.testing import CliRunner
 
-from carpool.batch import Grouping
+from carpool.artefacts.texts import Document
 from carpool.cli import tune as tune_command
 from carpool.cli.app import app
 from carpool.errors import CarpoolError
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.study import describe
-from carpool.grammar import parse
 from carpool.hosts.transformers import share
-from carpool.policy_file import PolicyFile
-from carpool.texts import Document
+from carpool.plans.grammar import parse
+from carpool.plans.policy_file import PolicyFile
+from carpool.routing.batch import Grouping
 from carpool.tune import DEFAULT, Target, Trials, family, measurable
 from carpool.tune import search as search_module
 from carpool.tune import trials as trials_module
 from carpool.tune import tune as search_for
 from carpool.tune.allocate import allocations, between
-from carpool.tune.texts import split
+from carpool.tune.split import split
 
 MODEL = small_model()
 LAYOUT = Layout(4, 9, 3, Grouping.parse("batch"))

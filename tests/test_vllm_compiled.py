@@ -11,13 +11,13 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from carpool import RouteSpec, Routing, parse
-from carpool.counters import Counters, measured
 from carpool.hosts.vllm import ahead, compiled
 from carpool.hosts.vllm.compiled import Compiler
 from carpool.hosts.vllm.knobs import Knobs
 from carpool.hosts.vllm.router import Layer, Step
-from carpool.hosts.vllm.rows import Requests, Rows
-from carpool.pipeline import route
+from carpool.hosts.vllm.step_rows import Requests, Rows
+from carpool.plans.counters import Counters, measured
+from carpool.plans.pipeline import route
 
 E, K, H, MAX_REQUESTS = 32, 4, 16, 8
 SPECS = {

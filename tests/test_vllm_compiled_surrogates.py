@@ -9,12 +9,12 @@ from test_vllm_compiled import SPECS, E, H, K, a_layer
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from carpool.calibrate.surrogates import stored
+from carpool.calibrate.surrogate_fit import stored
+from carpool.experts.surrogates import by_pairs
 from carpool.hosts.vllm import compiled
 from carpool.hosts.vllm.compiled import Compiler
-from carpool.hosts.vllm.rows import Requests
+from carpool.hosts.vllm.step_rows import Requests
 from carpool.hosts.vllm.supplement import Resident, supplement
-from carpool.surrogates import by_pairs
 
 
 def check_sum(how: str) -> None:

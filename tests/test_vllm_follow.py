@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from carpool.hosts.vllm.follow import drafter, follow
-from carpool.hosts.vllm.rows import Rows
+from carpool.hosts.vllm.step_rows import Rows
 
 OFF = SimpleNamespace(extra_args={"carpool": "off"})
 ON = SimpleNamespace(extra_args=None)

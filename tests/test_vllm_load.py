@@ -118,7 +118,7 @@ def test_rows_that_are_not_the_batchs_are_refused(shared: Any) -> None:
 
 def statistics(path: Path, gates: list[torch.Tensor]) -> Path:
     """A statistics file with made-up similarities for a model with these gates."""
-    from carpool.stats import SIMILARITIES, Statistics, fingerprint
+    from carpool.artefacts.statistics import SIMILARITIES, Statistics, fingerprint
 
     generator, layers = torch.Generator().manual_seed(0), {}
     for index in range(len(gates)):

@@ -14,7 +14,7 @@ import torch
 import vllm_models as tiny
 
 from carpool import CarpoolError, RouteSpec
-from carpool.hosts.vllm.conformance import check
+from carpool.hosts.vllm.gate_check import check
 from carpool.hosts.vllm.settings import Settings
 from carpool.hosts.vllm.specs import route_spec
 

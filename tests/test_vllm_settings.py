@@ -12,8 +12,8 @@ import vllm_models as tiny
 
 from carpool import CarpoolError, parse
 from carpool.hosts.vllm.knobs import Knobs
-from carpool.hosts.vllm.rows import opted_out, tenant_of
 from carpool.hosts.vllm.settings import Settings
+from carpool.hosts.vllm.step_rows import opted_out, tenant_of
 
 tiny.set_environment()
 pytest.importorskip("vllm", reason="vLLM is an extra")

@@ -16,9 +16,9 @@ from vllm_statistics import RANK, load, statistics
 
 import carpool
 from carpool import CarpoolError, parse
+from carpool.artefacts.statistics import Statistics
 from carpool.hosts.transformers import find_layers, fingerprint
-from carpool.policy_file import PolicyFile
-from carpool.stats import Statistics
+from carpool.plans.policy_file import PolicyFile
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

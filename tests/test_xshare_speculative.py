@@ -10,7 +10,7 @@ from test_by_hand import P_NE, coreset, routed
 
 from carpool import Batch, RouteSpec, parse, route
 from carpool.errors import CarpoolError
-from carpool.pipeline import Outcome
+from carpool.plans.pipeline import Outcome
 
 TWO = {"request_N": torch.tensor([0, 0, 1]), "num_requests": 2}
 

@@ -10,7 +10,7 @@ import torch
 import vllm_models as tiny
 
 from carpool.calibrate import calibrate
-from carpool.calibrate.surrogates import SurrogateFit
+from carpool.calibrate.surrogate_fit import SurrogateFit
 from carpool.hosts.transformers import find_layers
 
 RANK = 4

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from carpool.batch import Batch, Grouping
 from carpool.errors import CarpoolError
-from carpool.grammar import Plan, parse
-from carpool.pipeline import Outcome, route
-from carpool.policy_file import PolicyFile
-from carpool.routing import RouteSpec, Routing
+from carpool.plans.grammar import Plan, parse
+from carpool.plans.pipeline import Outcome, route
+from carpool.plans.policy_file import PolicyFile
+from carpool.routing.batch import Batch, Grouping
+from carpool.routing.spec import RouteSpec, Routing
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from carpool.errors import CarpoolError
-from carpool.routing import RouteSpec
+from carpool.routing.spec import RouteSpec
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from carpool.artefacts.statistics import Statistics, fingerprint
 from carpool.calibrate.capture import Collector, Experts, Layer, Routed, Seen, calm, capture
 from carpool.calibrate.easy_ep import EasyEP
 from carpool.calibrate.energy import Energy
 from carpool.calibrate.similarity import CKA, Similarity
 from carpool.errors import CarpoolError
-from carpool.stats import Statistics, fingerprint
 
 BATCH_TOKENS = 2048  # tokens of one forward pass of the model
 CHUNK_NUMBERS = 1 << 22  # numbers in the expert outputs held at once (32 MB in fp64)

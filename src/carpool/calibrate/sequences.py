@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from carpool.artefacts.statistics import MIN_TOKENS
+from carpool.artefacts.texts import Document
 from carpool.errors import CarpoolError
-from carpool.stats import MIN_TOKENS
-from carpool.texts import Document
 
 PIECE = 8  # characters of a piece of text per token of a sequence
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carpool.batch import Batch
+from carpool.artefacts.statistics import Statistics
 from carpool.calibrate.run import BATCH_TOKENS, require_fitting
+from carpool.calibrate.thresholds import threshold_for
 from carpool.errors import CarpoolError
-from carpool.frontier import threshold_for
-from carpool.grammar import Plan, parse
-from carpool.pipeline import Outcome
-from carpool.stats import Statistics
+from carpool.plans.grammar import Plan, parse
+from carpool.plans.pipeline import Outcome
+from carpool.routing.batch import Batch
 
 STEPS = 200  # of the grid of thresholds
 KNOBS: Mapping[str, str] = {"layer_threshold": "tau", "tail_mass": "beta", "top_p": "p"}

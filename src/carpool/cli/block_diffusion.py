@@ -12,8 +12,8 @@ from carpool.errors import CarpoolError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from carpool.batch import Grouping
-    from carpool.policy_file import AnyPlan
+    from carpool.plans.policy_file import AnyPlan
+    from carpool.routing.batch import Grouping
 
 THRESHOLD = 0.9  # DES's; SDAR and LLaDA2 use 0.85 to 0.95
 TOKENS = 2048
@@ -81,13 +81,13 @@ def evaluate_blocks(
     judge: str | None,
 ) -> None:
     """Measure, print a table for every batch size, write the JSON; raises CarpoolError for bad input."""
+    from carpool.artefacts.files import require_writable
+    from carpool.artefacts.texts import load_texts
     from carpool.diffusion import Decoding
     from carpool.evaluate.block_study import BlockSettings, as_dict, block_study
     from carpool.evaluate.block_table import NOTE, table
-    from carpool.evaluate.report import text_facts, write_rows
+    from carpool.evaluate.results import text_facts, write_rows
     from carpool.evaluate.sequences import draw
-    from carpool.files import require_writable
-    from carpool.texts import load_texts
 
     if json_path is not None:
         require_writable(json_path)

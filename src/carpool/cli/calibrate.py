@@ -14,7 +14,7 @@ from carpool.cli.app import command
 from carpool.cli.common import open_model, progress, require_number
 
 if TYPE_CHECKING:
-    from carpool.stats import Statistics
+    from carpool.artefacts.statistics import Statistics
 
 FEW_TOKENS = 32  # an expert's row of `routed` from fewer tokens is mostly noise
 SHOWN = 12  # experts that a warning names
@@ -48,13 +48,13 @@ def calibrate(
     """Measure how well each expert stands in for each other one, and write it beside its provenance."""
     from dataclasses import replace
 
+    from carpool.artefacts.files import require_writable, sha256_file
+    from carpool.artefacts.texts import load_texts
     from carpool.calibrate import calibrate as run
     from carpool.calibrate import token_sequences
     from carpool.calibrate.sensitivity import sensitivity as measure_sensitivity
-    from carpool.calibrate.surrogates import SurrogateFit
-    from carpool.files import require_writable, sha256_file
+    from carpool.calibrate.surrogate_fit import SurrogateFit
     from carpool.hosts.transformers import find_layers
-    from carpool.texts import load_texts
 
     console = Console()
     require_windows(tokens, sequence, seed)
@@ -91,7 +91,7 @@ def calibrate(
 
 def require_windows(tokens: int, sequence: int, seed: int) -> None:
     """Raises CarpoolError for numbers that no calibration text can be cut by."""
-    from carpool.stats import MIN_TOKENS
+    from carpool.artefacts.statistics import MIN_TOKENS
 
     require_number("--tokens", tokens, MIN_TOKENS)
     require_number("--sequence", sequence, 8)
@@ -102,7 +102,7 @@ def _show(console: Console, stats: Statistics) -> None:
     """A line per layer: coverage, and the median (10th to 90th percentile) of every similarity between experts."""
     import torch
 
-    from carpool.stats import SIMILARITIES
+    from carpool.artefacts.statistics import SIMILARITIES
 
     other_EE = ~torch.eye(stats.num_experts, dtype=torch.bool)
     points = torch.tensor([0.5, 0.1, 0.9])

@@ -25,7 +25,7 @@ from carpool.errors import CarpoolError
 
 if TYPE_CHECKING:
     from carpool.hosts.transformers import MoELayer, Opened
-    from carpool.policy_file import AnyPlan
+    from carpool.plans.policy_file import AnyPlan
 
 REQUIRED = (
     "the reference model and its texts are not installed: pip install 'carpool[demo]', or name a model and --text"
@@ -72,7 +72,7 @@ def load(model: str | None, stats: Path | None, plans: Sequence[AnyPlan] = ()) -
 
 def statistics_of(model: str | None, stats: Path | None) -> Any:
     """The statistics that were named, or those that the reference model brings; None where there are none."""
-    from carpool.stats import Statistics
+    from carpool.artefacts.statistics import Statistics
 
     source = shipped_statistics() if stats is None and model is None else stats
     return None if source is None else Statistics.load(source)

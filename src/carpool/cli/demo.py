@@ -19,16 +19,16 @@ def demo(
     batches: Annotated[int | None, typer.Option(help="Batches to decode; fewer are faster and less certain.")] = None,
 ) -> None:
     """Compare stock and every method on the reference model: a table, a picture, and what they mean."""
-    from carpool.batch import Grouping
+    from carpool.artefacts.files import require_writable
+    from carpool.artefacts.texts import load_texts
     from carpool.evaluate.bootstrap import resample
     from carpool.evaluate.findings import findings
     from carpool.evaluate.plot import plot
-    from carpool.evaluate.report import text_facts, write
+    from carpool.evaluate.results import text_facts, write
     from carpool.evaluate.series import Curve, load_demo
     from carpool.evaluate.study import Settings, require_possible, sequences_for, study
     from carpool.evaluate.table import NOTE, table, wide_console
-    from carpool.files import require_writable
-    from carpool.texts import load_texts
+    from carpool.routing.batch import Grouping
 
     console = wide_console()
     require_number("--batches", batches, 1)

@@ -51,12 +51,12 @@ def diffuse(
     """Denoise the same prompts stock and under a policy, side by side."""
     import torch
 
-    from carpool.batch import Grouping
     from carpool.cli.denoising_view import Film, block_lines, text_of, view
     from carpool.diffusion import Decoding
     from carpool.evaluate.generations import decode_plan
     from carpool.evaluate.study import describe
-    from carpool.grammar import parse
+    from carpool.plans.grammar import parse
+    from carpool.routing.batch import Grouping
 
     console = Console()
     plan, grouping = parse(policy), Grouping.parse(group)

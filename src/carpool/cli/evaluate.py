@@ -84,13 +84,13 @@ def evaluate(
 
     With --decode block-diffusion: denoise blocks of a text, and decode prompts.
     """
-    from carpool.batch import Grouping
-    from carpool.evaluate.report import text_facts, write
+    from carpool.artefacts.files import require_writable
+    from carpool.artefacts.texts import load_texts
+    from carpool.evaluate.results import text_facts, write
     from carpool.evaluate.study import Settings, require_possible, sequences_for, study
     from carpool.evaluate.table import NOTE, table, wide_console
-    from carpool.files import require_writable
-    from carpool.policy_file import PolicyFile, plan_or_file
-    from carpool.texts import load_texts
+    from carpool.plans.policy_file import PolicyFile, plan_or_file
+    from carpool.routing.batch import Grouping
 
     console = wide_console()
     given = {one: plan_or_file(one) for one in policy or []}
@@ -194,9 +194,9 @@ def _check(
     import json
     from dataclasses import asdict
 
+    from carpool.artefacts.files import write_text
     from carpool.evaluate.check import check_lockstep, in_float64
-    from carpool.evaluate.report import provenance
-    from carpool.files import write_text
+    from carpool.evaluate.results import provenance
 
     found: list[Agreement] = []
     runs = [(layout, plan) for layout, _ in settings.layouts() for plan in settings.plans]

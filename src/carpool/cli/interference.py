@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from carpool.artefacts.files import write_text
 from carpool.errors import CarpoolError
-from carpool.files import write_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,7 +97,7 @@ def table(found: Many[Interference]) -> Table:
 def write(path: Path, found: Many[Interference], decode: Callable[[list[int]], str], **facts: Any) -> None:
     """Write the results in one piece; `facts` go beside them."""
     from carpool.evaluate.interference import EDGES, as_dict
-    from carpool.evaluate.report import SCHEMA, provenance
+    from carpool.evaluate.results import SCHEMA, provenance
 
     content = {
         "schema": SCHEMA,

@@ -14,7 +14,7 @@ from carpool.cli.app import command
 @command("policies")
 def list_policies() -> None:
     """List policies (name, parameters, kind, paper) and the guards that may follow one."""
-    from carpool.guards import GUARDS
+    from carpool.plans.guards import GUARDS
     from carpool.policies import policies
 
     console = Console()

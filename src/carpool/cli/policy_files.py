@@ -26,11 +26,11 @@ def allow_list(
     output: Annotated[Path, typer.Option("--output", "-o", help="Policy file to write.")] = Path("policy.json"),
 ) -> None:
     """Write a policy file with the experts that a domain needs, a list for each layer (EASY-EP)."""
+    from carpool.artefacts.files import require_writable
+    from carpool.artefacts.statistics import Statistics
     from carpool.calibrate.skipping import domain_of, fixed_lists
-    from carpool.files import require_writable
+    from carpool.plans.policy_file import Plan, PolicyFile
     from carpool.policies import AllowList
-    from carpool.policy_file import Plan, PolicyFile
-    from carpool.stats import Statistics
 
     console = Console()
     number = _number(size)
@@ -72,12 +72,12 @@ def threshold(
     output: Annotated[Path, typer.Option("--output", "-o", help="Policy file to write.")] = Path("policy.json"),
 ) -> None:
     """Find the threshold that skips a share of the experts' work (MoDES, NAEE, top-p); write a policy file."""
+    from carpool.artefacts.files import require_writable
+    from carpool.artefacts.texts import load_texts
     from carpool.calibrate import token_sequences
     from carpool.calibrate.skipping import STEPS, find_threshold
-    from carpool.files import require_writable
     from carpool.hosts.transformers import fingerprint
-    from carpool.policy_file import PolicyFile
-    from carpool.texts import load_texts
+    from carpool.plans.policy_file import PolicyFile
 
     console = Console()
     require_number("--skip", skip, 0, 1)

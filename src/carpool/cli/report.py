@@ -26,7 +26,7 @@ def report(
     """Show results as one HTML file that needs no network: frontier, layers, domains, worst tokens, comparison."""
     from rich.console import Console
 
-    from carpool.files import require_writable, write_text
+    from carpool.artefacts.files import require_writable, write_text
     from carpool.report.load import load
     from carpool.report.page import page
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from carpool.artefacts.files import atomic_path
 from carpool.cli.app import command
 from carpool.cli.common import embedded_texts, model_facts, open_model, progress, shipped_statistics
 from carpool.cli.evaluate import batch_sizes
 from carpool.errors import CarpoolError
-from carpool.files import atomic_path
 
 if TYPE_CHECKING:
     from carpool.calibrate.sequences import Windows
@@ -58,16 +58,16 @@ def tune(
     device_map: Annotated[str | None, typer.Option(help="Passed on to transformers, such as auto.")] = None,
 ) -> None:
     """Find the policy that reads least within a quality target, verify it on unseen text, write a policy file."""
-    from carpool.batch import Grouping
+    from carpool.artefacts.files import require_writable, sha256_file
+    from carpool.artefacts.statistics import Statistics
+    from carpool.artefacts.texts import load_texts
     from carpool.calibrate import token_sequences
     from carpool.evaluate.study import Settings, describe_layers, sequences_for
-    from carpool.files import require_writable, sha256_file
-    from carpool.policy_file import PolicyFile
-    from carpool.stats import Statistics
-    from carpool.texts import load_texts
+    from carpool.plans.policy_file import PolicyFile
+    from carpool.routing.batch import Grouping
     from carpool.tune import DEFAULT, Target, Trials, family, measurable
     from carpool.tune import tune as search_for
-    from carpool.tune.texts import split
+    from carpool.tune.split import split
 
     console = Console(soft_wrap=True, highlight=False)
     target = Target(max_kl, max_perplexity_ratio, union)
@@ -137,10 +137,10 @@ def tune(
 
 def _calibrate(model: Any, windows: Windows, output: Path, seed: int, data: list[tuple[str, str]]) -> Path:
     """Statistics beside the policy file; those of an interrupted run are taken up."""
+    from carpool.artefacts.statistics import Statistics
     from carpool.calibrate import calibrate
-    from carpool.calibrate.surrogates import SurrogateFit
+    from carpool.calibrate.surrogate_fit import SurrogateFit
     from carpool.hosts.transformers import find_layers, fingerprint
-    from carpool.stats import Statistics
 
     path = output.with_suffix(".safetensors")
     if path.exists():

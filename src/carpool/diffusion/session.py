@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from carpool.diffusion.rows import block_rows
+from carpool.diffusion.block_rows import block_rows
 from carpool.errors import CarpoolError
 
 if TYPE_CHECKING:

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carpool.batch import Batch, Grouping
 from carpool.errors import CarpoolError
 from carpool.evaluate.lockstep import CHUNK, Observer, forward
-from carpool.policy_file import AnyPlan
+from carpool.plans.policy_file import AnyPlan
+from carpool.routing.batch import Batch, Grouping
 
 
 @dataclass(frozen=True)

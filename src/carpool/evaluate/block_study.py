@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from carpool.batch import Grouping
 from carpool.diffusion import Decoding
 from carpool.errors import CarpoolError
 from carpool.evaluate.decoded import Decoded, metrics
@@ -16,10 +15,11 @@ from carpool.evaluate.denoising import BlockLayout, Denoised, denoise
 from carpool.evaluate.generations import Generated, decode
 from carpool.evaluate.measure import explaining_memory
 from carpool.evaluate.metrics import Result, results
-from carpool.evaluate.report import as_dict as result_as_dict
+from carpool.evaluate.results import as_dict as result_as_dict
 from carpool.evaluate.sequences import Sequences
 from carpool.evaluate.study import describe
-from carpool.policy_file import AnyPlan
+from carpool.plans.policy_file import AnyPlan
+from carpool.routing.batch import Grouping
 
 Advance = Callable[[int], None]
 

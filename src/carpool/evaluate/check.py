@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carpool.batch import Batch
 from carpool.evaluate.layout import Layout
-from carpool.pipeline import Outcome
-from carpool.policy_file import AnyPlan, stats_for
+from carpool.plans.pipeline import Outcome
+from carpool.plans.policy_file import AnyPlan, stats_for
+from carpool.routing.batch import Batch
 
 NO_TOKEN = -1  # every row of a text votes, whatever its token
 

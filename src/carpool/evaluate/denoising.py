@@ -25,7 +25,7 @@ from carpool.evaluate.layout import Layout
 from carpool.evaluate.lockstep import LAYER_FIELDS, Watch, compare
 from carpool.evaluate.measure import Measured, MoE
 from carpool.evaluate.sequences import Sequences
-from carpool.policy_file import AnyPlan, stats_for
+from carpool.plans.policy_file import AnyPlan, stats_for
 
 RATIOS = (0.25, 0.5, 0.75, 1.0)  # masked share of a block; each sequence takes them in turn from a random one on
 ROWS_PER_PASS = 4096

@@ -11,9 +11,9 @@ from heapq import nlargest
 import torch
 from torch import Tensor
 
-from carpool.batch import Batch
 from carpool.evaluate.layout import Layout
-from carpool.pipeline import Outcome
+from carpool.plans.pipeline import Outcome
+from carpool.routing.batch import Batch
 
 BINS = 50  # of the histogram of displaced mass, over [0, 1]
 WORST = 10  # rows that are kept

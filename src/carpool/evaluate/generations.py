@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from carpool.batch import Batch
 from carpool.diffusion import Decoding, Generation, Session, generate
 from carpool.errors import CarpoolError
 from carpool.evaluate.bootstrap import Array
 from carpool.evaluate.measure import MoE
-from carpool.pipeline import Outcome
-from carpool.policy_file import AnyPlan, stats_for
+from carpool.plans.pipeline import Outcome
+from carpool.plans.policy_file import AnyPlan, stats_for
+from carpool.routing.batch import Batch
 
 QUARTERS = 4  # the union is also kept by the share of the block that is still masked
 GRAM = 4  # tokens of the runs whose repetition is counted

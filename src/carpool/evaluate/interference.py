@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from carpool.batch import Batch
 from carpool.errors import CarpoolError
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.lockstep import compare, forward
 from carpool.evaluate.measure import LOGITS_PER_PASS, ROWS_PER_PASS, MoE
 from carpool.evaluate.sequences import Sequences
-from carpool.pipeline import Outcome
-from carpool.policy_file import AnyPlan
+from carpool.plans.pipeline import Outcome
+from carpool.plans.policy_file import AnyPlan
+from carpool.routing.batch import Batch
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999, 1.0)
 EDGES = tuple(10.0 ** (half / 2) for half in range(-16, 5))  # nats, of the histograms: 1e-8 to 100, two a decade

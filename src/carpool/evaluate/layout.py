@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from carpool.batch import Batch, Grouping
 from carpool.errors import CarpoolError
+from carpool.routing.batch import Batch, Grouping
 
 
 class Steps(Protocol):

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carpool.batch import Batch
 from carpool.errors import CarpoolError
 from carpool.evaluate.layout import Steps
-from carpool.pipeline import Outcome
-from carpool.policy_file import AnyPlan, stats_for
+from carpool.plans.pipeline import Outcome
+from carpool.plans.policy_file import AnyPlan, stats_for
+from carpool.routing.batch import Batch
 
 CHUNK = 1 << 19  # logits that are compared at a time; 2 MiB in float32 stay in a cache
 Observer = Callable[[int, Batch, Outcome], None]

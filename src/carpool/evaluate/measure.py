@@ -17,10 +17,10 @@ from carpool.evaluate.details import Details
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.lockstep import LAYER_FIELDS, Pass, compare, forward
 from carpool.evaluate.sequences import Sequences
-from carpool.grammar import Plan
-from carpool.guards import MinBatch
+from carpool.plans.grammar import Plan
+from carpool.plans.guards import MinBatch
+from carpool.plans.policy_file import AnyPlan, PolicyFile
 from carpool.policies import TopK
-from carpool.policy_file import AnyPlan, PolicyFile
 
 ROWS_PER_PASS = 4096  # small batches are stacked up to so many rows
 LOGITS_PER_PASS = 1 << 28  # ... and so many logits: 1 GiB in float32

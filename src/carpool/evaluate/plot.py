@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from carpool.artefacts.files import atomic_path
 from carpool.evaluate.findings import HALF, best_at
 from carpool.evaluate.series import Curve
-from carpool.files import atomic_path
 
 # distinct for colour-blind readers too; methods take them in the order they are listed
 COLOURS = (

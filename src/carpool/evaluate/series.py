@@ -13,7 +13,7 @@ import numpy as np
 
 from carpool.evaluate.bootstrap import Array, ratio, ratio_draws
 from carpool.evaluate.metrics import Result
-from carpool.grammar import Plan, parse
+from carpool.plans.grammar import Plan, parse
 
 LEAST_KL = 1e-9  # nats; below what float32 resolves, keeps log KL finite
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from carpool.batch import Grouping
 from carpool.errors import CarpoolError
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.measure import MoE, measure
 from carpool.evaluate.metrics import Result, results
 from carpool.evaluate.sequences import FEWER, Document, Sequences, draw
-from carpool.policy_file import AnyPlan, stats_for
+from carpool.plans.policy_file import AnyPlan, stats_for
+from carpool.routing.batch import Grouping
 
 if TYPE_CHECKING:
     from carpool.hosts.transformers import MoELayer

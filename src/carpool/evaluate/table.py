@@ -10,7 +10,7 @@ from rich.text import Text
 
 from carpool.evaluate.bootstrap import Estimate
 from carpool.evaluate.metrics import Result
-from carpool.policy_file import AnyPlan
+from carpool.plans.policy_file import AnyPlan
 
 CONTROLS = ("topk", "random")
 WIDE = 118  # columns of the terminal from which intervals are shown

@@ -9,7 +9,7 @@ from lm_eval.models.vllm_causallms import VLLM
 
 from carpool.errors import CarpoolError
 from carpool.lm_eval.sums import Sums, by_task, facts, require_no_cache
-from carpool.policy_file import PolicyFile, plan_or_file
+from carpool.plans.policy_file import PolicyFile, plan_or_file
 
 PROMPTS = (
     "log-likelihood tasks score prompts, which vLLM routes natively whatever the policy: run them with the model type "

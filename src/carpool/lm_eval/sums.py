@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import carpool
-from carpool.batch import Batch, Grouping
 from carpool.errors import CarpoolError
-from carpool.pipeline import Outcome
-from carpool.policy_file import AnyPlan, PolicyFile
+from carpool.plans.pipeline import Outcome
+from carpool.plans.policy_file import AnyPlan, PolicyFile
+from carpool.routing.batch import Batch, Grouping
 
 FIELDS = ("rows", "changed_rows", "steps", "experts_read", "experts_natively", "displaced_mass")
 

@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from carpool.fixed import ordered_int, rank_descending, with_ties
 from carpool.policies.base import Inputs, Policy, drop, require, resolve_budget
 from carpool.policies.registry import register
-from carpool.routing import Routing
+from carpool.routing.exact import ordered_int, rank_descending, with_ties
+from carpool.routing.spec import Routing
 
 
 @register

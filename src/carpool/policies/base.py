@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from carpool.batch import Batch
 from carpool.errors import CarpoolError
-from carpool.fixed import ordered_int, rank_descending, to_fixed, with_ties
-from carpool.lazy import lazy_property
-from carpool.routing import RouteSpec, Routing, mask_of
+from carpool.routing.batch import Batch
+from carpool.routing.exact import ordered_int, rank_descending, to_fixed, with_ties
+from carpool.routing.lazy import lazy_property
+from carpool.routing.spec import RouteSpec, Routing, mask_of
 
 NATIVE = 1 << 44  # of a key of preference: the row's router chose the expert
 BLOCKED = 1 << 50  # above every key of preference: what it is taken from comes after all others

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from carpool.policies.base import Inputs, Number, Policy, drop, require, require_count, require_within, resolve_budget
 from carpool.policies.registry import register
-from carpool.routing import Routing
+from carpool.routing.spec import Routing
 
 
 @register

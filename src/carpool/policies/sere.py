@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from carpool.fixed import ordered_int, with_ties
 from carpool.policies.base import Inputs, Policy, merge_duplicates, require, require_count, require_within
 from carpool.policies.registry import register
-from carpool.routing import Routing
+from carpool.routing.exact import ordered_int, with_ties
+from carpool.routing.spec import Routing
 
 METRICS = ("frobenius", "cosine", "cka", "routed")
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from carpool.fixed import to_fixed
 from carpool.policies.base import Inputs, Policy, drop, require
 from carpool.policies.registry import register
-from carpool.routing import Routing
+from carpool.routing.exact import to_fixed
+from carpool.routing.spec import Routing
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class LayerThreshold(Policy):
 
     Parameters:
         tau: threshold on `sensitivity * weight`, 0 or more. Its scale depends on the number of layers and on `K`,
-            so it belongs to one model and one calibration; find it from a target with `carpool.frontier`.
+            so it belongs to one model and one calibration; find it from a target with `carpool.calibrate.thresholds`.
         renormalize: mix what is kept by the model's rule instead of with its native weights (the paper).
 
     Statistics: `sensitivity` (0-d), the layer's share of all layers' sensitivity: the mean KL divergence of the next

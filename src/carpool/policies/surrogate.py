@@ -21,7 +21,7 @@ from carpool.policies.base import (
     resolve_budget,
 )  # fmt: skip
 from carpool.policies.registry import register
-from carpool.routing import Routing
+from carpool.routing.spec import Routing
 
 
 @register
@@ -47,7 +47,7 @@ class Surrogate(Policy):
 
     Statistics: `surrogate_energy [E]`, mean squared length of an expert's output; `surrogate_unexplained [E]`, the
     share of it that the surrogate leaves, both on tokens that the fit did not see. The host reads the surrogates
-    themselves and adds their output beside the experts' (`carpool.surrogates`).
+    themselves and adds their output beside the experts' (`carpool.experts.surrogates`).
 
     Identity: `budget=E` (or 1.0).
     """

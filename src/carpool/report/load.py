@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from carpool.errors import CarpoolError
-from carpool.evaluate.report import SCHEMA
+from carpool.evaluate.results import SCHEMA
 from carpool.evaluate.table import CONTROLS
-from carpool.grammar import parse
+from carpool.plans.grammar import parse
 
 KIND, BLOCKS, INTERFERENCE = "carpool evaluation", "carpool block diffusion", "carpool interference"
 DECODED = ("union", "union_share", "tokens_per_forward", "agreement")  # of block diffusion, always there

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 
 from carpool.errors import CarpoolError
-from carpool.grammar import Plan, parse
+from carpool.plans.grammar import Plan, parse
 from carpool.policies.registry import policies, policy_class
 
 KNOBS = ("budget", "size", "k0", "top", "k")

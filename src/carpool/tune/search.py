@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from carpool.errors import CarpoolError
-from carpool.policy_file import PolicyFile
+from carpool.plans.policy_file import PolicyFile
 from carpool.tune.allocate import allocations, between
 from carpool.tune.families import Family
 from carpool.tune.target import Target

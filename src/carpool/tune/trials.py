@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from carpool.artefacts.files import write_text
 from carpool.errors import CarpoolError
 from carpool.evaluate.bootstrap import estimate, resample
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.lockstep import LAYER_FIELDS, Pass, compare, forward
 from carpool.evaluate.measure import MoE, explaining_memory, passes
 from carpool.evaluate.sequences import Sequences
-from carpool.files import write_text
-from carpool.policy_file import AnyPlan, PolicyFile
+from carpool.plans.policy_file import AnyPlan, PolicyFile
 
 BYTES = LAYER_FIELDS.index("bytes")
 KEPT = 1 << 29  # bytes of stock's logits that are kept from one step of a search to the next

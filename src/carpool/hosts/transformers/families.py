@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from carpool.errors import CarpoolError
-from carpool.routing import RouteSpec, Scoring
+from carpool.routing.spec import RouteSpec, Scoring
 
 Read = str | Callable[[Any], Any]
 """Where a value is: the name of an attribute of the router, or a function of it."""

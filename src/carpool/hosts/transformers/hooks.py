@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from carpool.errors import CarpoolError
-from carpool.hosts.transformers.conformance import check_on_random
 from carpool.hosts.transformers.denoising import watch
 from carpool.hosts.transformers.layers import MoELayer, entrance, find_layers
+from carpool.hosts.transformers.router_check import check_on_random
 
 if TYPE_CHECKING:
     from carpool.hosts.transformers.run import Run

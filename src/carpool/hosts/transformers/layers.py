@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from carpool.errors import CarpoolError
 from carpool.hosts.transformers.families import Rule, rule_of
 from carpool.hosts.transformers.refused import refuse
-from carpool.routing import RouteSpec, Routing
+from carpool.routing.spec import RouteSpec, Routing
 
 ROUTER_NAMES = ("gate", "router")
 
@@ -109,8 +109,8 @@ def entrance(model: nn.Module, layers: list[MoELayer]) -> nn.Module:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """The model's name in artefacts made from it (see `carpool.stats.fingerprint`)."""
-    from carpool.stats import fingerprint as of_routers
+    """The model's name in artefacts made from it (see `carpool.artefacts.statistics.fingerprint`)."""
+    from carpool.artefacts.statistics import fingerprint as of_routers
 
     return of_routers((layer.index, layer.weight_EH) for layer in find_layers(model))
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor, nn
 
 from carpool.errors import CarpoolError
-from carpool.grammar import Plan
+from carpool.experts.surrogates import Surrogates
 from carpool.hosts.transformers.layers import MoELayer, fingerprint
+from carpool.plans.grammar import Plan
+from carpool.plans.policy_file import PolicyFile
 from carpool.policies.base import Policy
-from carpool.policy_file import PolicyFile
-from carpool.surrogates import Surrogates
 
 if TYPE_CHECKING:
-    from carpool.stats import Statistics
+    from carpool.artefacts.statistics import Statistics
 
 
 class Prepared(NamedTuple):
@@ -46,7 +46,7 @@ def prepare(
         plan.check(layer.num_experts, layer.top_k)
     if not any(plan.policy.required_stats() for plan in plans):
         return [Prepared(plan, {}) for plan in plans]
-    from carpool.stats import made_by
+    from carpool.artefacts.statistics import made_by
 
     loaded = _load(model, policies, layers, stats)
     prepared: list[Prepared] = []
@@ -67,7 +67,7 @@ def prepare(
 
 def missing_statistics(policy: Policy) -> CarpoolError:
     """What to say to somebody who gave none."""
-    from carpool.stats import made_by
+    from carpool.artefacts.statistics import made_by
 
     name = policy.required_stats()[0]
     return CarpoolError(
@@ -79,7 +79,7 @@ def missing_statistics(policy: Policy) -> CarpoolError:
 def _load(
     model: nn.Module, policies: PolicyFile, layers: list[MoELayer], stats: str | Path | Statistics | None
 ) -> Statistics:
-    from carpool.stats import Statistics
+    from carpool.artefacts.statistics import Statistics
 
     source = policies.statistics if stats is None else stats
     if source is None:

@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from carpool.batch import Batch, Grouping
-from carpool.counters import Counters, LayerReport
 from carpool.errors import CarpoolError
-from carpool.grammar import Plan, parse
-from carpool.hosts.transformers.conformance import check
+from carpool.hosts.transformers.forward_rows import RowRules, build_batch, on_device
 from carpool.hosts.transformers.hooks import Attachment, attach
 from carpool.hosts.transformers.layers import MoELayer
 from carpool.hosts.transformers.plans import Prepared, prepare
-from carpool.hosts.transformers.rows import RowRules, build_batch, on_device
-from carpool.pipeline import Outcome, route
+from carpool.hosts.transformers.router_check import check
+from carpool.plans.counters import Counters, LayerReport
+from carpool.plans.grammar import Plan, parse
+from carpool.plans.pipeline import Outcome, route
+from carpool.plans.policy_file import PolicyFile
 from carpool.policies.base import Policy
-from carpool.policy_file import PolicyFile
-from carpool.routing import Routing
+from carpool.routing.batch import Batch, Grouping
+from carpool.routing.spec import Routing
 
 if TYPE_CHECKING:
-    from carpool.stats import Statistics
+    from carpool.artefacts.statistics import Statistics
 
 Observer = Callable[[int, Batch, Outcome], None]
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from carpool.batch import Batch
-from carpool.counters import measured
+from carpool.experts.surrogates import pair_factors, pair_sum
 from carpool.hosts.vllm.ahead import compile_ahead
-from carpool.hosts.vllm.rows import Rows
-from carpool.pipeline import decide, scored
-from carpool.routing import RouteSpec, Routing
-from carpool.surrogates import pair_factors, pair_sum
+from carpool.hosts.vllm.step_rows import Rows
+from carpool.plans.counters import measured
+from carpool.plans.pipeline import decide, scored
+from carpool.routing.batch import Batch
+from carpool.routing.spec import RouteSpec, Routing
 
 if TYPE_CHECKING:
     from carpool.hosts.vllm.router import Layer

@@ -6,9 +6,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from carpool.errors import CarpoolError
-from carpool.grammar import parse
 from carpool.hosts.vllm.isolation import require_isolated
 from carpool.hosts.vllm.layers import prepare
+from carpool.plans.grammar import parse
 
 if TYPE_CHECKING:
     from carpool.hosts.vllm.host import Host

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carpool.counters import Counters
 from carpool.errors import CarpoolError
-from carpool.grammar import Plan
+from carpool.experts.surrogates import NAMES
 from carpool.hosts.vllm.compiled import Compiler
 from carpool.hosts.vllm.control import Control
 from carpool.hosts.vllm.follow import drafter, follow
@@ -22,10 +21,11 @@ from carpool.hosts.vllm.knobs import Knobs
 from carpool.hosts.vllm.layers import build_layers
 from carpool.hosts.vllm.metrics import Metrics
 from carpool.hosts.vllm.router import Layer, Step, define_op, shared_class
-from carpool.hosts.vllm.rows import Rows
 from carpool.hosts.vllm.settings import Settings
+from carpool.hosts.vllm.step_rows import Rows
 from carpool.hosts.vllm.supplement import hook
-from carpool.surrogates import NAMES
+from carpool.plans.counters import Counters
+from carpool.plans.grammar import Plan
 
 
 class Host:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from carpool.errors import CarpoolError
-from carpool.grammar import Plan
 from carpool.hosts.vllm.settings import Settings
+from carpool.plans.grammar import Plan
 
 EXACT = (
     ("weight_transfer_config", "a trainer that compares log-probabilities (weight_transfer_config)"),

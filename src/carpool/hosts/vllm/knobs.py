@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from carpool.errors import CarpoolError
-from carpool.grammar import Plan
+from carpool.plans.grammar import Plan
 from carpool.policies.base import resolve_budget
 
 SHARES = ("budget", "size")  # parameters where a float is a share of the experts

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carpool.batch import Batch
+from carpool.artefacts.statistics import Statistics, fingerprint, made_by
 from carpool.errors import CarpoolError
-from carpool.grammar import Plan
-from carpool.hosts.vllm.conformance import check
+from carpool.hosts.vllm.gate_check import check
 from carpool.hosts.vllm.router import Layer, is_shared
 from carpool.hosts.vllm.settings import Settings
 from carpool.hosts.vllm.specs import route_spec
 from carpool.hosts.vllm.supplement import resident
-from carpool.pipeline import route
-from carpool.policy_file import PolicyFile
-from carpool.routing import Routing
-from carpool.stats import Statistics, fingerprint, made_by
+from carpool.plans.grammar import Plan
+from carpool.plans.pipeline import route
+from carpool.plans.policy_file import PolicyFile
+from carpool.routing.batch import Batch
+from carpool.routing.spec import Routing
 
 GATES = ("gate", "router")
 REHEARSED = 8  # rows

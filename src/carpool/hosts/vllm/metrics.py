@@ -6,7 +6,7 @@ import functools
 import time
 from typing import TYPE_CHECKING, Any
 
-from carpool.counters import Counters, LayerReport, totals
+from carpool.plans.counters import Counters, LayerReport, totals
 
 if TYPE_CHECKING:
     from carpool.hosts.vllm.router import Layer

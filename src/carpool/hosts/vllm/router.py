@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carpool.counters import Counters, measured
 from carpool.errors import CarpoolError
-from carpool.grammar import Plan
 from carpool.hosts.vllm import compiled, supplement
 from carpool.hosts.vllm.knobs import Knobs
-from carpool.hosts.vllm.rows import Rows
-from carpool.pipeline import Outcome, route
-from carpool.routing import RouteSpec, Routing
+from carpool.hosts.vllm.step_rows import Rows
+from carpool.plans.counters import Counters, measured
+from carpool.plans.grammar import Plan
+from carpool.plans.pipeline import Outcome, route
+from carpool.routing.spec import RouteSpec, Routing
 
 OP = "vllm_route"
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from carpool.batch import Grouping
 from carpool.errors import CarpoolError
-from carpool.grammar import Plan, parse
+from carpool.plans.grammar import Plan, parse
+from carpool.plans.policy_file import PolicyFile
 from carpool.policies import Policy
-from carpool.policy_file import PolicyFile
+from carpool.routing.batch import Grouping
 
 KEY = "carpool"
 EXAMPLE = '{"carpool": {"policy": "xshare(budget=32)", "isolation": "batch"}}'

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from carpool.errors import CarpoolError
-from carpool.routing import RouteSpec
+from carpool.routing.spec import RouteSpec
 
 EXTERNAL = "vllm.model_executor.models.transformers"  # the Transformers backend's routers only pass ids through
 

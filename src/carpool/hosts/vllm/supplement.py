@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from carpool.errors import CarpoolError
-from carpool.surrogates import NAMES, SCALES, Surrogates, stored_part
+from carpool.experts.surrogates import NAMES, SCALES, Surrogates, stored_part
 
 if TYPE_CHECKING:
     from carpool.hosts.vllm.router import Layer
@@ -30,7 +30,7 @@ class Resident:
 
     Attributes:
         tensors: inner, outer and, for int8, the factors of their rows.
-        sum: the compiled form of `carpool.surrogates.by_pairs`; None where the sum runs operation by operation.
+        sum: the compiled form of `carpool.experts.surrogates.by_pairs`; None where the sum runs operation by operation.
     """
 
     def __init__(self, statistics: Mapping[str, Tensor], rank: int, world: int, device: torch.device) -> None:

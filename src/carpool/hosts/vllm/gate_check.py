@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from carpool.conformance import compare
-from carpool.routing import RouteSpec, Routing
+from carpool.routing.conformance import compare
+from carpool.routing.spec import RouteSpec, Routing
 
 ROWS = 64
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carpool.batch import Batch
-from carpool.pipeline import Outcome
+from carpool.plans.pipeline import Outcome
+from carpool.routing.batch import Batch
 
 FIELDS = (
     "calls", "steps", "rows", "rows_exempt", "rows_changed", "rows_nonfinite",

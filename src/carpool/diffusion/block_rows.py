@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carpool.batch import Batch, Grouping
 from carpool.errors import CarpoolError
-from carpool.hosts.transformers.rows import groups_of
+from carpool.hosts.transformers.forward_rows import groups_of
+from carpool.routing.batch import Batch, Grouping
 
 
 def block_rows(

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from carpool.errors import CarpoolError
-from carpool.guards import GUARDS, DecodeOnly, Floor, Guard, MinBatch, ShortCircuit
+from carpool.plans.guards import GUARDS, DecodeOnly, Floor, Guard, MinBatch, ShortCircuit
 from carpool.policies import Policy, policies
 from carpool.policies.registry import policy_class
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from carpool import CarpoolError
-from carpool.files import atomic_path, read_safetensors, require_writable, write_text
-from carpool.stats import SIMILARITIES, Statistics, _checksum, fingerprint
+from carpool.artefacts.files import atomic_path, read_safetensors, require_writable, write_text
+from carpool.artefacts.statistics import SIMILARITIES, Statistics, _checksum, fingerprint
 
 E, LAYERS = 6, (1, 4)
 

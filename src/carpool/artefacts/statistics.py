@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from carpool.artefacts.files import atomic_path, read_safetensors
 from carpool.errors import CarpoolError
-from carpool.files import atomic_path, read_safetensors
 
 SCHEMA = 1
 MIN_TOKENS = 256

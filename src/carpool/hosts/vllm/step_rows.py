@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from carpool.batch import Batch
+from carpool.routing.batch import Batch
 
 OPT_OUT = "carpool"  # keys in `SamplingParams.extra_args`
 TENANT = "carpool_tenant"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from carpool.conformance import compare
 from carpool.hosts.transformers.layers import MoELayer
-from carpool.routing import Routing
+from carpool.routing.conformance import compare
+from carpool.routing.spec import Routing
 
 ROWS = 64
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from carpool.batch import Batch
-from carpool.grammar import Plan
-from carpool.guards import Floor
-from carpool.lazy import lazy_property
+from carpool.plans.grammar import Plan
+from carpool.plans.guards import Floor
 from carpool.policies.base import Inputs
-from carpool.routing import RouteSpec, Routing, mask_of
+from carpool.routing.batch import Batch
+from carpool.routing.lazy import lazy_property
+from carpool.routing.spec import RouteSpec, Routing, mask_of
 
 TINY = 1e-30  # below every weight that matters; keeps 0 / 0 out
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from carpool.artefacts.files import require_file, sha256_file, write_text
 from carpool.errors import CarpoolError
-from carpool.files import require_file, sha256_file, write_text
-from carpool.grammar import Plan, parse
-from carpool.guards import Floor, Guard
+from carpool.plans.grammar import Plan, parse
+from carpool.plans.guards import Floor, Guard
 from carpool.policies import Policy
 
 SCHEMA = 1

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from carpool.calibrate.capture import Experts, Layer, Seen
 from carpool.errors import CarpoolError
-from carpool.surrogates import NAMES, SCALES, Surrogates
+from carpool.experts.surrogates import NAMES, SCALES, Surrogates
 
 RIDGE = 1e-2  # times the mean variance of an input
 BLOCK, HELD_OUT = 64, 5  # of every five blocks of so many tokens, the last is kept out of the fit and measures it
@@ -68,7 +68,7 @@ class SurrogateFit:
                 self.targets_EDH[expert] += x_CD.T @ y_CH
 
     def result(self) -> dict[str, Tensor]:
-        """By name: `surrogate_in`, `surrogate_out` (see `carpool.surrogates.Surrogates`) with their factors;
+        """By name: `surrogate_in`, `surrogate_out` (see `carpool.experts.surrogates.Surrogates`) with their factors;
         `surrogate_energy [E]`, mean squared length of an expert's output on its held-out tokens;
         `surrogate_unexplained [E]`, the share of it that the surrogate leaves, 1 for experts without a surrogate.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from carpool.errors import CarpoolError
-from carpool.fixed import MAX_EXPERTS
+from carpool.routing.exact import MAX_EXPERTS
 
 Scoring = Literal["softmax", "softmax_after_topk", "sigmoid", "sqrtsoftplus", "probabilities"]
 
@@ -25,8 +25,8 @@ class Routing:
         ids_NK: int32, in `[0, E)`; ids with non-zero weight are distinct within a row, a freed slot repeats
             the row's first kept id with weight 0.
         weights_NK: float, finite, in the model's own convention.
-        surrogate_ids_NK: int32 in `[0, E)`, experts that a row leaves to their surrogates (`carpool.surrogates`); None
-            where a policy leaves none. Slots of weight 0 mean nothing.
+        surrogate_ids_NK: int32 in `[0, E)`, experts that a row leaves to their surrogates
+            (`carpool.experts.surrogates`); None where a policy leaves none. Slots of weight 0 mean nothing.
         surrogate_weights_NK: what the surrogates' outputs are mixed by, in the convention of `weights_NK`.
     """
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from carpool.errors import CarpoolError
-from carpool.routing import RouteSpec, Routing
+from carpool.routing.spec import RouteSpec, Routing
 
 TIE = 1e-6  # scores that differ by less may be ranked either way
 TOLERANCE = 1e-4  # of a row's largest weight, for float32 logits

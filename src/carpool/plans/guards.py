@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from carpool.batch import Batch
 from carpool.policies.base import Inputs, Policy, require
+from carpool.routing.batch import Batch
 
 
 @dataclass(frozen=True)

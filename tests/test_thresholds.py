@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from carpool.calibrate.thresholds import frontier, threshold_for
 from carpool.errors import CarpoolError
-from carpool.frontier import frontier, threshold_for
 
 values = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 

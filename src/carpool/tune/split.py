@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from carpool.texts import Document
+from carpool.artefacts.texts import Document
 
 
 def split(documents: Sequence[Document], seed: int) -> tuple[list[Document], list[Document]]:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import carpool
+from carpool.artefacts.files import sha256_file, write_text
 from carpool.evaluate.bootstrap import DRAWS, LEVEL
 from carpool.evaluate.details import Details
 from carpool.evaluate.metrics import Result
-from carpool.files import sha256_file, write_text
 
 SCHEMA = 1
 Decode = Callable[[list[int]], str]

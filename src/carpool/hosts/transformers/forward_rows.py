@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carpool.batch import Batch, Grouping
 from carpool.errors import CarpoolError
+from carpool.routing.batch import Batch, Grouping
 
 
 @dataclass(frozen=True)

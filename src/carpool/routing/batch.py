@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from carpool.errors import CarpoolError
-from carpool.fixed import MAX_ROWS
+from carpool.routing.exact import MAX_ROWS
 
 GroupKind = Literal["batch", "tenant", "request", "block", "position"]
 

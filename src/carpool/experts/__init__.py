@@ -1,0 +1,1 @@
+"""What an expert weighs and what can stand in for it."""
