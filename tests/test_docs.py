@@ -39,9 +39,19 @@ def test_readme_lists_every_policy():
 
 def test_links_lead_somewhere():
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_promise_names_tests_that_exist():
+    readme = (ROOT / "README.md").read_text()
+    _, _, promises = readme.partition("## What is promised")
+    for promise in promises.partition("What is *not* promised")[0].split("\n- ")[1:]:
+        named = re.findall(r'\((tests/\w+\.py) "(\w+)"\)', promise)
+        assert named, f"no test is named behind {promise[:40]!r}"
+        for file, test in named:
+            assert f"\ndef {test}(" in (ROOT / file).read_text(), f"{file} has no {test}"
 
 
 @pytest.mark.slow
