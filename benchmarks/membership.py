@@ -78,7 +78,7 @@ def observe_run(
     native: list[Tensor] = []
 
     def see(layer: int, batch: Batch, outcome: Outcome) -> None:
-        shaped = outcome.inputs.native_NE.view(-1, layout.rows, layout.positions, outcome.inputs.num_experts)
+        shaped = outcome.inputs.native_NE.view(-1, layout.batch_size, layout.positions, outcome.inputs.num_experts)
         native.append(shaped[:, 1, prefill:])
 
     plan = reference.moe.stock if text == "stock" else parse(text)
@@ -86,7 +86,7 @@ def observe_run(
         reference.model, plan, ids_SBT.flatten(0, 1), layout, num_layers=reference.moe.layers, stats=reference.stats,
         observe=see,
     )  # fmt: skip
-    own_SDV = one.logits_RV.view(len(ids_SBT), layout.rows, layout.decoded, -1)[:, 0].log_softmax(-1)
+    own_SDV = one.logits_RV.view(len(ids_SBT), layout.batch_size, layout.decoded, -1)[:, 0].log_softmax(-1)
     seen_SDW = own_SDV.gather(-1, words_DW.expand(len(ids_SBT), -1, -1))
     return seen_SDW.double().numpy(), torch.stack(native).numpy()
 

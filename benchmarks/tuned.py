@@ -85,7 +85,9 @@ def main() -> None:
     for cell in cells:
         layout = Layout(**cell["layout"] | {"grouping": Grouping(**cell["layout"]["grouping"])})
         count = len(cell["rows"][0]["kl"])
-        sequences = draw(documents, tokenizer, count=layout.rows * count, length=layout.positions, seed=cell["seed"])
+        sequences = draw(
+            documents, tokenizer, count=layout.batch_size * count, length=layout.positions, seed=cell["seed"]
+        )
         found = measure(model, describe(model), files, sequences, layout, count, stats=stats)
         rows = [sums(label, one) for label, one in zip(["stock", *(one.name for one in files)], found, strict=True)]
         if rows[0]["union"] != cell["rows"][0]["union"]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from vllm_states import Engine, Ids, random_ids, union
 
-from carpool.evaluate.bootstrap import Estimate, interval, resample
+from carpool.evaluate.intervals import Estimate, interval, resample
 
 SEED = 0
 

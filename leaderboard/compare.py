@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from carpool.evaluate.bootstrap import FEWEST, Array, interval, resample
+from carpool.evaluate.intervals import FEWEST, Array, interval, resample
 from carpool.evaluate.series import LEAST_KL
 
 OURS = "ours"

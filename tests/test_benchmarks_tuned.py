@@ -17,7 +17,7 @@ from carpool import parse
 from carpool.artefacts.texts import load_texts
 from carpool.cli.common import model_facts
 from carpool.errors import CarpoolError
-from carpool.evaluate.bootstrap import Estimate
+from carpool.evaluate.intervals import Estimate
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.measure import measure
 from carpool.evaluate.results import text_facts

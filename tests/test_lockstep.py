@@ -119,7 +119,7 @@ def test_compare_refuses_nan():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows": 0}, "batch 0"),
+        ({"batch_size": 0}, "batch 0"),
         ({"prefill": 0}, "prefill 0"),
         ({"positions": 3}, "leave nothing to decode"),
         ({"grouping": Grouping.parse("block:3")}, "do not split into blocks of 3"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from carpool.evaluate.bootstrap import estimate, resample
+from carpool.evaluate.intervals import estimate, resample
 from generators import Block, load, rows, with_interval
 from generators.surrogates import RESULTS, comparison
 

@@ -21,8 +21,8 @@ def demo(
     """Compare stock and every method on the reference model: a table, a picture, and what they mean."""
     from carpool.artefacts.files import require_writable
     from carpool.artefacts.texts import load_texts
-    from carpool.evaluate.bootstrap import resample
     from carpool.evaluate.findings import findings
+    from carpool.evaluate.intervals import resample
     from carpool.evaluate.plot import plot
     from carpool.evaluate.results import text_facts, write
     from carpool.evaluate.series import Curve, load_demo

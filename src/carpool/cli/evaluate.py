@@ -202,12 +202,12 @@ def _check(
     runs = [(layout, plan) for layout, _ in settings.layouts() for plan in settings.plans]
     with progress("decoding", 2 * len(runs)) as advance:
         for layout, plan in runs:
-            given = (loaded, plan, ids_ST[: layout.rows].to(loaded.device), layout)
+            given = (loaded, plan, ids_ST[: layout.batch_size].to(loaded.device), layout)
             found.append(check_lockstep(*given, stats=statistics))
             advance(1)
         with in_float64(loaded):
             for layout, plan in runs:
-                given = (loaded, plan, ids_ST[: layout.rows].to(loaded.device), layout)
+                given = (loaded, plan, ids_ST[: layout.batch_size].to(loaded.device), layout)
                 found.append(check_lockstep(*given, stats=statistics))
                 advance(1)
     for one in found:

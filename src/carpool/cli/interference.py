@@ -41,7 +41,7 @@ def for_interference(settings: Settings, co_batches: int) -> Settings:
     if len(settings.batch_sizes) > 1 or settings.batch_sizes[0] < 2:
         raise CarpoolError("--interference takes one batch size of 2 or more, such as --batch 16")
     [(layout, _)] = settings.layouts()
-    wanted = settings.batches or round(settings.tokens / (layout.rows * layout.decoded * co_batches))
+    wanted = settings.batches or round(settings.tokens / (layout.batch_size * layout.decoded * co_batches))
     return replace(settings, batches=max(2, wanted))
 
 
@@ -80,7 +80,9 @@ def table(found: Many[Interference]) -> Table:
     """A row a policy."""
     made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     first = found[0]
-    made.title = f"batch {first.layout.rows}, {first.sequences} sequences beside {first.deals} sets of neighbours each"
+    made.title = (
+        f"batch {first.layout.batch_size}, {first.sequences} sequences beside {first.deals} sets of neighbours each"
+    )
     made.title_justify, made.title_style = "left", "bold"
     made.add_column("policy", overflow="fold")
     heads = ("KL mean", "p99", "worst", "between mean", "p99", "worst", "flipped", "unstable", "displaced")

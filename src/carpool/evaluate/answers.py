@@ -50,7 +50,8 @@ class Answers:
     """The rows of a batch of sequences, padded on the right; used as `carpool.evaluate.layout.Layout` is.
 
     Attributes:
-        rows: sequences, `B`. positions: inputs of the longest, `T`. steps: tokens (or blocks) of the longest answer.
+        batch_size: sequences, `B`. positions: inputs of the longest, `T`.
+        steps: tokens (or blocks) of the longest answer.
         grouping: which rows share a coreset.
         ids_BT: inputs.
         lengths: rows of each sequence that decode: those that predict a token of the answer.
@@ -60,7 +61,7 @@ class Answers:
         if grouping.kind == "tenant":
             raise CarpoolError("requests of a task have no tenants; group by batch, request or block:n")
         inputs = [(*context, *answer) for context, answer in sequences]
-        self.rows, self.positions, self.grouping = len(sequences), max(map(len, inputs)), grouping
+        self.batch_size, self.positions, self.grouping = len(sequences), max(map(len, inputs)), grouping
         self.ids_BT = torch.tensor([[*given, *[0] * (self.positions - len(given))] for given in inputs])
         self.lengths = [len(answer) + 1 for _, answer in sequences]
         first_B1 = torch.tensor([[len(context) - 1] for context, _ in sequences])
@@ -78,8 +79,8 @@ class Answers:
         step_N, num_steps = self._step_BT.flatten().to(device), self.steps + 1
         group_N, groups = step_N, 1
         if self.grouping.kind not in ("batch", "position"):
-            row_N = torch.arange(self.rows, device=device).repeat_interleave(self.positions)
-            group_N, groups = step_N * self.rows + row_N, self.rows
+            row_N = torch.arange(self.batch_size, device=device).repeat_interleave(self.positions)
+            group_N, groups = step_N * self.batch_size + row_N, self.batch_size
         return Batch.of(
             step_N.numel(), device=device, real_N=self._real_BT.flatten().to(device),
             exempt_N=self._exempt_BT.flatten().to(device),
@@ -90,7 +91,7 @@ class Answers:
         """Values of steps (or of groups), summed over the decoding steps, `[1]`."""
         return values_S.view(copies, self.steps + 1, -1)[:, : self.steps].sum((1, 2))
 
-    def by_row(self, values_N: Tensor, copies: int) -> Tensor:
+    def by_token(self, values_N: Tensor, copies: int) -> Tensor:
         """Values of rows, summed over those that decode, `[1]`."""
         return values_N[self._decoded_BT.flatten().to(values_N.device)].sum().view(copies)
 

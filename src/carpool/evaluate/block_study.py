@@ -67,16 +67,16 @@ class BlockSettings:
         """Layout and number of batches of every batch size."""
         new, block = self.decoding.max_new, self.decoding.block
         made = [BlockLayout.of(rows, self.prompt, new, block, self.grouping) for rows in self.batch_sizes]
-        return [(layout, self.batches or max(2, round(self.tokens / (layout.rows * new)))) for layout in made]
+        return [(layout, self.batches or max(2, round(self.tokens / (layout.batch_size * new)))) for layout in made]
 
     @property
     def num_sequences(self) -> int:
-        return max(layout.rows * batches for layout, batches in self.layouts())
+        return max(layout.batch_size * batches for layout, batches in self.layouts())
 
     @property
     def work(self) -> int:
         """Requests to decode and sequences to denoise over all plans, for a progress bar."""
-        sequences = sum(layout.rows * batches for layout, batches in self.layouts())
+        sequences = sum(layout.batch_size * batches for layout, batches in self.layouts())
         return sequences * 2 * (1 + len(self.plans))
 
 
@@ -114,14 +114,14 @@ def block_study(
         plan.check(moe.experts, moe.top_k)
     found = []
     for layout, batches in settings.layouts():
-        prompts = prompts_of(sequences, layout.rows * batches, settings.prompt)
+        prompts = prompts_of(sequences, layout.batch_size * batches, settings.prompt)
         with explaining_memory(layout):
             sums = denoise(
                 model, moe, settings.plans, sequences, layout, batches, settings.decoding.mask_token,
                 seed=settings.seed, stats=stats, advance=advance,
             )  # fmt: skip
             generated = decode(
-                model, moe, settings.plans, prompts, settings.decoding, layout.rows, group=settings.grouping,
+                model, moe, settings.plans, prompts, settings.decoding, layout.batch_size, group=settings.grouping,
                 stats=stats, share_commits=settings.share_commits, judge=judge, follow=settings.follow,
                 advance=advance,
             )  # fmt: skip

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from carpool.evaluate.block_study import BlockResult
-from carpool.evaluate.bootstrap import Estimate
+from carpool.evaluate.intervals import Estimate
 from carpool.evaluate.table import WIDE, comparison
 
 NOTE = (
@@ -26,8 +26,8 @@ def table(results: Sequence[BlockResult], console: Console) -> Table:
     settings, layout = results[0].settings, results[0].denoised.measured.layout
     wide = console.width >= WIDE + 20
     title = (
-        f"blocks of {settings.decoding.block}, threshold {settings.decoding.threshold:g}, batch {layout.rows}, grouped "
-        f"by {settings.grouping}, {results[0].denoised.measured.batches} batches"
+        f"blocks of {settings.decoding.block}, threshold {settings.decoding.threshold:g}, batch {layout.batch_size}, "
+        f"grouped by {settings.grouping}, {results[0].denoised.measured.batches} batches"
     )
     return comparison(title, [(result.name, result.plan, _cells(result, wide)) for result in results])
 

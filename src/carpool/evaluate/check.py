@@ -61,7 +61,7 @@ def check_lockstep(model: Any, plan: AnyPlan, ids_ST: Tensor, layout: Layout, *,
     return Agreement(
         policy=str(plan),
         group=str(layout.grouping),
-        batch=layout.rows,
+        batch=layout.batch_size,
         tokens=len(decoded_RV),
         dtype=str(decoded_RV.dtype).removeprefix("torch."),
         max_error=float((lockstep_RV - decoded_RV).abs().amax()),
@@ -93,7 +93,7 @@ def _lockstep(model: Any, plan: AnyPlan, ids_ST: Tensor, layout: Layout, stats: 
     read: dict[int, Tensor] = {}
 
     def observe(layer: int, batch: Batch, outcome: Outcome) -> None:
-        by_position = outcome.computed_NE.unflatten(0, (layout.rows, layout.positions))
+        by_position = outcome.computed_NE.unflatten(0, (layout.batch_size, layout.positions))
         read[layer] = by_position[:, layout.prefill :].flatten(0, 1)
 
     batch = layout.batch(1, ids_ST.device)
@@ -110,15 +110,15 @@ def _decode(model: Any, plan: AnyPlan, ids_ST: Tensor, layout: Layout, stats: An
     logits: list[Tensor] = []
 
     def observe(layer: int, batch: Batch, outcome: Outcome) -> None:
-        read.setdefault(layer, []).append(outcome.computed_NE.unflatten(0, (layout.rows, -1)))
+        read.setdefault(layer, []).append(outcome.computed_NE.unflatten(0, (layout.batch_size, -1)))
 
     settings = {"group": layout.grouping, "stats": stats, "observe": observe, "pad_token_id": NO_TOKEN}
     with torch.inference_mode(), share(model, plan, **settings) as run:
         cache = model(input_ids=ids_ST[:, : layout.prefill], use_cache=True).past_key_values
         read.clear()
         if layout.stride > 1:  # several positions a pass look like a prompt, so say who they are
-            rows_B = torch.arange(layout.rows, device=ids_ST.device).repeat_interleave(layout.stride)
-            run.batch = Batch.of(len(rows_B), device=ids_ST.device, group_N=rows_B, num_groups=layout.rows)
+            rows_B = torch.arange(layout.batch_size, device=ids_ST.device).repeat_interleave(layout.stride)
+            run.batch = Batch.of(len(rows_B), device=ids_ST.device, group_N=rows_B, num_groups=layout.batch_size)
         for position in range(layout.prefill, layout.positions, layout.stride):
             fed = ids_ST[:, position : position + layout.stride]
             logits.append(model(input_ids=fed, past_key_values=cache, use_cache=True).logits)

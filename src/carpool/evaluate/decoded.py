@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from carpool.evaluate.bootstrap import Array, Estimate, estimate, ratio, resample
 from carpool.evaluate.generations import Generated
+from carpool.evaluate.intervals import Array, Estimate, estimate, ratio, resample
 
 
 @dataclass(frozen=True)

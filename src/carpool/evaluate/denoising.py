@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from carpool.errors import CarpoolError
-from carpool.evaluate.bootstrap import Array
 from carpool.evaluate.details import Details
+from carpool.evaluate.intervals import Array
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.lockstep import LAYER_FIELDS, Watch, compare
 from carpool.evaluate.measure import Measured, MoE
@@ -142,11 +142,13 @@ def denoise(
     Raises:
         CarpoolError: what `share` raises; logits that are not finite; fewer sequences than needed.
     """
-    needed = batches * layout.rows
+    needed = batches * layout.batch_size
     if needed > len(sequences.ids_ST):
-        raise CarpoolError(f"{batches} batches of {layout.rows} need {needed} sequences, not {len(sequences.ids_ST)}")
+        raise CarpoolError(
+            f"{batches} batches of {layout.batch_size} need {needed} sequences, not {len(sequences.ids_ST)}"
+        )
     drawn = noise(needed, layout, seed)
-    size = layout.rows * max(1, ROWS_PER_PASS // (layout.rows * layout.positions))
+    size = layout.batch_size * max(1, ROWS_PER_PASS // (layout.batch_size * layout.positions))
     tallies = [_Tally(plan, layout, sequences.domains, moe) for plan in (None, *plans)]
     for first in range(0, needed, size):
         here = slice(first, min(first + size, needed))
@@ -171,7 +173,7 @@ def _forward(
     """Logits of the masked tokens `[R, V]`, and what the layers did, `[layers, fields, M]`."""
     from carpool.hosts.transformers import share
 
-    copies, device = len(given_SX) // layout.rows, next(model.parameters()).device
+    copies, device = len(given_SX) // layout.batch_size, next(model.parameters()).device
     watch = Watch(layout, copies)
     mask, position_X = mask_of(layout, model.dtype, device)
     how: dict[str, Any] = {"stats": stats_for(plan, stats), "batch": layout.batch(copies, device), "observe": watch}
@@ -206,7 +208,7 @@ class _Tally:
         sums_SX = torch.zeros(len(ids_SD), 4, dtype=torch.float64).index_add_(0, sequence_R, torch.stack(columns, 1))
         one_hot_SD = torch.nn.functional.one_hot(domain_S, len(self.domains)).double()
         parts = [sums_SX[:, :2], one_hot_SD * sums_SX[:, 2:3], one_hot_SD * sums_SX[:, 3:]]
-        self.tokens.append(torch.cat(parts, 1).unflatten(0, (-1, self.layout.rows)).sum(1).numpy())
+        self.tokens.append(torch.cat(parts, 1).unflatten(0, (-1, self.layout.batch_size)).sum(1).numpy())
         self.layers.append(layers_LFM)
 
     def result(self) -> Denoised:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from carpool.evaluate.bootstrap import interval
+from carpool.evaluate.intervals import interval
 from carpool.evaluate.series import Curve, worse_draws
 
 HALF = 0.5

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from carpool.diffusion import Decoding, Generation, Session, generate
 from carpool.errors import CarpoolError
-from carpool.evaluate.bootstrap import Array
+from carpool.evaluate.intervals import Array
 from carpool.evaluate.measure import MoE
 from carpool.plans.pipeline import Outcome
 from carpool.plans.policy_file import AnyPlan, stats_for

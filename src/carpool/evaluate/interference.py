@@ -113,7 +113,7 @@ def interference(
         CarpoolError: a batch of one, too few sequences or deals, a plan that did not run, too many logits to keep.
     """
     count, vocabulary = len(sequences.ids_ST), model.config.get_text_config().vocab_size
-    if layout.rows < 2 or deals < 2 or count % layout.rows or count < 2 * layout.rows:
+    if layout.batch_size < 2 or deals < 2 or count % layout.batch_size or count < 2 * layout.batch_size:
         raise CarpoolError("interference needs batches of 2 or more, 2 batches or more, and 2 co-batches or more")
     if 3 * count * layout.decoded * vocabulary > LOGITS_PER_PASS * 4:
         raise CarpoolError("interference keeps all logits, which do not fit here: lower --tokens, or --batch")
@@ -146,9 +146,9 @@ class _Run:
     def logits(self, plan: AnyPlan, order_S: Tensor) -> Tensor:
         """Logits `[R, V]` in the order of the sequences, which run in batches in the order given."""
         layout, made_S = self.layout, torch.empty(len(order_S), dtype=torch.int64)
-        batches = max(1, ROWS_PER_PASS // (layout.rows * layout.positions))
+        batches = max(1, ROWS_PER_PASS // (layout.batch_size * layout.positions))
         parts = []
-        for chosen in order_S.split(batches * layout.rows):
+        for chosen in order_S.split(batches * layout.batch_size):
             ids_ST = self.ids_ST[chosen, :-1]
             one = forward(
                 self.model, plan, ids_ST, layout, num_layers=self.moe.layers, stats=self.stats, observe=self._observe
@@ -210,7 +210,7 @@ def as_dict(one: Interference, decode: Callable[[list[int]], str] | None = None)
     return {
         "policy": one.name,
         "group": str(one.layout.grouping),
-        "batch": one.layout.rows,
+        "batch": one.layout.batch_size,
         "sequences": one.sequences,
         "co_batches": one.deals,
         "tokens": one.sequences * one.layout.decoded,

@@ -16,7 +16,7 @@ class Steps(Protocol):
     """What lockstep evaluation has to know of the rows of a pass; `Layout` says what the members mean."""
 
     @property
-    def rows(self) -> int: ...
+    def batch_size(self) -> int: ...
 
     @property
     def grouping(self) -> Grouping: ...
@@ -25,7 +25,7 @@ class Steps(Protocol):
 
     def by_step(self, values_S: Tensor, copies: int) -> Tensor: ...
 
-    def by_row(self, values_N: Tensor, copies: int) -> Tensor: ...
+    def by_token(self, values_N: Tensor, copies: int) -> Tensor: ...
 
     def logits(self, model: Any, ids_ST: Tensor) -> Tensor: ...
 
@@ -40,20 +40,20 @@ class Layout:
     `n` positions of every sequence, as when drafts are verified or a diffusion model decodes a block.
 
     Attributes:
-        rows: sequences of a batch, `B`.
+        batch_size: sequences of a batch, `B`.
         positions: inputs of a sequence, `T`.
         prefill: prompt positions, `P`.
         grouping: which rows share a coreset.
     """
 
-    rows: int
+    batch_size: int
     positions: int
     prefill: int
     grouping: Grouping
 
     def __post_init__(self) -> None:
-        if self.rows < 1:
-            raise CarpoolError(f"batch {self.rows}: give a number of sequences, 1 or more")
+        if self.batch_size < 1:
+            raise CarpoolError(f"batch {self.batch_size}: give a number of sequences, 1 or more")
         if self.grouping.kind == "tenant":
             raise CarpoolError("an evaluation's sequences have no tenants; group by batch, request or block:n")
         if self.prefill < 1:
@@ -87,7 +87,7 @@ class Layout:
     @property
     def groups(self) -> int:
         """Groups of a step."""
-        return 1 if self.grouping.kind in ("batch", "position") else self.rows
+        return 1 if self.grouping.kind in ("batch", "position") else self.batch_size
 
     def batch(self, copies: int, device: torch.device | str = "cpu") -> Batch:
         """Rows of `copies` batches in one forward pass, `N = copies * B * T`; their steps and groups are apart.
@@ -98,13 +98,13 @@ class Layout:
         exempt_T = position_T < self.prefill
         own_T = torch.where(exempt_T, self.steps, (position_T - self.prefill) // self.stride)
         copy_M11 = torch.arange(copies, device=device).view(-1, 1, 1)
-        shape = (copies, self.rows, self.positions)
+        shape = (copies, self.batch_size, self.positions)
         step_N = (copy_M11 * (self.steps + 1) + own_T).expand(shape).flatten()
         num_steps = copies * (self.steps + 1)
         group_N = step_N
         if self.groups > 1:
-            row_B1 = torch.arange(self.rows, device=device).view(-1, 1)
-            group_N = (step_N.view(shape) * self.rows + row_B1).flatten()
+            row_B1 = torch.arange(self.batch_size, device=device).view(-1, 1)
+            group_N = (step_N.view(shape) * self.batch_size + row_B1).flatten()
         return Batch.of(
             step_N.numel(), device=device, exempt_N=exempt_T.expand(shape).flatten(),
             group_N=group_N, num_groups=num_steps * self.groups, step_N=step_N, num_steps=num_steps,
@@ -114,9 +114,9 @@ class Layout:
         """Values of steps (or of groups), summed over the decoding steps of each batch, `[M]`."""
         return values_S.view(copies, self.steps + 1, -1)[:, : self.steps].sum((1, 2))
 
-    def by_row(self, values_N: Tensor, copies: int) -> Tensor:
+    def by_token(self, values_N: Tensor, copies: int) -> Tensor:
         """Values of rows, summed over the decoded positions of each batch, `[M]`."""
-        return values_N.view(copies, self.rows, self.positions)[..., self.prefill :].sum((1, 2))
+        return values_N.view(copies, self.batch_size, self.positions)[..., self.prefill :].sum((1, 2))
 
     def logits(self, model: Any, ids_ST: Tensor) -> Tensor:
         """Logits `[R, V]` of the decoded positions, sequence by sequence, in the model's dtype."""

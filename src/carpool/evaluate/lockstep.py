@@ -41,7 +41,7 @@ class Watch:
         self.shares: list[float] = []
 
     def __call__(self, layer: int, batch: Batch, outcome: Outcome) -> None:
-        steps, rows = self.layout.by_step, self.layout.by_row
+        steps, tokens = self.layout.by_step, self.layout.by_token
         if layer in self.sums:
             raise CarpoolError(f"layer {layer} routed twice in one forward pass; lockstep evaluation needs one call")
         union_M = steps(outcome.union_SE.sum(-1), self.copies)
@@ -50,9 +50,9 @@ class Watch:
             union_M,
             steps(outcome.natural_SE.sum(-1), self.copies),
             steps(outcome.coreset_GE.sum(-1), self.copies),
-            rows((outcome.routing.weights_NK != 0).sum(-1), self.copies),
-            rows(outcome.displaced_N.double(), self.copies),
-            rows(outcome.changed_N, self.copies),
+            tokens((outcome.routing.weights_NK != 0).sum(-1), self.copies),
+            tokens(outcome.displaced_N.double(), self.copies),
+            tokens(outcome.changed_N, self.copies),
             steps(outcome.overflow_SE.sum(-1), self.copies),
             surrogates_M,
             union_M + surrogates_M * self.shares[layer],
@@ -96,7 +96,7 @@ def forward(
     """
     from carpool.hosts.transformers import share
 
-    copies = len(ids_ST) // layout.rows
+    copies = len(ids_ST) // layout.batch_size
     device = next(model.parameters()).device
     watch = Watch(layout, copies)
     batch = layout.batch(copies, device)

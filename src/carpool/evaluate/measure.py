@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from carpool.errors import CarpoolError
-from carpool.evaluate.bootstrap import Array
 from carpool.evaluate.details import Details
+from carpool.evaluate.intervals import Array
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.lockstep import LAYER_FIELDS, Pass, compare, forward
 from carpool.evaluate.sequences import Sequences
@@ -137,7 +137,7 @@ def explaining_memory(layout: Layout) -> Iterator[None]:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise CarpoolError(
-            f"batch {layout.rows} with {layout.decoded} decoded positions does not fit into memory: "
+            f"batch {layout.batch_size} with {layout.decoded} decoded positions does not fit into memory: "
             "lower --batch or --sequence"
         ) from None
 
@@ -149,12 +149,14 @@ def passes(model: Any, sequences: Sequences, layout: Layout, batches: int) -> li
         CarpoolError: fewer sequences than `batches` batches need.
     """
     vocabulary = model.config.get_text_config().vocab_size
-    logits = layout.rows * layout.decoded * vocabulary
-    stacked = max(1, min(ROWS_PER_PASS // (layout.rows * layout.positions), LOGITS_PER_PASS // logits))
-    needed = batches * layout.rows
+    logits = layout.batch_size * layout.decoded * vocabulary
+    stacked = max(1, min(ROWS_PER_PASS // (layout.batch_size * layout.positions), LOGITS_PER_PASS // logits))
+    needed = batches * layout.batch_size
     if needed > len(sequences.ids_ST):
-        raise CarpoolError(f"{batches} batches of {layout.rows} need {needed} sequences, not {len(sequences.ids_ST)}")
-    size = stacked * layout.rows
+        raise CarpoolError(
+            f"{batches} batches of {layout.batch_size} need {needed} sequences, not {len(sequences.ids_ST)}"
+        )
+    size = stacked * layout.batch_size
     return list(
         zip(sequences.ids_ST[:needed].split(size), sequences.domain_S[:needed].split(size), strict=True)
     )  # the last pass may hold fewer batches
@@ -171,7 +173,7 @@ def _require_changed(result: Measured, stock: Measured, moe: MoE) -> None:
     """A plan that should act must have changed rows, else nothing was measured."""
     if result.changed_rows or result.plan is None:
         return
-    voters = result.layout.rows * result.layout.stride // result.layout.groups
+    voters = result.layout.batch_size * result.layout.stride // result.layout.groups
     plans = result.plan.plans if isinstance(result.plan, PolicyFile) else [result.plan]
     limits = [plan.policy.limit(moe.experts, moe.top_k) for plan in plans]
     fits = all(isinstance(limit, int) and limit >= min(moe.experts, voters * moe.top_k) for limit in limits)
@@ -180,7 +182,7 @@ def _require_changed(result: Measured, stock: Measured, moe: MoE) -> None:
     )
     if not fits and not waits:
         raise CarpoolError(
-            f"{result.plan} changed no row at batch {result.layout.rows} grouped by {result.layout.grouping}: "
+            f"{result.plan} changed no row at batch {result.layout.batch_size} grouped by {result.layout.grouping}: "
             "it is an identity setting or did nothing; pass --allow-unchanged if that is what you want to measure"
         )
 
@@ -207,7 +209,7 @@ class _Tally:
             ],
             dim=1,
         )
-        self.tokens.append(columns.unflatten(0, (-1, layout.rows)).sum(1).numpy())
+        self.tokens.append(columns.unflatten(0, (-1, layout.batch_size)).sum(1).numpy())
         self.layers.append(run.layers_LFM.cpu())
 
     def result(self) -> Measured:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from carpool.evaluate.bootstrap import Array, Estimate, estimate, ratio, resample
+from carpool.evaluate.intervals import Array, Estimate, estimate, ratio, resample
 from carpool.evaluate.measure import Measured
 
 
@@ -66,7 +66,7 @@ def _result(one: Measured, stock: Measured, counts_RM: Array) -> Result:
     layout = one.layout
     layers = one.layers["union"].shape[1]
     steps_M = np.full(one.batches, float(layout.steps * layers))
-    rows_M = steps_M * layout.rows * layout.stride
+    rows_M = steps_M * layout.batch_size * layout.stride
     per_batch = {name: sums_ML.sum(1) for name, sums_ML in one.layers.items()}
     stock_union_M = stock.layers["union"].sum(1)
     token_local = one.plan is None or one.plan.policy.kind == "token"

@@ -13,8 +13,8 @@ from typing import Any
 
 import carpool
 from carpool.artefacts.files import sha256_file, write_text
-from carpool.evaluate.bootstrap import DRAWS, LEVEL
 from carpool.evaluate.details import Details
+from carpool.evaluate.intervals import DRAWS, LEVEL
 from carpool.evaluate.metrics import Result
 
 SCHEMA = 1
@@ -66,7 +66,7 @@ def as_dict(result: Result, decode: Decode | None = None) -> dict[str, Any]:
     return {
         "policy": one.name,
         "group": str(layout.grouping),
-        "batch": layout.rows,
+        "batch": layout.batch_size,
         "batches": one.batches,
         "decoded_tokens": int(one.tokens_M.sum()),
         "changed_rows": one.changed_rows,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from carpool.evaluate.bootstrap import Array, ratio, ratio_draws
+from carpool.evaluate.intervals import Array, ratio, ratio_draws
 from carpool.evaluate.metrics import Result
 from carpool.plans.grammar import Plan, parse
 

@@ -62,17 +62,18 @@ class Settings:
         """Layout and number of batches of every batch size."""
         made = [Layout(rows, self.sequence, self.prefill, self.grouping) for rows in self.batch_sizes]
         return [
-            (layout, self.batches or max(2, round(self.tokens / (layout.rows * layout.decoded)))) for layout in made
+            (layout, self.batches or max(2, round(self.tokens / (layout.batch_size * layout.decoded))))
+            for layout in made
         ]
 
     @property
     def num_sequences(self) -> int:
-        return max(layout.rows * batches for layout, batches in self.layouts())
+        return max(layout.batch_size * batches for layout, batches in self.layouts())
 
     @property
     def num_rows(self) -> int:
         """Rows of all forward passes, for a progress bar."""
-        rows = sum(layout.rows * layout.positions * batches for layout, batches in self.layouts())
+        rows = sum(layout.batch_size * layout.positions * batches for layout, batches in self.layouts())
         return rows * (1 + len(self.plans))
 
 

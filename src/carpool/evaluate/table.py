@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from carpool.evaluate.bootstrap import Estimate
+from carpool.evaluate.intervals import Estimate
 from carpool.evaluate.metrics import Result
 from carpool.plans.policy_file import AnyPlan
 
@@ -32,7 +32,7 @@ def table(results: Sequence[Result], console: Console) -> Table:
     """Rows of one batch size; controls are dim; intervals only where the console is wide enough."""
     layout = results[0].measured.layout
     wide = console.width >= WIDE
-    title = f"batch {layout.rows}, grouped by {layout.grouping}, {results[0].measured.batches} batches"
+    title = f"batch {layout.batch_size}, grouped by {layout.grouping}, {results[0].measured.batches} batches"
     return comparison(title, [(result.measured.name, result.measured.plan, _cells(result, wide)) for result in results])
 
 

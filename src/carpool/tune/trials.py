@@ -13,7 +13,7 @@ from torch import Tensor
 
 from carpool.artefacts.files import write_text
 from carpool.errors import CarpoolError
-from carpool.evaluate.bootstrap import estimate, resample
+from carpool.evaluate.intervals import estimate, resample
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.lockstep import LAYER_FIELDS, Pass, compare, forward
 from carpool.evaluate.measure import MoE, explaining_memory, passes
@@ -59,7 +59,7 @@ class Trials:
 
     Args:
         model: a transformers model. moe: its numbers. stats: its statistics.
-        sequences: at least `batches * layout.rows` of them.
+        sequences: at least `batches * layout.batch_size` of them.
         memory: file that keeps the points, or None. settings: what they depend on; other settings begin anew.
         advance: told every measured plan.
     """
@@ -107,7 +107,7 @@ class Trials:
                 run = self._forward(candidate, ids_SX)
                 found = compare(stock.logits_RV, run.logits_RV, stock.targets_R)
                 kl_M, more_M = (
-                    rows_R.view(-1, layout.rows * layout.decoded).sum(1).cpu()
+                    rows_R.view(-1, layout.batch_size * layout.decoded).sum(1).cpu()
                     for rows_R in (found.kl_R, found.nll_R - stock.nll_R)
                 )
                 mine.append(np.stack([kl_M, more_M, run.layers_LFM[:, BYTES].sum(0).cpu(), stock.read_M]))
@@ -129,7 +129,7 @@ class Trials:
 
     def _point(self, candidate: PolicyFile, sums_XM: Any) -> Point:
         kl_M, more_M, read_M, stock_M = sums_XM
-        tokens_M = np.full(len(kl_M), float(self.layout.rows * self.layout.decoded))
+        tokens_M = np.full(len(kl_M), float(self.layout.batch_size * self.layout.decoded))
         kl = estimate(kl_M, tokens_M, self._counts_RM)
         return Point(
             policy=str(candidate.plan),

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from carpool.evaluate.bootstrap import Estimate, estimate, interval, ratio, ratio_draws, resample
+from carpool.evaluate.intervals import Estimate, estimate, interval, ratio, ratio_draws, resample
 
 values = st.lists(st.tuples(st.floats(0, 10), st.floats(0.5, 10)), min_size=2, max_size=6)
 
