@@ -10,7 +10,6 @@ from torch import Tensor
 
 from carpool import Batch, Outcome, parse, route
 from carpool.artefacts.texts import load_texts
-from carpool.cli.app import app  # noqa: F401 - the commands import each other through it
 from carpool.cli.common import embedded_texts, load, model_facts
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.results import provenance, text_facts

@@ -29,7 +29,6 @@ from typing import Any
 import psutil
 
 from carpool.artefacts.files import require_writable, write_text
-from carpool.cli.app import app  # noqa: F401 - the commands import each other through it
 from carpool.evaluate.results import provenance
 
 LAYERS = 4

@@ -13,7 +13,7 @@ from carpool import CarpoolError
 from carpool.artefacts.statistics import SIMILARITIES, Statistics
 from carpool.artefacts.texts import Document
 from carpool.calibrate import token_sequences
-from carpool.cli.app import app
+from carpool.cli.commands import app
 
 
 class Words:

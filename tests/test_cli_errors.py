@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from carpool.cli.app import app
+from carpool.cli.commands import app
 
 
 @pytest.mark.parametrize("text", ["xshare([/x])", "[bold]x[/]"])

@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from carpool.cli import block_diffusion, diffuse
-from carpool.cli.app import app
+from carpool.cli.commands import app
 from carpool.cli.denoising_view import MASKED, Film, text_of, view
 from carpool.diffusion import Decoding, Session, generate
 from carpool.errors import CarpoolError

@@ -10,7 +10,7 @@ from tiny_models import tiny_config
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from carpool.cli.app import app
+from carpool.cli.commands import app
 from carpool.doctor import diagnose
 from carpool.errors import CarpoolError
 from carpool.plans.grammar import parse

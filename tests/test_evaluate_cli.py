@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from carpool.cli import demo as demo_command
 from carpool.cli import evaluate as evaluate_command
-from carpool.cli.app import app
+from carpool.cli.commands import app
 from carpool.evaluate import series
 from carpool.plans.grammar import parse
 from carpool.plans.policy_file import PolicyFile

@@ -12,7 +12,7 @@ from lockstep_tools import NumberTokenizer, opening, small_model, write_texts
 from typer.testing import CliRunner
 
 from carpool import CarpoolError, parse
-from carpool.cli.app import app
+from carpool.cli.commands import app
 from carpool.evaluate.interference import EDGES, Spread, interference
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.sequences import Sequences

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from carpool import CarpoolError, parse
-from carpool.cli.app import app
+from carpool.cli.commands import app
 from carpool.evaluate.answers import Question, deal, score
 from carpool.routing.batch import Grouping
 

@@ -15,7 +15,7 @@ from carpool import CarpoolError, parse, share
 from carpool.calibrate import calibrate
 from carpool.calibrate.sensitivity import sensitivity
 from carpool.calibrate.skipping import find_threshold, skipped_by
-from carpool.cli.app import app
+from carpool.cli.commands import app
 from carpool.hosts.transformers import find_layers
 from carpool.plans.policy_file import PolicyFile
 

@@ -9,7 +9,7 @@ import pytest
 from lockstep_tools import NumberTokenizer, noise, small_model
 from typer.testing import CliRunner
 
-from carpool.cli.app import app
+from carpool.cli.commands import app
 from carpool.evaluate import results as results_file
 from carpool.evaluate.study import Settings, sequences_for, study
 from carpool.plans.grammar import parse

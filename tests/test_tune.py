@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from carpool.artefacts.texts import Document
 from carpool.cli import tune as tune_command
-from carpool.cli.app import app
+from carpool.cli.commands import app
 from carpool.errors import CarpoolError
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.study import describe

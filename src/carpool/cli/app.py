@@ -1,4 +1,4 @@
-"""The commands and how they report errors."""
+"""What the commands register with, and how they report errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,3 @@ def command(name: str, **settings: Any) -> Callable[[Callable], Callable]:
         return guarded
 
     return register
-
-
-# below `command`, which these modules register themselves with
-from carpool.cli import calibrate, demo, diffuse, doctor, evaluate, lm_eval, policies, policy_files, report, tune  # noqa: E402, F401

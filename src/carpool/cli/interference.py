@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from carpool.artefacts.files import write_text
+from carpool.cli.common import progress
 from carpool.errors import CarpoolError
 
 if TYPE_CHECKING:
@@ -57,7 +58,6 @@ def report_interference(
     **facts: Any,
 ) -> None:
     """Measure, print the table, write the JSON; `facts` go beside the results."""
-    from carpool.cli.evaluate import progress
     from carpool.evaluate.interference import interference
     from carpool.evaluate.study import describe
 
