@@ -8,7 +8,6 @@ import pytest
 from lockstep_tools import NumberTokenizer, noise, opening, small_model
 from typer.testing import CliRunner
 
-from carpool.artefacts.texts import Document
 from carpool.cli import tune as tune_command
 from carpool.cli.commands import app
 from carpool.errors import CarpoolError
@@ -23,7 +22,6 @@ from carpool.tune import search as search_module
 from carpool.tune import trials as trials_module
 from carpool.tune import tune as search_for
 from carpool.tune.allocate import allocations, between
-from carpool.tune.split import split
 
 MODEL = small_model()
 LAYOUT = Layout(4, 9, 3, Grouping.parse("batch"))
@@ -227,16 +225,6 @@ def test_bad_input(command, arguments, message):
     assert done.exit_code == 2, done.output
     assert message in done.output
     assert not out.exists()
-
-
-def test_text_is_split_by_document():
-    documents = [Document("a", "x" * 10), *(Document("b", str(n) * (n + 1)) for n in range(8))]
-    search, verify = split(documents, 0)
-    assert [len(half[0].text) for half in (search, verify)] == [5, 5]
-    texts = [{one.text for one in half if one.domain == "b"} for half in (search, verify)]
-    assert not texts[0] & texts[1]
-    assert len(texts[0]) == len(texts[1]) == 4
-    assert math.isclose(*(sum(map(len, half)) for half in texts), rel_tol=0.3)
 
 
 def test_families():

@@ -78,18 +78,21 @@ def tune(
     )  # fmt: skip
     require_writable(output)
     paths = text or embedded_texts()
-    halves = split(load_texts(paths), seed)
+    halves = split(load_texts(paths))
+    if halves.dropped:
+        console.print(f"{halves.dropped} documents say what others say and are left out")
     data = [(path.name, sha256_file(path)) for path in paths]
     opened = open_model(model)
     moe, indices = describe_layers(opened.layers), [layer.index for layer in opened.layers]
     families = [one for one in families if one.values(moe.experts, moe.top_k)]
     fewer = "lower --sequence, --tokens or --batch"
-    with progress("tokenizing", sum(len(document.text) for half in halves for document in half)) as advance:
-        parts = [sequences_for(settings, half, opened.tokenizer, advance, fewer=fewer) for half in halves]
+    both = (halves.search, halves.verify)
+    with progress("tokenizing", sum(len(document.text) for half in both for document in half)) as advance:
+        parts = [sequences_for(settings, half, opened.tokenizer, advance, fewer=fewer) for half in both]
     source = stats or (shipped_statistics() if model is None else None)
     windows = None
     if source is None and any(one.required_stats for one in families):
-        windows = token_sequences(halves[0], opened.tokenizer, CALIBRATION, 256, seed)
+        windows = token_sequences(halves.search, opened.tokenizer, CALIBRATION, 256, seed)
     loaded = opened.weights(device_map=device_map)
     if windows is not None:
         source = _calibrate(loaded, windows, output, seed, data)
