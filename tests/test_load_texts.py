@@ -31,6 +31,33 @@ def test_bad_texts_are_refused(tmp_path, name, content, message):
         load_texts([tmp_path / name])
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'{"text": "one", "id": %s}\n{"text": "two"}' % (b"1" * 4400)),
+        ("a.jsonl", b'{"text": "one", "score": NaN, "more": 1e999}\n{"text": "two"}'),
+        ("a.jsonl", b'\xef\xbb\xbf{"text": "one"}\n\xef\xbb\xbf{"text": "two"}\n'),
+        ("a.jsonl", b'{"text": "one"}\r{"text": "two"}\r'),
+        ("a.jsonl", b'{"text": "one"}\r\n\r\n{"text": "two"}'),
+        ("A.JSONL", b'{"text": "one"}\n{"text": "two"}'),
+    ],
+)
+def test_odd_lines_are_read(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert [document.text for document in load_texts([tmp_path / name])] == ["one", "two"]
+
+
+def test_a_line_is_named_by_its_number_whatever_ends_it(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\r{"text": "two"}\r\n\n{"text": 3}')
+    with pytest.raises(CarpoolError, match="line 4 has no"):
+        load_texts([tmp_path / "a.jsonl"])
+
+
+def test_plain_texts_put_together(tmp_path):
+    (tmp_path / "A.TXT").write_bytes("\ufeffone\n\ufefftwo".encode())
+    assert load_texts([tmp_path / "A.TXT"]) == [Document("A", "one\ntwo")]
+
+
 def test_texts(tmp_path):
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()

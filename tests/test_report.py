@@ -162,6 +162,8 @@ def test_what_is_no_result(results, tmp_path):
     cases = {
         "nope": (None, "cannot read the results"),
         "not JSON": ("{", "is not JSON"),
+        "a number that is none": (json.dumps(content | {"seed": float("nan")}), "NaN; give finite numbers"),
+        "a long number": (json.dumps(content)[:-1] + f', "more": {"1" * 4400}}}', "a number of 4400 digits"),
         "a list": ("[]", "holds no results of an evaluation"),
         "another kind": (json.dumps(content | {"kind": "x"}), "holds no results of an evaluation"),
         "another schema": (json.dumps(content | {"schema": 99}), "schema 99"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from carpool.artefacts.json_text import read_json
 from carpool.errors import CarpoolError
 from carpool.routing.spec import RouteSpec
 
@@ -146,8 +146,8 @@ def _require_configuration(file: Path) -> None:
     if not file.is_file():
         raise CarpoolError(f"{file.parent} holds no config.json; give a model's folder or its configuration")
     try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = read_json(file, any_number=True)
+    except CarpoolError:
         content = None
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
         raise CarpoolError(

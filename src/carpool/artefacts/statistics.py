@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from carpool.artefacts.files import atomic_path, read_safetensors
+from carpool.artefacts.json_text import parse_json
 from carpool.errors import CarpoolError
 
 SCHEMA = 1
@@ -245,10 +246,9 @@ def _parse(cls: type[Statistics], metadata: Mapping[str, str]) -> dict[str, Any]
     for f in fields(cls):
         if not f.metadata.get("json", True):
             continue
-        try:
-            value = json.loads(metadata[f.name])
-        except (KeyError, ValueError, RecursionError):
-            raise CarpoolError(f"the entry {f.name!r} is missing or damaged; {AGAIN}") from None
+        if f.name not in metadata:
+            raise CarpoolError(f"the entry {f.name!r} is missing; {AGAIN}")
+        value = parse_json(metadata[f.name], f"the entry {f.name!r}")
         kind = {"int": int, "str": str}.get(str(f.type), list)
         if type(value) is not kind:
             raise CarpoolError(f"the entry {f.name!r} is {value!r}, not of type {f.type}; {AGAIN}")

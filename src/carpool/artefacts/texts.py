@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from carpool.artefacts.json_text import parse_json
 from carpool.errors import CarpoolError
+
+MARK = "\ufeff"  # a byte order mark: files that were put together have some inside
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,22 @@ def load_texts(paths: Sequence[str | Path]) -> list[Document]:
 
 
 def _texts(file: Path) -> Iterator[str]:
-    if file.suffix not in (".txt", ".jsonl"):
+    kind = file.suffix.lower()
+    if kind not in (".txt", ".jsonl"):
         raise CarpoolError(f"{file} is neither a .txt nor a .jsonl file; convert it to one of them")
     content = _read(file)
-    if file.suffix == ".txt":
-        yield content
+    if kind == ".txt":
+        yield re.sub(rf"^{MARK}", "", content, flags=re.MULTILINE)
         return
     # not splitlines(): JSON strings may hold U+2028 and its like, which are no ends of lines
-    for number, line in enumerate(content.split("\n"), start=1):
-        if line.strip():
-            yield _text_of(line, f"{file}, line {number}")
+    for number, line in enumerate(re.split("\r\n|\r|\n", content), start=1):
+        if entry := line.lstrip(MARK).strip():
+            yield _text_of(entry, f"{file}, line {number}")
 
 
 def _read(file: Path) -> str:
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        return file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise CarpoolError(f"{file} is not UTF-8 (byte {error.start}); convert it first") from None
     except OSError as error:
@@ -65,10 +69,7 @@ def _read(file: Path) -> str:
 
 
 def _text_of(line: str, where: str) -> str:
-    try:
-        entry = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise CarpoolError(f"{where} is not JSON: {getattr(error, 'msg', 'nested too deeply')}") from None
+    entry = parse_json(line, where, any_number=True)
     text = entry.get("text") if isinstance(entry, dict) else None
     if not isinstance(text, str):
         fields = f"its fields are {', '.join(map(repr, entry))}" if isinstance(entry, dict) else "it is no object"

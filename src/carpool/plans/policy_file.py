@@ -12,13 +12,13 @@ A policy file is JSON. Both hosts load it; the statistics lie beside it and are 
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from carpool.artefacts.files import require_file, sha256_file, write_text
+from carpool.artefacts.json_text import read_json
 from carpool.errors import CarpoolError
 from carpool.plans.grammar import Plan, parse
 from carpool.plans.guards import Floor, Guard
@@ -172,15 +172,7 @@ def stats_for(plan: AnyPlan, stats: Any) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    require_file(path, "the policy file")
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise CarpoolError(f"{path} has {path.stat().st_size} bytes; a policy file has at most {MAX_BYTES}")
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CarpoolError(f"cannot read the policy file {path}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise CarpoolError(f"{path} is not a policy file (JSON)") from None
+    content = read_json(path, "the policy file", most=MAX_BYTES)
     if not isinstance(content, dict):
         raise CarpoolError(f"{path} is not a policy file: it holds no JSON object")
     return content
@@ -195,9 +187,6 @@ def _layer_index(path: Path, key: str) -> int:
 def _settings(path: Path, key: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CarpoolError(f"{path}: the settings of layer {key} must be an object of parameters")
-    for name, setting in value.items():
-        if isinstance(setting, float) and not math.isfinite(setting):
-            raise CarpoolError(f"{path}: layer {key} sets {name} to {setting}; give a finite number")
     return value
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from carpool.artefacts.json_text import read_json
 from carpool.errors import CarpoolError
 from carpool.evaluate.results import SCHEMA
 from carpool.evaluate.table import CONTROLS
@@ -147,10 +147,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_bytes(path))
-    except (ValueError, RecursionError):
-        raise CarpoolError(f"{path} is not JSON; give a file that `carpool evaluate --json` wrote") from None
+    content = read_json(path, "the results")
     if not isinstance(content, dict) or content.get("kind") not in (KIND, BLOCKS, INTERFERENCE):
         raise CarpoolError(
             f"{path} holds no results of an evaluation; give a file that `carpool evaluate --json` wrote"

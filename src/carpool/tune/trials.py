@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from carpool.artefacts.files import write_text
+from carpool.artefacts.json_text import read_json
 from carpool.errors import CarpoolError
 from carpool.evaluate.intervals import estimate, resample
 from carpool.evaluate.layout import Layout
@@ -145,11 +146,11 @@ class Trials:
         if self._memory is None or not self._memory.exists():
             return {}
         try:
-            content = json.loads(self._memory.read_text(encoding="utf-8"))
+            content = read_json(self._memory)
             if content["settings"] != json.loads(json.dumps(self._settings)):
                 return {}
             points = [Point(**entry) for entry in content["points"]]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (CarpoolError, KeyError, TypeError):
             raise CarpoolError(f"{self._memory} is no progress of `carpool tune`; delete it to begin anew") from None
         made = {}
         for point in points:
