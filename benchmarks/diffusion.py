@@ -122,8 +122,9 @@ def main() -> None:
             key = (cell.block, cell.group, cell.policies)
             if key not in denoised:
                 denoised[key] = denoise(
-                    model, moe, plans, sequences, layout, batches, decoding.mask_token, seed=options.seed
-                )
+                    model, moe, plans, sequences, layout, batches, decoding.mask_token, seed=options.seed,
+                    allow_unchanged=True,
+                )  # fmt: skip
             generated = decode(
                 model, moe, plans, prompts_of(sequences, BATCH, PROMPT), decoding, BATCH, group=settings.grouping,
                 share_commits=cell.share_commits, judge=judge,

@@ -24,7 +24,8 @@ from carpool.artefacts.statistics import Statistics
 from carpool.artefacts.texts import Document, load_texts
 from carpool.cli.common import embedded_texts, load, model_facts, shipped_statistics
 from carpool.evaluate.layout import Layout
-from carpool.evaluate.measure import Measured, measure
+from carpool.evaluate.measure import measure
+from carpool.evaluate.measured import Measured
 from carpool.evaluate.results import provenance, text_facts
 from carpool.evaluate.sequences import draw
 from carpool.evaluate.study import describe

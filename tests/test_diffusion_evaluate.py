@@ -14,7 +14,7 @@ from rich.console import Console
 
 from carpool import CarpoolError, Grouping, parse, share
 from carpool.diffusion import Decoding, Session, generate
-from carpool.evaluate import denoising
+from carpool.evaluate import lockstep, loop
 from carpool.evaluate.block_study import BlockSettings, as_dict, block_study
 from carpool.evaluate.block_table import table
 from carpool.evaluate.decoded import metrics
@@ -59,9 +59,8 @@ def test_one_pass_is_denoising_block_by_block(model: Any, plan: str, group: str)
     ids_SD = sequences.ids_ST[:, P : P + D]
     noisy_SD = ids_SD.masked_fill(drawn.masked_SD, MASK)
     given_SX = torch.cat([sequences.ids_ST[:, : layout.prefill], noisy_SD], 1)
-    found_RV, layers_LFM = denoising._forward(
-        model, parse(plan), given_SX, drawn.masked_SD, layout, describe(model), None
-    )
+    run = lockstep.forward(model, parse(plan), given_SX, layout, num_layers=2)
+    found_RV, layers_LFM = run.logits_RV[drawn.masked_SD.flatten()], run.layers_LFM
     expected_SDV = torch.zeros(4, D, 64, dtype=torch.float64)
     unions = torch.zeros(2, 2)
     for batch in range(2):
@@ -79,7 +78,7 @@ def test_one_pass_is_denoising_block_by_block(model: Any, plan: str, group: str)
                     unions[layer, batch] += union
                 session.commit(ids_SD[rows, here])
     assert (found_RV - expected_SDV[drawn.masked_SD]).abs().max() < 1e-9
-    assert torch.equal(layers_LFM[:, denoising.LAYER_FIELDS.index("union")].float(), unions)
+    assert torch.equal(layers_LFM[:, lockstep.LAYER_FIELDS.index("union")].float(), unions)
 
 
 def test_masks_of_every_block() -> None:
@@ -122,7 +121,7 @@ def test_denoising_losses_by_hand(model: Any) -> None:
 def test_stacking_passes_changes_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     given = (model, describe(model), [parse("des_vote(size=3)")], some_sequences(6), layout_of(2, "batch"), 3, MASK)
     together = denoise(*given)
-    monkeypatch.setattr(denoising, "ROWS_PER_PASS", 1)
+    monkeypatch.setattr(loop, "ROWS_PER_PASS", 1)
     apart = denoise(*given)
     for one, other in zip(together, apart, strict=True):
         np.testing.assert_allclose(one.measured.nll_MD, other.measured.nll_MD, rtol=1e-9)

@@ -61,7 +61,7 @@ def test_identity_settings_are_refused_unless_allowed():
     assert run(settings("xshare(budget=8)"))[0][1].measured.changed_rows == 0
 
 
-def test_a_policy_that_does_not_reach_the_experts_is_found(monkeypatch):
+def test_a_policy_that_no_layer_reports_is_found(monkeypatch):
     """Negative control: a hook that observes nothing."""
     monkeypatch.setattr(lockstep.Watch, "__call__", lambda *given: None)
     with pytest.raises(CarpoolError, match="ran in 0 of 2 MoE layers"):

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from carpool.cli import tune as tune_command
 from carpool.cli.commands import app
 from carpool.errors import CarpoolError
+from carpool.evaluate import loop
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.study import describe
 from carpool.hosts.transformers import share
@@ -85,9 +86,9 @@ def test_families_that_cannot_win_are_left_early():
 
 
 def test_stock_runs_once(monkeypatch):
-    real, seen = trials_module.forward, []
+    real, seen = loop.forward, []
     monkeypatch.setattr(
-        trials_module, "forward", lambda model, plan, *given, **named: seen.append(str(plan))
+        loop, "forward", lambda model, plan, *given, **named: seen.append(str(plan))
         or real(model, plan, *given, **named),
     )  # fmt: skip
     search, chosen = trials(0), family("xshare")

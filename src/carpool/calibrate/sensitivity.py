@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from carpool.calibrate.capture import Layer, calm
+from carpool.calibrate.divergence import divergence, log_probabilities
 from carpool.calibrate.run import BATCH_TOKENS, require_fitting
 from carpool.errors import CarpoolError
 
 PASS_LOGITS = 1 << 26  # of one forward pass: 256 MiB in fp32
-CHUNK_LOGITS = 1 << 20  # compared at a time
 
 
 def sensitivity(
@@ -54,7 +54,10 @@ def sensitivity(
             stock_RV = logits(ids_BT)
             for place, layer in enumerate(layers):
                 with without_experts(layer):
-                    kl_L[place] += _kl(stock_RV, logits(ids_BT))
+                    kl_L[place] += sum(
+                        float(divergence(p_CV, q_CV).double().sum())
+                        for p_CV, q_CV in log_probabilities(stock_RV, logits(ids_BT))
+                    )
     kl_L /= sequences_BT.numel()
     total = float(kl_L.sum())
     if not kl_L.isfinite().all():
@@ -88,12 +91,3 @@ def without_experts(layer: Layer) -> Iterator[None]:
         handle.remove()
     if not calls:
         raise CarpoolError(f"layer {layer.index}: its experts were not called: something bypasses this model's routing")
-
-
-def _kl(stock_RV: Tensor, other_RV: Tensor) -> float:
-    rows = max(1, CHUNK_LOGITS // stock_RV.shape[-1])
-    total = 0.0
-    for p_CV, q_CV in zip(stock_RV.split(rows), other_RV.split(rows), strict=True):
-        p_CV, q_CV = p_CV.float().log_softmax(-1), q_CV.float().log_softmax(-1)
-        total += float(torch.linalg.vecdot(p_CV.exp(), p_CV - q_CV).clamp_min(0).double().sum())
-    return total

@@ -20,7 +20,7 @@ from carpool.errors import CarpoolError
 
 if TYPE_CHECKING:
     from carpool.calibrate.sequences import Windows
-    from carpool.evaluate.measure import MoE
+    from carpool.evaluate.loop import MoE
     from carpool.tune import Family, Found, Target
 
 RANK = 16  # of the surrogates, where statistics are made on the way

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from carpool.calibrate.divergence import CHUNK
 from carpool.errors import CarpoolError
-from carpool.evaluate.lockstep import CHUNK, Observer, forward
+from carpool.evaluate.lockstep import Observer, forward
 from carpool.plans.policy_file import AnyPlan
 from carpool.routing.batch import Batch, Grouping
 

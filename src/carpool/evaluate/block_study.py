@@ -13,7 +13,7 @@ from carpool.errors import CarpoolError
 from carpool.evaluate.decoded import Decoded, metrics
 from carpool.evaluate.denoising import BlockLayout, Denoised, denoise
 from carpool.evaluate.generations import Generated, decode
-from carpool.evaluate.measure import explaining_memory
+from carpool.evaluate.loop import explaining_memory
 from carpool.evaluate.metrics import Result, results
 from carpool.evaluate.results import as_dict as result_as_dict
 from carpool.evaluate.sequences import Sequences
@@ -118,7 +118,7 @@ def block_study(
         with explaining_memory(layout):
             sums = denoise(
                 model, moe, settings.plans, sequences, layout, batches, settings.decoding.mask_token,
-                seed=settings.seed, stats=stats, advance=advance,
+                seed=settings.seed, stats=stats, allow_unchanged=settings.allow_unchanged, advance=advance,
             )  # fmt: skip
             generated = decode(
                 model, moe, settings.plans, prompts, settings.decoding, layout.batch_size, group=settings.grouping,
@@ -154,7 +154,6 @@ def prompts_of(sequences: Sequences, count: int, length: int) -> list[Tensor]:
 def as_dict(result: BlockResult) -> dict[str, Any]:
     """One row of the results: what a lockstep evaluation says of the masked tokens, and `decoding`."""
     row = result_as_dict(result.denoised)
-    del row["details"]  # of decoded tokens one by one
     decoding = result.settings.decoding
     row["group"] = str(result.settings.grouping)
     row["masked_tokens"] = row.pop("decoded_tokens")

@@ -19,16 +19,17 @@ import torch
 from torch import Tensor
 
 from carpool.errors import CarpoolError
-from carpool.evaluate.details import Details
-from carpool.evaluate.intervals import Array
-from carpool.evaluate.layout import Layout
-from carpool.evaluate.lockstep import LAYER_FIELDS, Watch, compare
-from carpool.evaluate.measure import Measured, MoE
+from carpool.evaluate.layout import Layout, Part
+from carpool.evaluate.lockstep import Comparison
+from carpool.evaluate.loop import Loop, MoE, sequences_per_pass
+from carpool.evaluate.measure import require_enough
+from carpool.evaluate.measured import Measured
 from carpool.evaluate.sequences import Sequences
-from carpool.plans.policy_file import AnyPlan, stats_for
+from carpool.plans.pipeline import Outcome
+from carpool.plans.policy_file import AnyPlan
+from carpool.routing.batch import Batch
 
 RATIOS = (0.25, 0.5, 0.75, 1.0)  # masked share of a block; each sequence takes them in turn from a random one on
-ROWS_PER_PASS = 4096
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,15 @@ class BlockLayout(Layout):
     def prompt(self) -> int:
         """Tokens of a sequence that are never noisy, `P`."""
         return self.prefill + self.block - self.decoded
+
+    def logits(self, model: Any, ids_SX: Tensor) -> Tensor:
+        """Logits `[S * D, V]` of the noisy tokens, sequence by sequence, in the model's dtype."""
+        mask, position_X = mask_of(self, model.dtype, ids_SX.device)
+        found = model(
+            input_ids=ids_SX, attention_mask=mask.expand(len(ids_SX), -1, -1, -1),
+            position_ids=position_X.expand(len(ids_SX), -1), use_cache=False, logits_to_keep=self.decoded,
+        )  # fmt: skip
+        return found.logits.flatten(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +131,37 @@ class Denoised:
     by_ratio: dict[float, tuple[float, float, float]]
 
 
+class ByRatio:
+    """Sums over the masked tokens by the masked share of their block: tokens, KL, negative log-likelihood.
+
+    Args:
+        ratio_SD: of all sequences, in the order of the passes.
+    """
+
+    def __init__(self, ratio_SD: Tensor) -> None:
+        self.sums = torch.zeros(len(RATIOS), 3, dtype=torch.float64)
+        self._ratio_SD, self._done = ratio_SD, 0
+
+    def begin(self, layout: Layout, part: Part) -> None:
+        """Nothing to prepare."""
+
+    def __call__(self, layer: int, batch: Batch, outcome: Outcome) -> None:
+        """Layers do not matter here."""
+
+    def finish(self, part: Part, found: Comparison) -> None:
+        """Add a pass."""
+        ratio_SD = self._ratio_SD[self._done : self._done + len(part.ids_SX)]
+        self._done += len(part.ids_SX)
+        columns = (torch.ones_like(found.kl_R), found.kl_R, found.nll_R)
+        self.sums.index_add_(0, part.counted(ratio_SD.flatten()), torch.stack(columns, 1).cpu())
+
+    @property
+    def by_ratio(self) -> dict[float, tuple[float, float, float]]:
+        """By masked share, those that were seen."""
+        found = zip(RATIOS, self.sums.tolist(), strict=True)
+        return {ratio: (tokens, kl, nll) for ratio, (tokens, kl, nll) in found if tokens}
+
+
 def denoise(
     model: Any,
     moe: MoE,
@@ -132,6 +173,7 @@ def denoise(
     *,
     seed: int = 0,
     stats: Any = None,
+    allow_unchanged: bool = False,
     advance: Callable[[int], None] = lambda sequences: None,
 ) -> list[Denoised]:
     """Stock first, then every plan, over the first `batches * B` sequences.
@@ -140,86 +182,23 @@ def denoise(
         advance: told the sequences of every pass that is done.
 
     Raises:
-        CarpoolError: what `share` raises; logits that are not finite; fewer sequences than needed.
+        CarpoolError: what `Loop.run` raises; fewer sequences than needed.
     """
-    needed = batches * layout.batch_size
-    if needed > len(sequences.ids_ST):
-        raise CarpoolError(
-            f"{batches} batches of {layout.batch_size} need {needed} sequences, not {len(sequences.ids_ST)}"
-        )
+    needed = require_enough(sequences, layout, batches)
     drawn = noise(needed, layout, seed)
-    size = layout.batch_size * max(1, ROWS_PER_PASS // (layout.batch_size * layout.positions))
-    tallies = [_Tally(plan, layout, sequences.domains, moe) for plan in (None, *plans)]
+    loop = Loop(model, moe, layout, parts(model, sequences, layout, drawn, mask_token), sequences.domains, stats=stats)
+    ratios = [ByRatio(drawn.ratio_SD) for _ in (None, *plans)]
+    found = loop.run(plans, watchers=ratios, allow_unchanged=allow_unchanged, advance=advance)
+    return [Denoised(one, seen.by_ratio) for one, seen in zip(found, ratios, strict=True)]
+
+
+def parts(model: Any, sequences: Sequences, layout: BlockLayout, drawn: Noise, mask_token: int) -> list[Part]:
+    """The passes over the sequences that noise was drawn for."""
+    made, size, needed = [], sequences_per_pass(model, layout), len(drawn.masked_SD)
     for first in range(0, needed, size):
         here = slice(first, min(first + size, needed))
-        ids_SD = sequences.ids_ST[here, layout.prompt : layout.prompt + layout.decoded]
-        masked_SD = drawn.masked_SD[here]
-        noisy_SD = ids_SD.masked_fill(masked_SD, mask_token)
-        given_SX = torch.cat([sequences.ids_ST[here, : layout.prefill], noisy_SD], 1)
-        stock_RV = None
-        for tally in tallies:
-            logits_RV, layers_LFM = _forward(model, tally.plan or moe.stock, given_SX, masked_SD, layout, moe, stats)
-            stock_RV = logits_RV if stock_RV is None else stock_RV
-            tally.add(
-                stock_RV, logits_RV, layers_LFM, ids_SD, masked_SD, drawn.ratio_SD[here], sequences.domain_S[here]
-            )
-            advance(len(given_SX))
-    return [tally.result() for tally in tallies]
-
-
-def _forward(
-    model: Any, plan: AnyPlan, given_SX: Tensor, masked_SD: Tensor, layout: BlockLayout, moe: MoE, stats: Any
-) -> tuple[Tensor, Tensor]:
-    """Logits of the masked tokens `[R, V]`, and what the layers did, `[layers, fields, M]`."""
-    from carpool.hosts.transformers import share
-
-    copies, device = len(given_SX) // layout.batch_size, next(model.parameters()).device
-    watch = Watch(layout, copies)
-    mask, position_X = mask_of(layout, model.dtype, device)
-    how: dict[str, Any] = {"stats": stats_for(plan, stats), "batch": layout.batch(copies, device), "observe": watch}
-    with torch.inference_mode(), share(model, plan, **how) as run:
-        watch.shares = run.surrogate_shares()
-        output = model(
-            input_ids=given_SX.to(device), attention_mask=mask.expand(len(given_SX), -1, -1, -1),
-            position_ids=position_X.expand(len(given_SX), -1), use_cache=False, logits_to_keep=layout.decoded,
-        )  # fmt: skip
-    if len(watch.sums) != moe.layers:
-        raise CarpoolError(f"{plan} ran in {len(watch.sums)} of {moe.layers} MoE layers: the model skips its routers")
-    logits_RV = output.logits[masked_SD.to(device)]
-    return logits_RV, torch.stack([watch.sums[layer] for layer in sorted(watch.sums)]).cpu()
-
-
-class _Tally:
-    def __init__(self, plan: AnyPlan | None, layout: BlockLayout, domains: tuple[str, ...], moe: MoE) -> None:
-        self.plan, self.layout, self.domains, self.moe = plan, layout, domains, moe
-        self.layers: list[Tensor] = []
-        self.tokens: list[Array] = []
-        self.ratios = torch.zeros(len(RATIOS), 3, dtype=torch.float64)
-
-    def add(
-        self, stock_RV: Tensor, run_RV: Tensor, layers_LFM: Tensor, ids_SD: Tensor, masked_SD: Tensor,
-        ratio_SD: Tensor, domain_S: Tensor,
-    ) -> None:  # fmt: skip
-        found = compare(stock_RV, run_RV, ids_SD[masked_SD].to(run_RV.device))
-        rows = [torch.ones(len(found.kl_R), dtype=torch.float64), *(x.cpu() for x in (found.kl_R, found.nll_R))]
-        self.ratios.index_add_(0, ratio_SD[masked_SD], torch.stack(rows, 1))
-        sequence_R = masked_SD.nonzero()[:, 0]
-        columns = [found.kl_R.cpu(), found.agree_R.cpu(), found.nll_R.cpu(), rows[0]]
-        sums_SX = torch.zeros(len(ids_SD), 4, dtype=torch.float64).index_add_(0, sequence_R, torch.stack(columns, 1))
-        one_hot_SD = torch.nn.functional.one_hot(domain_S, len(self.domains)).double()
-        parts = [sums_SX[:, :2], one_hot_SD * sums_SX[:, 2:3], one_hot_SD * sums_SX[:, 3:]]
-        self.tokens.append(torch.cat(parts, 1).unflatten(0, (-1, self.layout.batch_size)).sum(1).numpy())
-        self.layers.append(layers_LFM)
-
-    def result(self) -> Denoised:
-        fields_LFM, tokens_MX = torch.cat(self.layers, dim=-1).numpy(), np.concatenate(self.tokens)
-        count = len(self.domains)
-        measured = Measured(
-            plan=self.plan, layout=self.layout, domains=self.domains,
-            layers={name: fields_LFM[:, index].T for index, name in enumerate(LAYER_FIELDS)},
-            kl_M=tokens_MX[:, 0], agree_M=tokens_MX[:, 1],
-            nll_MD=tokens_MX[:, 2 : 2 + count], tokens_MD=tokens_MX[:, 2 + count :],
-            details=Details.empty(count, self.moe.layers, self.moe.experts),
-        )  # fmt: skip
-        by_ratio = {ratio: tuple(sums) for ratio, sums in zip(RATIOS, self.ratios.tolist(), strict=True) if sums[0]}
-        return Denoised(measured, by_ratio)
+        ids_ST, masked_SD = sequences.ids_ST[here], drawn.masked_SD[here]
+        ids_SD = ids_ST[:, layout.prompt : layout.prompt + layout.decoded]
+        given_SX = torch.cat([ids_ST[:, : layout.prefill], ids_SD.masked_fill(masked_SD, mask_token)], 1)
+        made.append(Part(given_SX, ids_SD, sequences.domain_S[here], masked_SD))
+    return made

@@ -11,7 +11,8 @@ from heapq import nlargest
 import torch
 from torch import Tensor
 
-from carpool.evaluate.layout import Layout
+from carpool.evaluate.layout import Layout, Part
+from carpool.evaluate.lockstep import Comparison
 from carpool.plans.pipeline import Outcome
 from carpool.routing.batch import Batch
 
@@ -54,9 +55,9 @@ class Details:
         """Nothing seen yet."""
         return cls(torch.zeros(domains, layers, experts, dtype=torch.int64))
 
-    def begin(self, layout: Layout, domain_S: Tensor) -> None:
-        """Before a pass over whole batches of sequences of these domains."""
-        self._layout, self._domain_S = layout, domain_S
+    def begin(self, layout: Layout, part: Part) -> None:
+        """Before a pass."""
+        self._layout, self._domain_S = layout, part.domain_S
         self._displaced_R: Tensor | None = None
 
     def __call__(self, layer: int, batch: Batch, outcome: Outcome) -> None:
@@ -68,17 +69,14 @@ class Details:
         self.histogram_B += torch.bincount(bins_R, minlength=BINS).cpu()
         self._displaced_R = displaced_R if self._displaced_R is None else self._displaced_R + displaced_R
 
-    def finish(self, ids_ST: Tensor, kl_R: Tensor) -> None:
-        """After the pass.
-
-        Args:
-            ids_ST: inputs. kl_R: of the decoded rows, in the order of sequence and position.
-        """
+    def finish(self, part: Part, found: Comparison) -> None:
+        """After the pass, all of whose decoded rows were compared."""
+        ids_ST, kl_R = part.ids_SX, found.kl_R
         assert self._displaced_R is not None
         mean_R = self._displaced_R.double() / self.use_DLE.shape[1]
-        found = mean_R.topk(min(WORST, len(mean_R)))
+        most = mean_R.topk(min(WORST, len(mean_R)))
         rows = [*self.worst]
-        for displaced, index in zip(found.values.tolist(), found.indices.tolist(), strict=True):
+        for displaced, index in zip(most.values.tolist(), most.indices.tolist(), strict=True):
             sequence, offset = divmod(index, self._layout.decoded)
             position = self._layout.prefill + offset
             context = ids_ST[sequence, max(0, position + 1 - CONTEXT) : position + 1].tolist()

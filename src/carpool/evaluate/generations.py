@@ -16,7 +16,7 @@ from torch import Tensor
 from carpool.diffusion import Decoding, Generation, Session, generate
 from carpool.errors import CarpoolError
 from carpool.evaluate.intervals import Array
-from carpool.evaluate.measure import MoE
+from carpool.evaluate.loop import MoE
 from carpool.plans.pipeline import Outcome
 from carpool.plans.policy_file import AnyPlan, stats_for
 from carpool.routing.batch import Batch

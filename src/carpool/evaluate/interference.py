@@ -19,7 +19,7 @@ from torch import Tensor
 from carpool.errors import CarpoolError
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.lockstep import compare, forward
-from carpool.evaluate.measure import LOGITS_PER_PASS, ROWS_PER_PASS, MoE
+from carpool.evaluate.loop import LOGITS_PER_PASS, ROWS_PER_PASS, MoE, require_reached
 from carpool.evaluate.sequences import Sequences
 from carpool.plans.pipeline import Outcome
 from carpool.plans.policy_file import AnyPlan
@@ -110,7 +110,8 @@ def interference(
         advance: told the rows of every pass that is done.
 
     Raises:
-        CarpoolError: a batch of one, too few sequences or deals, a plan that did not run, too many logits to keep.
+        CarpoolError: a batch of one, too few sequences or deals, a plan that did not run or did not reach the experts,
+            too many logits to keep.
     """
     count, vocabulary = len(sequences.ids_ST), model.config.get_text_config().vocab_size
     if layout.batch_size < 2 or deals < 2 or count % layout.batch_size or count < 2 * layout.batch_size:
@@ -132,7 +133,7 @@ class _Run:
     """A model and its sequences.
 
     Attributes:
-        displaced: largest displaced mass since it was last set to 0.
+        displaced, changed: largest displaced mass, and rows routed otherwise, since they were last set to 0.
     """
 
     model: Any
@@ -142,6 +143,7 @@ class _Run:
     stats: Any
     advance: Callable[[int], None]
     displaced: float = field(default=0.0)
+    changed: int = field(default=0)
 
     def logits(self, plan: AnyPlan, order_S: Tensor) -> Tensor:
         """Logits `[R, V]` in the order of the sequences, which run in batches in the order given."""
@@ -160,10 +162,11 @@ class _Run:
 
     def _observe(self, layer: int, batch: Batch, outcome: Outcome) -> None:
         self.displaced = max(self.displaced, float(outcome.displaced_N.max()))
+        self.changed += int(outcome.changed_N.sum())
 
 
 def _measure(run: _Run, plan: AnyPlan | None, stock_RV: Tensor, dealt: list[Tensor]) -> Interference:
-    run.displaced = 0.0
+    run.displaced, run.changed = 0.0, 0
     targets_R = run.ids_ST[:, run.layout.prefill + 1 :].flatten().to(stock_RV.device)
     losses, changes, agreements = list[Tensor](), list[Tensor](), list[Tensor]()
     before_RV: Tensor | None = None
@@ -180,6 +183,8 @@ def _measure(run: _Run, plan: AnyPlan | None, stock_RV: Tensor, dealt: list[Tens
             unstable_R |= now_RV.argmax(-1) != first_R
         before_RV = now_RV
     loss_CR = torch.stack(losses)
+    if plan is not None:
+        require_reached(plan, run.changed, float(loss_CR.sum()))
     worst = int(loss_CR.amax(0).argmax())
     sequence, offset = divmod(worst, run.layout.decoded)
     end = run.layout.prefill + offset + 1

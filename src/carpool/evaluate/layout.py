@@ -121,3 +121,24 @@ class Layout:
     def logits(self, model: Any, ids_ST: Tensor) -> Tensor:
         """Logits `[R, V]` of the decoded positions, sequence by sequence, in the model's dtype."""
         return model(input_ids=ids_ST, use_cache=False, logits_to_keep=self.decoded).logits.flatten(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What one pass reads.
+
+    Attributes:
+        ids_SX: inputs, as the layout has their positions.
+        targets_SD: the text's tokens that the decoded positions predict.
+        domain_S: index of each sequence's domain.
+        counted_SD: which of the decoded tokens are compared; None: all.
+    """
+
+    ids_SX: Tensor
+    targets_SD: Tensor
+    domain_S: Tensor
+    counted_SD: Tensor | None = None
+
+    def counted(self, values_X: Tensor) -> Tensor:
+        """Of values of all decoded tokens `[S * D, ...]` those that are compared, `[R, ...]`."""
+        return values_X if self.counted_SD is None else values_X[self.counted_SD.flatten().to(values_X.device)]

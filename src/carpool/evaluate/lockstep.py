@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from carpool.calibrate.divergence import divergence, log_probabilities
 from carpool.errors import CarpoolError
 from carpool.evaluate.layout import Steps
 from carpool.plans.pipeline import Outcome
 from carpool.plans.policy_file import AnyPlan, stats_for
 from carpool.routing.batch import Batch
 
-CHUNK = 1 << 19  # logits that are compared at a time; 2 MiB in float32 stay in a cache
 Observer = Callable[[int, Batch, Outcome], None]
 LAYER_FIELDS = ("union", "natural_union", "coreset", "pairs", "displaced", "changed", "overflow", "surrogates", "bytes")
 
@@ -138,16 +138,14 @@ def compare(stock_RV: Tensor, policy_RV: Tensor, targets_R: Tensor) -> Compariso
     Raises:
         CarpoolError: logits that are NaN or infinite.
     """
-    rows = max(1, CHUNK // stock_RV.shape[-1])
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for stock_CV, policy_CV, targets_C in zip(
-        stock_RV.split(rows), policy_RV.split(rows), targets_R.split(rows), strict=True
-    ):
-        p_CV, q_CV = stock_CV.float().log_softmax(-1), policy_CV.float().log_softmax(-1)
-        kl_C = torch.linalg.vecdot(p_CV.exp(), p_CV - q_CV).clamp_min(0.0)
+    first = 0
+    for p_CV, q_CV in log_probabilities(stock_RV, policy_RV):
+        targets_C = targets_R[first : first + len(p_CV)]
         agree_C = p_CV.argmax(-1) == q_CV.argmax(-1)
         nll_C = -q_CV.gather(-1, targets_C.unsqueeze(-1)).squeeze(-1)
-        parts.append((kl_C, agree_C, nll_C))
+        parts.append((divergence(p_CV, q_CV), agree_C, nll_C))
+        first += len(p_CV)
     kl_R, agree_R, nll_R = (torch.cat(column).double() for column in zip(*parts, strict=True))
     if not (kl_R + nll_R).isfinite().all():
         raise CarpoolError("the model gives logits that are not finite; evaluate it in float32 or bfloat16")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from carpool.evaluate.intervals import Array, Estimate, estimate, ratio, resample
-from carpool.evaluate.measure import Measured
+from carpool.evaluate.measured import Measured
 
 
 @dataclass(frozen=True)

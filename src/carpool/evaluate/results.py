@@ -82,7 +82,7 @@ def as_dict(result: Result, decode: Decode | None = None) -> dict[str, Any]:
         },
         "union_by_layer": result.union_by_layer,
         "stock_union_by_layer": result.stock_union_by_layer,
-        "details": _details(one.details, one.domains, decode),
+        **({} if one.details is None else {"details": _details(one.details, one.domains, decode)}),
     }
 
 

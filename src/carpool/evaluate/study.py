@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from carpool.errors import CarpoolError
 from carpool.evaluate.layout import Layout
-from carpool.evaluate.measure import MoE, measure
+from carpool.evaluate.loop import MoE
+from carpool.evaluate.measure import measure
 from carpool.evaluate.metrics import Result, results
 from carpool.evaluate.sequences import FEWER, Document, Sequences, draw
 from carpool.plans.policy_file import AnyPlan, stats_for

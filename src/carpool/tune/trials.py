@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from carpool.artefacts.files import write_text
 from carpool.artefacts.json_text import read_json
 from carpool.errors import CarpoolError
 from carpool.evaluate.intervals import estimate, resample
 from carpool.evaluate.layout import Layout
-from carpool.evaluate.lockstep import LAYER_FIELDS, Pass, compare, forward
-from carpool.evaluate.measure import MoE, explaining_memory, passes
+from carpool.evaluate.loop import Loop, MoE
+from carpool.evaluate.measure import parts
+from carpool.evaluate.measured import Measured
 from carpool.evaluate.sequences import Sequences
-from carpool.plans.policy_file import AnyPlan, PolicyFile
+from carpool.plans.policy_file import PolicyFile
 
-BYTES = LAYER_FIELDS.index("bytes")
 KEPT = 1 << 29  # bytes of stock's logits that are kept from one step of a search to the next
 TOGETHER = 4  # plans beside one run of stock, where that is not kept; an interruption loses as many
 
@@ -43,16 +42,6 @@ class Point:
     kl_high: float
     perplexity_ratio: float
     share: float
-
-
-@dataclass(frozen=True, eq=False)
-class Stock:
-    """What stock does in one pass: logits `[R, V]`, the text's next tokens and their losses `[R]`, bytes read `[M]`."""
-
-    logits_RV: Tensor
-    targets_R: Tensor
-    nll_R: Tensor
-    read_M: Tensor
 
 
 class Trials:
@@ -79,9 +68,9 @@ class Trials:
         seed: int = 0,
         advance: Callable[[str], None] = lambda policy: None,
     ) -> None:
-        self.model, self.moe, self.stats, self.layout = model, moe, stats, layout
-        self._passes = passes(model, sequences, layout, batches)
-        self._stock: dict[int, Stock] = {}
+        self.moe = moe
+        passes = parts(model, sequences, layout, batches)
+        self._loop = Loop(model, moe, layout, passes, sequences.domains, stats=stats, kept=KEPT)
         self._counts_RM = resample(batches, seed)
         self._memory, self._settings, self._advance = memory, settings or {}, advance
         self.points: dict[str, Point] = self._remembered()
@@ -91,55 +80,27 @@ class Trials:
         new = list({_key(one): one for one in candidates if _key(one) not in self.points}.values())
         for start in range(0, len(new), TOGETHER):
             few = new[start : start + TOGETHER]
-            with explaining_memory(self.layout):
-                found = self._run(few)
-            for point, candidate in zip(found, few, strict=True):
+            for point, candidate in zip(self._run(few), few, strict=True):
                 self.points[_key(candidate)] = point
                 self._advance(point.policy)
             self._remember()
         return [self.points[_key(one)] for one in candidates]
 
     def _run(self, candidates: Sequence[PolicyFile]) -> list[Point]:
-        layout = self.layout
-        sums: list[list[Any]] = [[] for _ in candidates]
-        for place, (ids_SX, _) in enumerate(self._passes):
-            stock = self._stock.get(place) or self._run_stock(place)
-            for mine, candidate in zip(sums, candidates, strict=True):
-                run = self._forward(candidate, ids_SX)
-                found = compare(stock.logits_RV, run.logits_RV, stock.targets_R)
-                kl_M, more_M = (
-                    rows_R.view(-1, layout.batch_size * layout.decoded).sum(1).cpu()
-                    for rows_R in (found.kl_R, found.nll_R - stock.nll_R)
-                )
-                mine.append(np.stack([kl_M, more_M, run.layers_LFM[:, BYTES].sum(0).cpu(), stock.read_M]))
-        return [self._point(one, np.concatenate(mine, axis=1)) for one, mine in zip(candidates, sums, strict=True)]
+        stock, *found = self._loop.run(candidates, allow_unchanged=True)
+        return [self._point(one, measured, stock) for one, measured in zip(candidates, found, strict=True)]
 
-    def _run_stock(self, place: int) -> Stock:
-        """Stock in one pass; kept where all passes together are small enough."""
-        ids_SX, _ = self._passes[place]
-        run = self._forward(self.moe.stock, ids_SX)
-        targets_R = ids_SX[:, self.layout.prefill + 1 :].flatten().to(run.logits_RV.device)
-        nll_R = compare(run.logits_RV, run.logits_RV, targets_R).nll_R
-        made = Stock(run.logits_RV, targets_R, nll_R, run.layers_LFM[:, BYTES].sum(0).cpu())
-        if run.logits_RV.nbytes * len(self._passes) <= KEPT:
-            self._stock[place] = made
-        return made
-
-    def _forward(self, plan: AnyPlan, ids_SX: Tensor) -> Pass:
-        return forward(self.model, plan, ids_SX[:, :-1], self.layout, num_layers=self.moe.layers, stats=self.stats)
-
-    def _point(self, candidate: PolicyFile, sums_XM: Any) -> Point:
-        kl_M, more_M, read_M, stock_M = sums_XM
-        tokens_M = np.full(len(kl_M), float(self.layout.batch_size * self.layout.decoded))
-        kl = estimate(kl_M, tokens_M, self._counts_RM)
+    def _point(self, candidate: PolicyFile, one: Measured, stock: Measured) -> Point:
+        kl = estimate(one.kl_M, one.tokens_M, self._counts_RM)
+        more = (one.nll_MD - stock.nll_MD).sum() / one.tokens_M.sum()
         return Point(
             policy=str(candidate.plan),
             layers=dict(candidate.layers),
             kl=kl.value,
             kl_low=kl.value if kl.low is None else kl.low,
             kl_high=kl.value if kl.high is None else kl.high,
-            perplexity_ratio=float(np.exp(more_M.sum() / tokens_M.sum())),
-            share=float(read_M.sum() / stock_M.sum()),
+            perplexity_ratio=float(np.exp(more)),
+            share=float(one.layers["bytes"].sum() / stock.layers["bytes"].sum()),
         )
 
     def _remembered(self) -> dict[str, Point]:
