@@ -1,14 +1,12 @@
-"""The threshold searches against trying everything."""
+"""The threshold search against trying everything."""
 
 from __future__ import annotations
-
-from itertools import product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from carpool.calibrate.thresholds import frontier, threshold_for
+from carpool.calibrate.thresholds import threshold_for
 from carpool.errors import CarpoolError
 
 values = st.lists(st.floats(0, 1), min_size=1, max_size=12)
@@ -47,32 +45,10 @@ def test_bisection_needs_few_passes() -> None:
     assert len(calls) <= 8
 
 
-@given(one=values, two=values, target=st.floats(0, 1), weight=st.floats(0.1, 10))
-def test_two_thresholds(one: list[float], two: list[float], target: float, weight: float) -> None:
-    one, two = sorted(one), sorted(two)
-    pairs: set[tuple[float, float]] = set()
-
-    def skipped(a: float, b: float) -> float:
-        pairs.add((a, b))
-        return (one[int(a)] + two[int(b)]) / 2
-
-    def loss(a: float, b: float) -> float:
-        return one[int(a)] ** 2 + weight * two[int(b)]
-
-    grids = list(range(len(one))), list(range(len(two)))
-    reaching = [pair for pair in product(*grids) if (one[pair[0]] + two[pair[1]]) / 2 >= target]
-    if not reaching:
-        with pytest.raises(CarpoolError, match="widen"):
-            frontier(skipped, loss, target, *grids)
-        return
-    assert loss(*frontier(skipped, loss, target, *grids)) == min(loss(*pair) for pair in reaching)
-    assert len(pairs) <= len(one) + len(two)
-
-
 def test_impossible_arguments() -> None:
     with pytest.raises(CarpoolError, match="share"):
         threshold_for(lambda tau: 1.0, 1.5, [0.0])
     with pytest.raises(CarpoolError, match="ascending"):
         threshold_for(lambda tau: 1.0, 0.5, [1.0, 0.0])
     with pytest.raises(CarpoolError, match="ascending"):
-        frontier(lambda a, b: 1.0, lambda a, b: 1.0, 0.5, [1.0], [])
+        threshold_for(lambda tau: 1.0, 0.5, [])

@@ -1,7 +1,7 @@
-"""From a budget to a threshold: the search of MoDES (arXiv 2511.15690), for one threshold and for two.
+"""From a budget to a threshold: the search of MoDES (arXiv 2511.15690), for one threshold.
 
 A threshold that skips experts skips more the higher it is, and costs more. Both are exact for one layer; over several
-layers, skipping changes later routing and they are only nearly true, which the search for one threshold checks.
+layers, skipping changes later routing and they are only nearly true, which the search checks.
 """
 
 from __future__ import annotations
@@ -38,42 +38,6 @@ def threshold_for(skipped: Callable[[float], float], target: float, grid: Sequen
     if values != sorted(values):
         return next(threshold for threshold in grid if measured(threshold) >= target)
     return grid[high]
-
-
-def frontier(
-    skipped: Callable[[float, float], float],
-    loss: Callable[[float, float], float],
-    target: float,
-    first: Sequence[float],
-    second: Sequence[float],
-) -> tuple[float, float]:
-    """The pair of thresholds, for two kinds of rows (prompt and generated, vision and text), that skips at least
-    `target` at the least loss.
-
-    The pairs that just reach the target form a staircase: as the first threshold rises, the second may fall. The
-    search walks down it, so it evaluates at most `len(first) + len(second)` pairs instead of their product; it finds
-    the best pair where both functions rise with both thresholds.
-
-    Args:
-        skipped, loss: of a pair of thresholds.
-        target: share of pairs to skip, 0 to 1.
-        first, second: ascending.
-
-    Raises:
-        CarpoolError: no pair of the grids reaches the target.
-    """
-    _check(target, first)
-    _check(target, second)
-    measured = cache(skipped)
-    _check_reached(measured(first[-1], second[-1]), target)
-    stairs: list[tuple[float, float]] = []
-    lowest = len(second)  # of the second threshold that is known to reach the target beside the first
-    for one in first:
-        while lowest > 0 and measured(one, second[lowest - 1]) >= target:
-            lowest -= 1
-        if lowest < len(second):
-            stairs.append((one, second[lowest]))
-    return min(stairs, key=lambda pair: loss(*pair))
 
 
 def _check(target: float, grid: Sequence[float]) -> None:
