@@ -14,7 +14,8 @@ from carpool import RouteSpec, Routing, parse
 from carpool.hosts.vllm import ahead, compiled
 from carpool.hosts.vllm.compiled import Compiler
 from carpool.hosts.vllm.knobs import Knobs
-from carpool.hosts.vllm.router import Layer, Step
+from carpool.hosts.vllm.layer import Layer, Step
+from carpool.hosts.vllm.router import routed
 from carpool.hosts.vllm.step_rows import Requests, Rows
 from carpool.plans.counters import Counters, measured
 from carpool.plans.pipeline import route
@@ -168,7 +169,7 @@ def test_a_failing_compiler_leaves_eager_routing(
     assert layer.graph is None
     fill(rows, 8)
     logits_NE = torch.randn(8, E)
-    routing = layer.route(torch.zeros(8, H), logits_NE, layer.spec.native(logits_NE))
+    routing = routed(layer, torch.zeros(8, H), logits_NE, layer.spec.native(logits_NE))
     assert len(routing.ids_NK[rows._real_N[:8]].unique()) <= 8 + K * 2  # coreset, and what exempt rows read
 
 
@@ -200,7 +201,7 @@ def test_a_plan_that_cannot_act_does_not_run(text: str, sharing: int, runs: bool
     rows.sharing = sharing
     logits_NE = torch.randn(6, E)
     native = layer.spec.native(logits_NE)
-    assert (layer.route(torch.zeros(6, H), logits_NE, native) is not native) == runs
+    assert (routed(layer, torch.zeros(6, H), logits_NE, native) is not native) == runs
 
 
 def test_what_a_graph_was_not_compiled_for_runs_operation_by_operation() -> None:
@@ -231,17 +232,17 @@ def test_recorded_graphs_read_nothing_for_padding(text: str, how: str | None, mo
     native = layer.spec.native(logits_NE)
     decoding, prompt = np.zeros(3, bool), np.array([False])
 
-    def routed(requests: Requests | None) -> Tensor:
+    def ids_of(requests: Requests | None) -> Tensor:
         rows.clear()
         if requests is not None:
             rows.fill(requests, 8)
-        return layer.route(torch.zeros(8, H), logits_NE, native).ids_NK
+        return routed(layer, torch.zeros(8, H), logits_NE, native).ids_NK
 
-    ids_NK = routed(Requests(np.ones(3, np.int64), decoding, [None] * 3))
+    ids_NK = ids_of(Requests(np.ones(3, np.int64), decoding, [None] * 3))
     assert torch.equal(ids_NK[3:], ids_NK[:1].expand(5, -1))
     [counted] = layer.step.counters.report()
     assert (counted.steps, counted.rows, counted.union) == (1, 3, len(ids_NK.unique()))
     assert counted.natural_union == len(native.ids_NK[:3].unique())
     for requests in (None, Requests(np.array([5]), ~prompt, [None])):
-        assert torch.equal(routed(requests), native.ids_NK)
+        assert torch.equal(ids_of(requests), native.ids_NK)
     assert layer.step.counters.report() == [counted]

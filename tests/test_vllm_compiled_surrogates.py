@@ -13,8 +13,10 @@ from carpool.calibrate.surrogate_fit import stored
 from carpool.experts.surrogates import by_pairs
 from carpool.hosts.vllm import compiled
 from carpool.hosts.vllm.compiled import Compiler
+from carpool.hosts.vllm.resident import Resident
+from carpool.hosts.vllm.router import routed
 from carpool.hosts.vllm.step_rows import Requests
-from carpool.hosts.vllm.supplement import Resident, supplement
+from carpool.hosts.vllm.supplement import supplement
 
 
 def check_sum(how: str) -> None:
@@ -71,7 +73,7 @@ def test_only_rows_that_share_are_computed() -> None:
     hidden_NH, logits_NE = torch.randn(9, H, generator=generator), torch.randn(9, E, generator=generator)
     native = layer.spec.native(logits_NE)
     rows.fill(Requests(np.array([1, 4, 1, 1]), np.array([False, True, False, False]), [None] * 4), 9)  # two of padding
-    layer.route(hidden_NH, logits_NE, native)
+    routed(layer, hidden_NH, logits_NE, native)
     assert layer.left is not None
     ids_NK, weights_NK = layer.left
     added_NH = supplement(layer, hidden_NH)
@@ -83,6 +85,6 @@ def test_only_rows_that_share_are_computed() -> None:
     assert not added_NH[1:5].any()
     assert supplement(layer, hidden_NH) is None  # once
     rows.fill(Requests(np.ones(9, np.int64), np.zeros(9, bool), [None] * 9), 9)
-    layer.route(hidden_NH, logits_NE, native)
+    routed(layer, hidden_NH, logits_NE, native)
     assert supplement(layer, hidden_NH) is not None
     assert asked == [3, 9]

@@ -108,11 +108,13 @@ def test_an_engine_that_bypasses_the_router_is_refused_at_the_first_step(shared:
 
 
 def test_rows_that_are_not_the_batchs_are_refused(shared: Any) -> None:
+    from carpool.hosts.vllm.router import routed
+
     layer = tiny.host(shared).layers[0]
     layer.step.rows.expected = 5
     native = Routing(torch.zeros(4, 4, dtype=torch.int32), torch.ones(4, 4))
     with pytest.raises(CarpoolError, match="sees 4 rows of a forward pass of 5"):
-        layer.route(torch.zeros(4, 64), torch.zeros(4, tiny.EXPERTS), native)
+        routed(layer, torch.zeros(4, 64), torch.zeros(4, tiny.EXPERTS), native)
     layer.step.rows.clear()
 
 

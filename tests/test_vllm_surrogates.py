@@ -253,10 +253,12 @@ def test_experts_that_are_no_plain_sum_are_refused(
 
 def test_experts_that_are_bypassed_are_noticed(shared: Any) -> None:
     """What was left to surrogates must have been added when the next step routes, and after the first one."""
+    from carpool.hosts.vllm.router import routed
+
     host = tiny.host(shared)
     layer, left = host.layers[1], (torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, 4))
     logits_NE = torch.zeros(2, tiny.EXPERTS)
-    for again in (host._prove, lambda: layer.route(torch.zeros(2, 64), logits_NE, carpool.Routing(*left))):
+    for again in (host._prove, lambda: routed(layer, torch.zeros(2, 64), logits_NE, carpool.Routing(*left))):
         layer.left = left
         with pytest.raises(CarpoolError, match=r"layers\.1\.mlp\.experts: the engine bypassed its experts"):
             again()

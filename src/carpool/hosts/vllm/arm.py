@@ -90,12 +90,13 @@ def _worker_built(worker: Any, _: None) -> None:
     if settings is None:
         return
     _refuse_if_missing()
+    from carpool.hosts.vllm.control import Control
     from carpool.hosts.vllm.engine import check_engine
     from carpool.hosts.vllm.host import Host
 
     check_engine(worker.vllm_config, settings)
     _mark(worker.vllm_config)
-    Host.attach(worker, settings)
+    Control(Host.attach(worker, settings)).attach()
 
 
 def _mark(config: Any) -> None:

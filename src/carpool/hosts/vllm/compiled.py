@@ -12,26 +12,23 @@ import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from carpool.experts.surrogates import pair_factors, pair_sum
 from carpool.hosts.vllm.ahead import compile_ahead
+from carpool.hosts.vllm.layer import Graph, Layer
+from carpool.hosts.vllm.resident import Resident
 from carpool.hosts.vllm.step_rows import Rows
 from carpool.plans.counters import measured
 from carpool.plans.pipeline import decide, scored
 from carpool.routing.batch import Batch
 from carpool.routing.spec import RouteSpec, Routing
 
-if TYPE_CHECKING:
-    from carpool.hosts.vllm.router import Layer
-    from carpool.hosts.vllm.supplement import Resident
-
 ROWS, REQUESTS = 11, 5  # of the example: sizes that nothing else has, or the compiler takes them for the same
 BACKEND: str | None = None  # of torch.compile; None: ahead of time on CPUs, inductor elsewhere
-Graph = Any  # a compiled function, to a tuple
 IDS_IN_RANGE = {"assert_indirect_indexing": False}  # they are our own
 
 

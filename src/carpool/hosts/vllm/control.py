@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from carpool.errors import CarpoolError
+from carpool.hosts.vllm.host import Host
 from carpool.hosts.vllm.isolation import require_isolated
 from carpool.hosts.vllm.layers import prepare
 from carpool.plans.grammar import parse
-
-if TYPE_CHECKING:
-    from carpool.hosts.vllm.host import Host
 
 
 class Control:
@@ -19,6 +17,10 @@ class Control:
 
     def __init__(self, host: Host) -> None:
         self._host = host
+
+    def attach(self) -> None:
+        """Give the host's worker the methods."""
+        self._host.worker.carpool_set, self._host.worker.carpool_report = self.set, self.report
 
     def set(self, policy: str | None = None, enabled: bool | None = None, compile: bool = False) -> dict[str, Any]:
         """Change the policy of all layers, or switch sharing off and on, between two steps.

@@ -15,12 +15,12 @@ from torch import Tensor
 from carpool.errors import CarpoolError
 from carpool.experts.surrogates import NAMES
 from carpool.hosts.vllm.compiled import Compiler
-from carpool.hosts.vllm.control import Control
 from carpool.hosts.vllm.follow import drafter, follow
 from carpool.hosts.vllm.knobs import Knobs
+from carpool.hosts.vllm.layer import Layer, Step
 from carpool.hosts.vllm.layers import build_layers
 from carpool.hosts.vllm.metrics import Metrics
-from carpool.hosts.vllm.router import Layer, Step, define_op, shared_class
+from carpool.hosts.vllm.router import define_op, shared_class
 from carpool.hosts.vllm.settings import Settings
 from carpool.hosts.vllm.step_rows import Rows
 from carpool.hosts.vllm.supplement import hook
@@ -46,7 +46,7 @@ class Host:
 
     @classmethod
     def attach(cls, worker: Any, settings: Settings) -> Host:
-        """Follow a worker from its construction: wraps its `load_model` and gives it the control methods."""
+        """Follow a worker from its construction: wraps its `load_model`."""
         host = cls(worker, settings)
         worker.carpool = host
         load_model = worker.load_model
@@ -60,8 +60,6 @@ class Host:
             return result
 
         worker.load_model = loaded
-        control = Control(host)
-        worker.carpool_set, worker.carpool_report = control.set, control.report
         return host
 
     @contextlib.contextmanager

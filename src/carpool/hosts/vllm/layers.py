@@ -10,7 +10,8 @@ from torch import Tensor
 from carpool.artefacts.statistics import Statistics, fingerprint, made_by
 from carpool.errors import CarpoolError
 from carpool.hosts.vllm.gate_check import check
-from carpool.hosts.vllm.router import Layer, is_shared
+from carpool.hosts.vllm.layer import Layer
+from carpool.hosts.vllm.router import is_shared
 from carpool.hosts.vllm.settings import Settings
 from carpool.hosts.vllm.specs import route_spec
 from carpool.hosts.vllm.supplement import resident

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from carpool.hosts.vllm.layer import Layer
 from carpool.plans.counters import Counters, LayerReport, totals
-
-if TYPE_CHECKING:
-    from carpool.hosts.vllm.router import Layer
 
 PERIOD = 1.0  # seconds between two readings of the device's counters
 COUNTERS = {  # field of the counters: metric (Prometheus appends _total), help

@@ -1,0 +1,90 @@
+"""What the plugin knows of an engine's MoE layers while it runs: one `Layer` each, and the `Step` that all share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carpool.errors import CarpoolError
+from carpool.hosts.vllm.knobs import Knobs
+from carpool.hosts.vllm.resident import Resident
+from carpool.hosts.vllm.step_rows import Rows
+from carpool.plans.counters import Counters
+from carpool.plans.grammar import Plan
+from carpool.routing.spec import RouteSpec
+
+Graph = Any  # a compiled function, to a tuple
+
+
+@dataclass(eq=False)
+class Step:
+    """What all layers of an engine share while it runs.
+
+    Attributes:
+        rows: who the rows of the running forward pass are.
+        counters: per-layer totals on the device.
+        enabled: False switches every policy off.
+        graphs: the engine records CUDA graphs, so that every call must run the same operations.
+        observer: called with layer, logits and outcome of every routed call; None outside of tests and captures.
+    """
+
+    rows: Rows
+    counters: Counters
+    graphs: bool
+    enabled: bool = True
+    observer: Any = None
+
+
+@dataclass(eq=False)
+class Layer:
+    """One MoE layer of one engine.
+
+    Attributes:
+        name: vLLM's name of the layer. index: its number in that name. position: its row in the counters.
+        router: vLLM's router object. spec: how it routes. num_experts, hidden_size: `E` and `H`.
+        runner: vLLM's object that runs router and experts.
+        plan: policy and guards. statistics: the file's tensors of this layer. stats: what the policy made of them.
+        knobs: the plan's numbers as device tensors.
+        graph: the compiled form of this plan's kind; None where routing runs operation by operation.
+        calls: times Python ran the router, for the proof that nothing bypasses it.
+        resident: surrogates on the device, once a plan has asked for them.
+        left: expert ids and weights of the pairs that the last call left to surrogates, until the experts run.
+    """
+
+    name: str
+    index: int
+    router: Any
+    spec: RouteSpec
+    plan: Plan
+    num_experts: int
+    hidden_size: int
+    device: torch.device
+    position: int = 0
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    knobs: Knobs | None = None
+    graph: Graph | None = None
+    step: Step | None = None
+    calls: int = 0
+    runner: Any = None
+    resident: Resident | None = None
+    left: tuple[Tensor, Tensor] | None = None
+
+    def require_added(self) -> None:
+        """Raises CarpoolError if pairs were left to surrogates and the experts ran without them."""
+        if self.left is not None:
+            raise CarpoolError(f"{self.name}: the engine bypassed its experts, so surrogates were not added; refused")
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of one expert's weights, on this rank."""
+        experts = self.runner.routed_experts
+        return int(sum(weight.nbytes for weight in experts.parameters()) // experts.local_num_experts)
+
+    @property
+    def surrogate_bytes(self) -> int:
+        """Of one expert's surrogate, on this rank; 0 without any."""
+        return 0 if self.resident is None else self.resident.bytes
