@@ -130,5 +130,6 @@ def test_choices_of_one_context_go_apart() -> None:
 def test_refused() -> None:
     with pytest.raises(CarpoolError, match="at least one token each"):
         Question((), (1,))
-    with pytest.raises(CarpoolError, match="no tenants"):
-        scored("oea(k0=1)", group="tenant")
+    for group in ("tenant", "prompt"):
+        with pytest.raises(CarpoolError, match=f"group='{group}'.* no tenants and are nobody's samples"):
+            scored("oea(k0=1)", group=group)

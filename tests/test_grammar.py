@@ -171,7 +171,7 @@ def test_what_a_layer_cannot_do_is_refused(text: str) -> None:
         plan.check(64, 8)
 
 
-@pytest.mark.parametrize("text", ["batch", "tenant", "request", "position", "block:1", "block:32"])
+@pytest.mark.parametrize("text", ["batch", "tenant", "prompt", "request", "position", "block:1", "block:32"])
 def test_grouping_round_trip(text: str) -> None:
     assert str(Grouping.parse(text)) == text
     assert Grouping.parse(Grouping.parse(text)) == Grouping.parse(text)

@@ -28,7 +28,7 @@ BLOCK = Layout(4, 11, 3, Grouping.parse("batch"))
 
 
 def layout(group: str) -> Layout:
-    return dataclasses.replace(BLOCK, grouping=Grouping.parse(group))
+    return dataclasses.replace(BLOCK, grouping=Grouping.parse(group), samples=2 if group == "prompt" else 1)
 
 
 @pytest.mark.parametrize("group", ["batch", "position", "request", "block:4"])
@@ -50,7 +50,16 @@ def test_rows_by_hand(group):
     assert int(batch.group_N.max()) < batch.num_groups
 
 
-@pytest.mark.parametrize("group", ["batch", "request", "block:4"])
+def test_siblings_are_a_group() -> None:
+    """Two prompts of two samples of two positions: by hand."""
+    made = Layout(4, 2, 1, Grouping.parse("prompt"), samples=2)
+    batch = made.batch(1)
+    assert batch.group_N.tolist() == [2, 0, 2, 0, 3, 1, 3, 1]
+    assert (batch.num_groups, batch.num_steps) == (4, 2)
+    assert made.by_step(torch.arange(4), 1).tolist() == [1]
+
+
+@pytest.mark.parametrize("group", ["batch", "prompt", "request", "block:4"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_equals_decoding_in_float64(family, group):
     model = tiny_model(family)
@@ -123,6 +132,10 @@ def test_compare_refuses_nan():
         ({"prefill": 0}, "prefill 0"),
         ({"positions": 3}, "leave nothing to decode"),
         ({"grouping": Grouping.parse("block:3")}, "do not split into blocks of 3"),
+        ({"grouping": Grouping.parse("tenant")}, "have no tenants"),
+        ({"grouping": Grouping.parse("prompt")}, "none is another's sample"),
+        ({"grouping": Grouping.parse("prompt"), "samples": 3}, "does not split into prompts of 3"),
+        ({"samples": 0}, "does not split into prompts of 0"),
     ],
 )
 def test_impossible_layouts(changes, message):

@@ -59,8 +59,11 @@ class Answers:
     """
 
     def __init__(self, sequences: Sequence[Stem], grouping: Grouping) -> None:
-        if grouping.kind == "tenant":
-            raise CarpoolError("requests of a task have no tenants; group by batch, request or block:n")
+        if grouping.kind in ("tenant", "prompt"):
+            raise CarpoolError(
+                f"group={str(grouping)!r}: requests of a task have no tenants and are nobody's samples; group by "
+                "batch, request or block:n"
+            )
         inputs = [(*context, *answer) for context, answer in sequences]
         self.batch_size, self.positions, self.grouping = len(sequences), max(map(len, inputs)), grouping
         self.ids_BT = torch.tensor([[*given, *[0] * (self.positions - len(given))] for given in inputs])

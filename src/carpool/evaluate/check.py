@@ -112,13 +112,16 @@ def _decode(model: Any, plan: AnyPlan, ids_ST: Tensor, layout: Layout, stats: An
     def observe(layer: int, batch: Batch, outcome: Outcome) -> None:
         read.setdefault(layer, []).append(outcome.computed_NE.unflatten(0, (layout.batch_size, -1)))
 
-    settings = {"group": layout.grouping, "stats": stats, "observe": observe, "pad_token_id": NO_TOKEN}
+    siblings = layout.grouping.kind == "prompt"  # no forward says whose samples its rows are
+    group = "request" if siblings else layout.grouping
+    settings = {"group": group, "stats": stats, "observe": observe, "pad_token_id": NO_TOKEN}
     with torch.inference_mode(), share(model, plan, **settings) as run:
         cache = model(input_ids=ids_ST[:, : layout.prefill], use_cache=True).past_key_values
         read.clear()
-        if layout.stride > 1:  # several positions a pass look like a prompt, so say who they are
-            rows_B = torch.arange(layout.batch_size, device=ids_ST.device).repeat_interleave(layout.stride)
-            run.batch = Batch.of(len(rows_B), device=ids_ST.device, group_N=rows_B, num_groups=layout.batch_size)
+        if layout.stride > 1 or siblings:  # several positions a pass look like a prompt, so say who they are
+            groups_G = torch.arange(layout.groups, device=ids_ST.device)
+            rows_N = groups_G.repeat_interleave(layout.batch_size // layout.groups * layout.stride)
+            run.batch = Batch.of(len(rows_N), device=ids_ST.device, group_N=rows_N, num_groups=layout.groups)
         for position in range(layout.prefill, layout.positions, layout.stride):
             fed = ids_ST[:, position : position + layout.stride]
             logits.append(model(input_ids=fed, past_key_values=cache, use_cache=True).logits)

@@ -36,26 +36,37 @@ class Layout:
 
     Rows are flattened as the model does it: batch by batch, sequence by sequence, position by position. The first
     `P` positions are the prompt: exempt, and in a step of their own, so that what they read is free for nobody.
-    With `batch`, `position` and `request` a step holds one position of every sequence; with `block:n` it holds
-    `n` positions of every sequence, as when drafts are verified or a diffusion model decodes a block.
+    A step holds one position of every sequence; with `block:n` it holds `n` positions of every sequence, as when drafts
+    are verified or a diffusion model decodes a block.
 
     Attributes:
         batch_size: sequences of a batch, `B`.
         positions: inputs of a sequence, `T`.
         prefill: prompt positions, `P`.
         grouping: which rows share a coreset.
+        samples: how many consecutive sequences are samples of one prompt, for the grouping `prompt`.
     """
 
     batch_size: int
     positions: int
     prefill: int
     grouping: Grouping
+    samples: int = 1
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise CarpoolError(f"batch {self.batch_size}: give a number of sequences, 1 or more")
         if self.grouping.kind == "tenant":
             raise CarpoolError("an evaluation's sequences have no tenants; group by batch, request or block:n")
+        if self.grouping.kind == "prompt" and self.samples == 1:
+            raise CarpoolError(
+                "group='prompt': these sequences are of different documents, so none is another's sample; group by "
+                "batch, request or block:n"
+            )
+        if self.samples < 1 or self.batch_size % self.samples:
+            raise CarpoolError(
+                f"a batch of {self.batch_size} sequences does not split into prompts of {self.samples} samples"
+            )
         if self.prefill < 1:
             raise CarpoolError(f"prefill {self.prefill}: a sequence starts from a prompt of at least 1 token")
         if self.positions <= self.prefill:
@@ -87,6 +98,8 @@ class Layout:
     @property
     def groups(self) -> int:
         """Groups of a step."""
+        if self.grouping.kind == "prompt":
+            return self.batch_size // self.samples
         return 1 if self.grouping.kind in ("batch", "position") else self.batch_size
 
     def batch(self, copies: int, device: torch.device | str = "cpu") -> Batch:
@@ -103,8 +116,8 @@ class Layout:
         num_steps = copies * (self.steps + 1)
         group_N = step_N
         if self.groups > 1:
-            row_B1 = torch.arange(self.batch_size, device=device).view(-1, 1)
-            group_N = (step_N.view(shape) * self.batch_size + row_B1).flatten()
+            row_B1 = torch.arange(self.batch_size, device=device).view(-1, 1) // (self.batch_size // self.groups)
+            group_N = (step_N.view(shape) * self.groups + row_B1).flatten()
         return Batch.of(
             step_N.numel(), device=device, exempt_N=exempt_T.expand(shape).flatten(),
             group_N=group_N, num_groups=num_steps * self.groups, step_N=step_N, num_steps=num_steps,

@@ -15,7 +15,7 @@ from torch import Tensor
 from carpool.errors import CarpoolError
 from carpool.routing.exact import MAX_ROWS
 
-GroupKind = Literal["batch", "tenant", "request", "block", "position"]
+GroupKind = Literal["batch", "tenant", "prompt", "request", "block", "position"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +122,10 @@ class Grouping:
     """Which rows share a coreset: an argument of a run, not of a policy.
 
     `batch`: all rows of a step. `tenant`: those of requests with the same key, in engines whose requests carry one.
-    `request`: the rows of one request. `block:n`: `n` consecutive positions of one request. `position`: rows at the
-    same position, which is what a batch is in lockstep evaluation.
+    `prompt`: the samples that were asked for together of one prompt, siblings (n > 1, beams, returned sequences); a
+    host knows them by who asked, never by equal text, which anybody could send. `request`: the rows of one sequence.
+    `block:n`: `n` consecutive positions of one sequence. `position`: rows at the same position, which is what a batch
+    is in lockstep evaluation.
     """
 
     kind: GroupKind
@@ -131,12 +133,12 @@ class Grouping:
 
     @classmethod
     def parse(cls, text: str | Grouping) -> Grouping:
-        """Raises CarpoolError unless the text is `batch`, `tenant`, `request`, `position` or `block:n` with n >= 1."""
+        """Raises CarpoolError unless the text is a kind of group; `block:n` with n >= 1."""
         if isinstance(text, Grouping):
             return text
-        match = re.fullmatch(r"(batch|tenant|request|position)|block:([1-9]\d*)", str(text))
+        match = re.fullmatch(r"(batch|tenant|prompt|request|position)|block:([1-9]\d*)", str(text))
         if not match:
-            raise CarpoolError(f"unknown grouping {text!r}; use 'batch', 'request', 'position' or 'block:n'")
+            raise CarpoolError(f"unknown grouping {text!r}; use 'batch', 'prompt', 'request', 'position' or 'block:n'")
         if match[2]:
             return cls("block", int(match[2]))
         return cls(match[1])  # type: ignore[arg-type]  # the pattern lets nothing else through

@@ -123,8 +123,10 @@ def groups_of(grouping: Grouping, request_N: Tensor, requests: int, positions_N:
     """Arguments of `Batch.of` for rows of `requests` requests that hold at most `S` consecutive positions each."""
     if grouping.kind == "batch":
         return {}
-    if grouping.kind == "tenant":
-        raise CarpoolError("a forward of a transformers model does not say whose its rows are; set run.batch")
+    if grouping.kind in ("tenant", "prompt"):
+        raise CarpoolError(
+            f"group={str(grouping)!r}: a forward of a transformers model does not say whose its rows are; set run.batch"
+        )
     if grouping.kind == "request":
         return {"group_N": request_N, "num_groups": requests}
     # S consecutive positions touch at most this many blocks, so block numbers modulo it are distinct
