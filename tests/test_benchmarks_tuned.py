@@ -97,7 +97,7 @@ def test_what_the_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rival({"max_kl": 0.02}, own, settings) == settings[1]
     assert rival({"max_perplexity_ratio": 1.015}, own, settings) == settings[0]
     assert rival({"max_kl": 0.001}, own, settings) is None
-    assert rival({"union": 0.4}, own, settings) == settings[2]
+    assert rival({"bytes": 0.4}, own, settings) == settings[2]
     # halfway between the logarithms of two settings, and nothing beyond the ends
     between = interpolated((0.019 * 0.1) ** 0.5, [settings, [setting(0.5, 0.1)]])
     assert between == pytest.approx(0.45)

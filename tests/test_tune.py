@@ -1,8 +1,6 @@
 """`carpool tune`: the target is kept on unseen text, nothing cheaper on the grid keeps it, and progress survives."""
 
-import itertools
 import json
-import math
 
 import pytest
 from lockstep_tools import NumberTokenizer, noise, opening, small_model
@@ -15,14 +13,11 @@ from carpool.evaluate import loop
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.study import describe
 from carpool.hosts.transformers import share
-from carpool.plans.grammar import parse
 from carpool.plans.policy_file import PolicyFile
 from carpool.routing.batch import Grouping
 from carpool.tune import DEFAULT, Target, Trials, family, measurable
 from carpool.tune import search as search_module
 from carpool.tune import trials as trials_module
-from carpool.tune import tune as search_for
-from carpool.tune.allocate import allocations, between
 
 MODEL = small_model()
 LAYOUT = Layout(4, 9, 3, Grouping.parse("batch"))
@@ -54,12 +49,12 @@ def command(tmp_path, monkeypatch):
 
 def test_bisection_finds_what_a_full_scan_finds():
     chosen = family("xshare")
-    for target in (Target(max_kl=0.2), Target(max_perplexity_ratio=1.02), Target(union=0.6)):
+    for target in (Target(max_kl=0.2), Target(max_perplexity_ratio=1.02), Target(bytes=0.6)):
         search = trials(0)
-        found = search_for([chosen], target, search, trials(1), [0, 1], per_layer=False)
+        _, value = search_module.edge([chosen], target, search)
         scanned = [search.measure([PolicyFile(chosen.at(value))])[0] for value in range(1, 9)]
         good = [one for one in scanned if target.met(one.kl, one.perplexity_ratio, one.share)]
-        assert found.best_uniform == good[0 if target.bounds_quality else -1], target
+        assert search.measure([PolicyFile(chosen.at(value))]) == [good[0 if target.bounds_quality else -1]], target
 
 
 def test_families_that_cannot_win_are_left_early():
@@ -67,17 +62,17 @@ def test_families_that_cannot_win_are_left_early():
     names = ("xshare(budget=1, utility='squared')", "des_vote", "lynx", "xshare", "topk", "random")
     families = [family(one) for one in names]
     left = 0
-    for target in (Target(max_kl=0.4), Target(union=0.7)):
+    for target in (Target(max_kl=0.4), Target(bytes=0.7)):
         search, scan = trials(0), trials(0)
-        found = search_for(families, target, search, trials(1), [0, 1], per_layer=False)
+        winner, value = search_module.edge(families, target, search)
         edges = []
         for one in families:
             points = scan.measure([PolicyFile(one.at(value)) for value in one.values(8, 2)])
             good = [point for point in points if target.met(point.kl, point.perplexity_ratio, point.share)]
             edges += good[:1] if target.bounds_quality else good[-1:]
         costs = [point.share if target.bounds_quality else point.kl for point in edges]
-        best = found.best_uniform.share if target.bounds_quality else found.best_uniform.kl
-        assert best == min(costs), target
+        (best,) = search.measure([PolicyFile(winner.at(value))])
+        assert (best.share if target.bounds_quality else best.kl) == min(costs), target
         alone = trials(0)
         for one in families:
             search_module._bisect(one, one.values(8, 2), target, alone, None)
@@ -98,69 +93,6 @@ def test_stock_runs_once(monkeypatch):
     anew = trials(0)
     assert [anew.measure([PolicyFile(chosen.at(value))])[0] for value in (3, 4)] == kept
     assert seen.count("topk(k=2)") == 3
-
-
-def test_layers_get_budgets_of_their_own_only_where_that_is_better():
-    target, search, verify = Target(max_kl=0.2), trials(0), trials(1)
-    found = search_for([family("xshare")], target, search, verify, [0, 1])
-    assert len(search.points) > 8  # steps of single layers were measured
-    assert target.met(found.searched.kl, found.searched.perplexity_ratio, found.searched.share) or not found.met
-    if found.chosen.layers:
-        (common,) = verify.measure([PolicyFile(parse(found.best_uniform.policy))])
-        missed = not target.met(common.kl, common.perplexity_ratio, common.share)
-        assert found.searched.share <= found.best_uniform.share or missed
-
-
-def test_allocations_are_the_best_of_all_combinations():
-    """Against every combination: nothing foreseen to keep the quality is foreseen to read less, on the hull."""
-    layers = {
-        0: {8: (0.0, 0.0), 4: (0.05, -0.10), 12: (-0.01, 0.12)},
-        1: {8: (0.0, 0.0), 4: (0.01, -0.10), 12: (-0.04, 0.10)},
-        2: {8: (0.0, 0.0), 4: (0.02, -0.11), 12: (-0.03, 0.08)},
-    }
-    bounds = [0.0, -0.05, 0.05]
-    made = allocations(layers, bounds, keep_quality=True)
-    sums = {
-        combination: tuple(sum(layers[n][step][which] for n, step in enumerate(combination)) for which in (0, 1))
-        for combination in itertools.product((8, 4, 12), repeat=3)
-    }
-    for one in made:
-        kl, share_ = sums[tuple(one[n] for n in range(3))]
-        assert not any(other_kl < kl - 1e-12 and other < share_ - 1e-12 for other_kl, other in sums.values()), one
-    first = sums[tuple(made[0][n] for n in range(3))]
-    assert first[0] <= 0
-    assert first[1] < 0  # moving budget between layers reads less at no foreseen cost
-    for one, bound in zip(made, bounds, strict=True):
-        assert sums[tuple(one[n] for n in range(3))][0] <= bound
-    least = allocations(layers, [0.0], keep_quality=False)[0]
-    assert sums[tuple(least[n] for n in range(3))][1] <= 0
-    assert allocations({0: {8: (0.0, 0.0)}}, [0.0], keep_quality=True) == []
-
-
-def test_steps_between_measured_ones():
-    """Exact where log KL is a parabola, and on a line where there are two points."""
-
-    def kl(budget):
-        return 0.02 * math.exp(-0.1 * (budget - 20) + 0.001 * (budget - 20) ** 2)
-
-    steps = {one: (kl(one) - 0.02, 0.01 * (one - 20)) for one in (12, 16, 20, 25, 32)}
-    found = between(steps, 20, 0.02, range(1, 65))
-    assert set(found) == set(range(12, 33))
-    for budget, (change, share_) in found.items():
-        assert math.isclose(change, kl(budget) - 0.02, abs_tol=1e-9)
-        assert math.isclose(share_, 0.01 * (budget - 20), abs_tol=1e-12)
-    assert found[20] == (0.0, 0.0)
-    wide = between({100: (0.1, -0.2), 200: (0.0, 0.0), 300: (-0.1, 0.2)}, 200, 0.2, range(1, 513))
-    assert {100, 200, 300} <= set(wide)
-    assert len(wide) <= 26
-    assert set(between({4: (0.0, 0.0), 5: (-0.01, 0.1)}, 4, 0.02, [4, 5])) == {4, 5}
-
-
-def test_room():
-    assert Target(max_kl=0.03).room(0.02, 1.1, 0.5) == pytest.approx(1.5)
-    assert Target(max_perplexity_ratio=1.02).room(0.02, 1.01, 0.5) == pytest.approx(2)
-    assert Target(max_perplexity_ratio=1.02).room(0.02, 0.99, 0.5) == 1
-    assert Target(union=0.5).room(0.02, 0.99, 0.4) == pytest.approx(1.25)
 
 
 def test_a_policy_file_comes_out(command):
@@ -211,9 +143,9 @@ def test_progress_is_taken_up(command, monkeypatch):
     ("arguments", "message"),
     [
         ([], "give one target"),
-        (["--max-kl", "0.1", "--union", "0.5"], "give one target"),
+        (["--max-kl", "0.1", "--bytes", "0.5"], "give one target"),
         (["--max-kl", "0"], "--max-kl 0.0: give a number above 0"),
-        (["--union", "1.5"], "--union 1.5: give a number between 0 and 1"),
+        (["--bytes", "1.5"], "--bytes 1.5: give a number between 0 and 1"),
         (["--max-perplexity-ratio", "0.9"], "give a number above 1"),
         (["--max-kl", "0.1", "--tokens", "90000"], "add text, or lower --sequence, --tokens or --batch"),
         (["--max-kl", "1e-12"], "no policy reaches KL of at most 1e-12"),

@@ -56,7 +56,8 @@ def table(content: dict[str, Any]) -> str:
     for about in content["files"]:
         (sums,) = files[about["file"]]
         own = measured(sums, stock, counts_RM)
-        best = rival(about["target"], own, [one for _, one in settings])
+        target = {"bytes" if name == "union" else name: value for name, value in about["target"].items()}  # as it was
+        best = rival(target, own, [one for _, one in settings])
         between = interpolated(own["kl"].value, [[one for name, one in settings if name == label] for label in curves])
         chosen = f"`{about['policy']}`"
         if about["layers"]:
@@ -64,7 +65,7 @@ def table(content: dict[str, Any]) -> str:
             chosen += f", {len(values)} layers with {min(values)} to {max(values)}"
         lines.append(
             [
-                said(about["target"]), chosen, with_interval(asdict(own["kl"]), 4),
+                said(target), chosen, with_interval(asdict(own["kl"]), 4),
                 with_interval(asdict(own["perplexity"]), 3),
                 f"{own['union'].value:.1%}", f"{own['bytes'].value:.1%}",
                 *(
@@ -92,8 +93,8 @@ def measured(sums: dict[str, Any], stock: dict[str, Any], counts_RM: Any) -> dic
 def rival(target: dict[str, float], own: dict[str, Any], settings: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The setting that keeps the target at the fewest bytes; where bytes are the target, the one of least KL within
     the file's own."""
-    if "union" in target:
-        near = [one for one in settings if one["bytes"].value <= max(own["bytes"].value, target["union"])]
+    if "bytes" in target:
+        near = [one for one in settings if one["bytes"].value <= max(own["bytes"].value, target["bytes"])]
         return min(near, key=lambda one: one["kl"].value, default=None)
     name = "kl" if "max_kl" in target else "perplexity"
     (most,) = target.values()

@@ -21,7 +21,7 @@ from carpool.errors import CarpoolError
 if TYPE_CHECKING:
     from carpool.calibrate.sequences import Windows
     from carpool.evaluate.loop import MoE
-    from carpool.tune import Family, Found, Target
+    from carpool.tune import Family, Target, Tuned
 
 RANK = 16  # of the surrogates, where statistics are made on the way
 CALIBRATION = 20_000  # tokens for them
@@ -39,7 +39,9 @@ def tune(
     output: Annotated[Path, typer.Option("--output", "-o", help="Policy file to write.")] = Path("policy.json"),
     max_kl: Annotated[float | None, typer.Option(help="Target: KL(stock || policy), nats a decoded token.")] = None,
     max_perplexity_ratio: Annotated[float | None, typer.Option(help="Target: perplexity over stock's.")] = None,
-    union: Annotated[float | None, typer.Option(help="Target instead: share of stock's reading, least KL.")] = None,
+    share: Annotated[
+        float | None, typer.Option("--bytes", help="Target instead: share of the bytes that stock reads, least KL.")
+    ] = None,
     policy: Annotated[
         list[str] | None, typer.Option("--policy", "-p", help="Name, or a plan whose number is tuned; may be repeated.")
     ] = None,
@@ -52,9 +54,6 @@ def tune(
     stats: Annotated[
         Path | None, typer.Option(help="Statistics of `carpool calibrate`; made on the way where policies need some.")
     ] = None,
-    per_layer: Annotated[
-        bool, typer.Option("--per-layer/--uniform", help="Give every layer a number of its own.")
-    ] = True,
     device_map: Annotated[str | None, typer.Option(help="Passed on to transformers, such as auto.")] = None,
 ) -> None:
     """Find the policy that reads least within a quality target, verify it on unseen text, write a policy file."""
@@ -70,7 +69,7 @@ def tune(
     from carpool.tune.split import split
 
     console = Console(soft_wrap=True, highlight=False)
-    target = Target(max_kl, max_perplexity_ratio, union)
+    target = Target(max_kl, max_perplexity_ratio, share)
     families = [family(one) for one in policy or DEFAULT]
     settings = Settings(
         tuple(one.plan for one in families), Grouping.parse(group), batch_sizes(str(batch)),
@@ -83,7 +82,7 @@ def tune(
         console.print(f"{halves.dropped} documents say what others say and are left out")
     data = [(path.name, sha256_file(path)) for path in paths]
     opened = open_model(model)
-    moe, indices = describe_layers(opened.layers), [layer.index for layer in opened.layers]
+    moe = describe_layers(opened.layers)
     families = [one for one in families if one.values(moe.experts, moe.top_k)]
     fewer = "lower --sequence, --tokens or --batch"
     both = (halves.search, halves.verify)
@@ -98,7 +97,7 @@ def tune(
         source = _calibrate(loaded, windows, output, seed, data)
     statistics = None if source is None else Statistics.load(source)
     if statistics is not None and not policy:
-        families = measurable(families, statistics.for_layer(indices[0]))
+        families = measurable(families, statistics.for_layer(opened.layers[0].index))
     facts = model_facts(loaded, model)
     ((layout, batches),) = settings.layouts()
     memory = output.with_name(f".{output.name}.progress")
@@ -107,7 +106,7 @@ def tune(
         "sequence": sequence, "prefill": prefill, "tokens": tokens, "seed": seed,
         "statistics": None if source is None else sha256_file(source),
     }  # fmt: skip
-    with progress("tuning", _expected(families, moe, len(indices) if per_layer else 0), "trials") as bar:
+    with progress("tuning", _expected(families, moe), "trials") as bar:
         search, verify = (
             Trials(
                 loaded, moe, part, layout, batches,
@@ -117,12 +116,12 @@ def tune(
         )  # fmt: skip
         if search.points:
             bar.say(f"resuming after {len(search.points)} trials")
-        found = search_for(families, target, search, verify, indices, per_layer=per_layer, say=bar.say)
+        found = search_for(families, target, search, verify, bar.say)
     PolicyFile(
-        found.chosen.plan,
-        found.chosen.layers,
+        found.plan,
+        {},
         {"fingerprint": facts["fingerprint"], "num_layers": moe.layers, "num_experts": moe.experts, "top_k": moe.top_k},
-        _beside(output, source) if found.chosen.plan.policy.required_stats() else None,
+        _beside(output, source) if found.plan.policy.required_stats() else None,
         (
             {
                 "target": target.given, "batch": batch, "group": group, "sequence": sequence, "prefill": prefill,
@@ -170,31 +169,25 @@ def _beside(output: Path, source: Path | None) -> Path | None:
     return path
 
 
-def _expected(families: Sequence[Family], moe: MoE, layers: int) -> int:
-    """Trials of a search, about: a bisection a family, four a layer, and some to choose and verify."""
-    from carpool.tune.search import LEVELS, REPAIRS, STEPS
-
+def _expected(families: Sequence[Family], moe: MoE) -> int:
+    """Trials of a search, about: a bisection a family, and some to verify."""
     # a family that cannot beat an earlier one is soon left
     bisections = sum(
         ceil(log2(len(one.values(moe.experts, moe.top_k)) + 1)) if place == 0 else 2
         for place, one in enumerate(families)
     )
-    return bisections + len(STEPS) * layers + len(LEVELS) + REPAIRS + 2  # two verifications, about
+    return bisections + 2  # one verification or two
 
 
-def _show(console: Console, found: Found, target: Target, output: Path, batch: int) -> None:
+def _show(console: Console, found: Tuned, target: Target, output: Path, batch: int) -> None:
     from rich.markup import escape
 
-    chosen, seen = found.chosen, found.verified
-    budgets = f", {len(chosen.layers)} layers with a number of their own" if chosen.layers else ""
-    console.print(f"[bold]{escape(str(chosen.plan))}[/]{budgets}, for batch {batch}:")
+    seen = found.verified
+    console.print(f"[bold]{escape(str(found.plan))}[/], for batch {batch}:")
     console.print(
         f"on text that the search did not see it reads {seen.share:.1%} of what stock reads, at KL {seen.kl:.4f} "
         f"({seen.kl_low:.4f} to {seen.kl_high:.4f}) nats a token and perplexity x {seen.perplexity_ratio:.4f}"
     )
-    if found.chosen.layers:
-        one = found.best_uniform
-        console.print(f"one number for all layers: {one.policy} reads {one.share:.1%} at KL {one.kl:.4f} (searched)")
     if not found.met:
         console.print(f"[yellow]warning:[/] that misses the target ({target}); more --tokens make the search surer")
     console.print(f"wrote {output}", markup=False)

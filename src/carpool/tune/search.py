@@ -1,69 +1,76 @@
-"""The search: one number per family by bisection, then budgets per layer from each layer's sensitivity."""
+"""The search: one number per family by bisection, then verification on text of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from carpool.errors import CarpoolError
+from carpool.plans.grammar import Plan
 from carpool.plans.policy_file import PolicyFile
-from carpool.tune.allocate import allocations, between
 from carpool.tune.families import Family
 from carpool.tune.target import Target
 from carpool.tune.trials import Point, Trials
 
-STEPS = (0.6, 0.8, 1.25, 1.6)  # of a layer's budget, where its sensitivity is measured
-LEVELS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85)  # of the target: unseen text may lose more than the search's
-MOST_ROOM = 1.5  # by which the sum of layers is trusted
-REPAIRS = 4  # settings beyond the common one that verification may ask for
+REPAIRS = 4  # values beyond the one on the target's edge that verification may ask for
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search found.
+class Tuned:
+    """What a search chose.
 
     Attributes:
-        chosen: plan and settings per layer.
-        verified: it, on text that the search did not see.
-        met: whether the target holds there.
-        best_uniform: on the search's text, the best with one number for all layers.
+        plan: what reads least (or costs least within a budget) and kept the target where it was verified.
         searched: it, on the search's text.
+        verified: it, on text that the search did not see.
+        met: whether the target holds there; if not, no candidate kept it and this one came closest.
     """
 
-    chosen: PolicyFile
+    plan: Plan
+    searched: Point
     verified: Point
     met: bool
-    best_uniform: Point
-    searched: Point
 
 
 def tune(
-    families: Sequence[Family],
-    target: Target,
-    search: Trials,
-    verify: Trials,
-    layers: Sequence[int],
-    *,
-    per_layer: bool = True,
-    say: Say = lambda text: None,
-) -> Found:
+    families: Sequence[Family], target: Target, search: Trials, verify: Trials, say: Say = lambda text: None
+) -> Tuned:
     """Find what reads least within a quality target (or costs least within a budget), and verify it.
 
     Args:
         families: to choose from. search, verify: measure on text of their own each.
-        layers: indices of the MoE layers, ascending.
-        per_layer: allocate budgets to layers; 4 trials a layer.
 
     Raises:
         CarpoolError: no family reaches the target; the message names the best that one does.
     """
-    moe = search.moe
+    family, value = edge(families, target, search, say)
+    values = family.values(search.moe.experts, search.moe.top_k)
+    place, step = values.index(value), 1 if target.bounds_quality else -1
+    repairs = [values[at] for n in range(REPAIRS + 1) if 0 <= (at := place + step * n) < len(values)]
+    closest: Tuned | None = None
+    for plan in map(family.at, repairs):
+        (searched,) = search.measure([PolicyFile(plan)])
+        if not _met(target, searched):
+            continue
+        (verified,) = verify.measure([PolicyFile(plan)])
+        found = Tuned(plan, searched, verified, _met(target, verified))
+        if found.met:
+            return found
+        if closest is None or _bounded(verified, target) < _bounded(closest.verified, target):
+            closest = found
+    assert closest is not None  # the value on the edge keeps the target on the search's text
+    return closest
+
+
+def edge(
+    families: Sequence[Family], target: Target, search: Trials, say: Say = lambda text: None
+) -> tuple[Family, int]:
+    """The family and the value that are best on the search's text; raises as `tune` does."""
     best: tuple[Point, Family, int] | None = None
     for family in families:
         rival = None if best is None else best[0]
-        value = _bisect(family, family.values(moe.experts, moe.top_k), target, search, rival)
+        value = _bisect(family, family.values(search.moe.experts, search.moe.top_k), target, search, rival)
         if value is None:
             missed = f"does not reach {target}" if best is None else f"no better than {best[0].policy}"
             say(f"{family.name}: {missed}")
@@ -77,20 +84,7 @@ def tune(
             best = (point, family, value)
     if best is None:
         raise _infeasible(target, search)
-    uniform, family, value = best
-    values = family.values(moe.experts, moe.top_k)
-    place, step = values.index(value), 1 if target.bounds_quality else -1
-    repairs = [values[at] for n in range(REPAIRS + 1) if 0 <= (at := place + step * n) < len(values)]
-    candidates = [PolicyFile(family.at(one)) for one in repairs]
-    if per_layer and len(layers) > 1:
-        candidates += _allocated(family, value, target, search, layers)
-    good = [
-        (point, one)
-        for one, point in zip(candidates, search.measure(candidates), strict=True)
-        if target.met(point.kl, point.perplexity_ratio, point.share)
-    ]
-    good.sort(key=lambda pair: _cost(pair[0], target))
-    return _verified(good, target, verify, uniform)
+    return best[1:]
 
 
 def _bisect(family: Family, values: list[int], target: Target, search: Trials, best: Point | None) -> int | None:
@@ -104,7 +98,7 @@ def _bisect(family: Family, values: list[int], target: Target, search: Trials, b
     while low <= high:
         middle = (low + high) // 2
         (point,) = search.measure([PolicyFile(family.at(values[middle]))])
-        good = target.met(point.kl, point.perplexity_ratio, point.share)
+        good = _met(target, point)
         if good:
             found = values[middle]
         elif best is not None and _cost(point, target) >= _cost(best, target):
@@ -116,45 +110,8 @@ def _bisect(family: Family, values: list[int], target: Target, search: Trials, b
     return found
 
 
-def _allocated(family: Family, value: int, target: Target, search: Trials, layers: Sequence[int]) -> list[PolicyFile]:
-    values = family.values(search.moe.experts, search.moe.top_k)
-    steps = sorted({min(max(round(value * step), values[0]), values[-1]) for step in STEPS} - {value})
-    steps = [step for step in steps if step in values]
-    if not steps:
-        return []
-    base = PolicyFile(family.at(value))
-    single = {(layer, step): PolicyFile(base.plan, {layer: {family.knob: step}}) for layer in layers for step in steps}
-    points = dict(zip(single, search.measure(list(single.values())), strict=True))
-    (start,) = search.measure([base])
-    layered = {}
-    for layer in layers:
-        measured = {step: points[layer, step] for step in steps}
-        changes = {step: (one.kl - start.kl, one.share - start.share) for step, one in measured.items()}
-        layered[layer] = between(changes | {value: (0.0, 0.0)}, value, start.kl, values)
-    room = min(target.room(start.kl, start.perplexity_ratio, start.share), MOST_ROOM)
-    if target.bounds_quality:
-        bounds = [start.kl * (room * level - 1) for level in LEVELS]
-    else:  # what is read differs little from text to text
-        bounds = [start.share * (room * (0.9 + 0.1 * level) - 1) for level in LEVELS]
-    made = allocations(layered, bounds, keep_quality=target.bounds_quality)
-    return [
-        PolicyFile(base.plan, {layer: {family.knob: chosen} for layer, chosen in one.items() if chosen != value})
-        for one in made
-    ]
-
-
-def _verified(good: list[tuple[Point, PolicyFile]], target: Target, verify: Trials, uniform: Point) -> Found:
-    """The cheapest candidate that holds on unseen text; where none does, the closest."""
-    closest: Found | None = None
-    for searched, candidate in good:
-        (point,) = verify.measure([candidate])
-        found = Found(candidate, point, target.met(point.kl, point.perplexity_ratio, point.share), uniform, searched)
-        if found.met:
-            return found
-        if closest is None or _quality(point, target) < _quality(closest.verified, target):
-            closest = found
-    assert closest is not None  # the common number keeps the target on the search's text
-    return closest
+def _met(target: Target, point: Point) -> bool:
+    return target.met(point.kl, point.perplexity_ratio, point.share)
 
 
 def _cost(point: Point, target: Target) -> float:
@@ -162,18 +119,18 @@ def _cost(point: Point, target: Target) -> float:
     return point.share if target.bounds_quality else point.kl
 
 
-def _quality(point: Point, target: Target) -> float:
+def _bounded(point: Point, target: Target) -> float:
     """What the target bounds."""
     if target.max_kl is not None:
         return point.kl
-    return point.share if target.union is not None else point.perplexity_ratio
+    return point.share if target.bytes is not None else point.perplexity_ratio
 
 
 def _infeasible(target: Target, search: Trials) -> CarpoolError:
-    saving: list[Any] = [point for point in search.points.values() if point.share < 1]
+    saving = [point for point in search.points.values() if point.share < 1]
     if not saving:
         return CarpoolError(f"no policy reads less than stock here, so {target} cannot be tuned for; raise --batch")
-    best = min(saving, key=lambda point: _quality(point, target))
+    best = min(saving, key=lambda point: _bounded(point, target))
     return CarpoolError(
         f"no policy reaches {target}: closest is {best.policy} with KL {best.kl:.2g}, perplexity x "
         f"{best.perplexity_ratio:.4f} and {best.share:.1%} of what stock reads; loosen the target"
