@@ -96,11 +96,8 @@ class Library:
 
 
 def displaced(outcome: Outcome, size: int) -> Tensor:
-    """Displaced mass of the first of every `size` rows, in float64."""
-    weight_NE = outcome.inputs.native_weight_NE.double()
-    gone_NE = weight_NE * ~outcome.allowed_NE
-    gone_NE = gone_NE if outcome.lost is None else gone_NE * outcome.lost
-    return (gone_NE.sum(-1) / weight_NE.sum(-1))[::size]
+    """Displaced mass of the first of every `size` rows."""
+    return outcome.displaced_N[::size]
 
 
 def routing_search(

@@ -9,19 +9,20 @@ import torch
 from harness import trials
 from hypothesis import given
 from hypothesis import strategies as st
-from policies_under_test import ROWS
+from policies_under_test import ROWS, Row
 
 from carpool.plans.counters import FIELDS, Counters, totals
 
-OEA = next(row for row in ROWS if row.name == "oea")
+COUNTED = [row for row in ROWS if row.name in ("oea", "surrogate")]
 
 
+@pytest.mark.parametrize("row", COUNTED, ids=repr)
 @given(data=st.data())
-def test_totals_equal_a_loop(data: st.DataObject) -> None:
+def test_totals_equal_a_loop(row: Row, data: st.DataObject) -> None:
     counters = Counters(["model.layers.0.mlp", "model.layers.1.mlp"])
     expected = dict.fromkeys(FIELDS, 0.0)
     for _ in range(data.draw(st.integers(0, 3))):
-        trial = data.draw(trials(OEA))
+        trial = data.draw(trials(row))
         outcome, batch = trial.run(), trial.case.batch
         counters.add(1, batch, outcome)
         finite = trial.case.logits_NE.isfinite().all(-1).tolist()
@@ -33,20 +34,28 @@ def test_totals_equal_a_loop(data: st.DataObject) -> None:
         expected["calls"] += 1
         expected["steps"] += batch.num_steps
         heard, natural, union = set(), set(), set()
-        for row in range(trial.case.rows):
-            if batch.voter_N[row] and finite[row] and not prompt[row]:
-                heard.add(int(batch.group_N[row]))
-            if not batch.real_N[row]:
+        left = [[0.0]] * trial.case.rows
+        if outcome.routing.surrogate_ids_NK is not None and outcome.routing.surrogate_weights_NK is not None:
+            left_ids, left = outcome.routing.surrogate_ids_NK.tolist(), outcome.routing.surrogate_weights_NK.tolist()
+        foreseen = set()
+        for index in range(trial.case.rows):
+            if batch.voter_N[index] and finite[index] and not prompt[index]:
+                heard.add(int(batch.group_N[index]))
+            if not batch.real_N[index]:
                 continue
-            step = int(batch.step_N[row])
-            natural |= {(step, expert) for expert in native[row]}
-            union |= {(step, expert) for expert in ids[row]}
+            step = int(batch.step_N[index])
+            natural |= {(step, expert) for expert in native[index]}
+            union |= {(step, expert) for expert in ids[index]}
             expected["rows"] += 1
-            expected["rows_nonfinite"] += not finite[row]
-            expected["rows_exempt"] += finite[row] and bool(batch.exempt_N[row] or prompt[row])
-            expected["rows_changed"] += sorted(ids[row]) != sorted(native[row])
-            expected["pairs"] += sum(weight != 0 for weight in weights[row])
-            expected["displaced_mass"] += float(outcome.displaced_N[row])
+            expected["rows_nonfinite"] += not finite[index]
+            expected["rows_exempt"] += finite[index] and bool(batch.exempt_N[index] or prompt[index])
+            expected["rows_changed"] += sorted(ids[index]) != sorted(native[index])
+            expected["pairs"] += sum(weight != 0 for weight in weights[index])
+            expected["surrogate_pairs"] += sum(weight != 0 for weight in left[index])
+            foreseen |= {(step, left_ids[index][slot]) for slot, weight in enumerate(left[index]) if weight}
+            expected["displaced_mass"] += float(outcome.displaced_N[index])
+            expected["expected_loss"] += float(outcome.expected_loss_N[index])
+        expected["surrogates"] += len(foreseen)
         expected["natural_union"] += len(natural)
         expected["union"] += len(union)
         expected["coreset"] += sum(int(outcome.coreset_GE[group].sum()) for group in heard)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from fractions import Fraction
 
 import pytest
 import torch
@@ -143,33 +142,8 @@ def test_order_does_not_matter(row: Row, data: st.DataObject) -> None:
     assert torch.equal(before.coreset_GE, after.coreset_GE[relabel_G])
 
 
-@every_policy
-@given(data=st.data(), tau=st.sampled_from([0.0, 0.05, 0.3, 0.7, 1.0]))
-def test_the_floor_holds_whatever_the_batch(row: Row, data: st.DataObject, tau: float) -> None:
-    trial = data.draw(trials(row, guards=("", " | protect([0])")))
-    trial = replace(trial, plan=_with_floor(trial.plan, tau))
-    outcome = trial.run()
-    weight_NE = outcome.inputs.native_weight_NE.tolist()
-    lost_E = [1.0] * trial.case.experts if outcome.lost is None else outcome.lost.tolist()
-    ids_NK = outcome.routing.ids_NK.tolist()
-    for weights, native, ids in zip(weight_NE, outcome.inputs.native_ids_NK.tolist(), ids_NK, strict=True):
-        total = sum(Fraction(weights[expert]) for expert in native)
-        displaced = sum(Fraction(weights[e]) * Fraction(lost_E[e]) for e in native if e not in ids)
-        assert displaced <= (Fraction(tau) + Fraction(1, 10**12)) * total
-    assert (outcome.displaced_N <= tau + 1e-5).all()
-    if tau == 0:
-        assert not outcome.changed_N.any()
-    if tau == 1:
-        assert torch.equal(outcome.allowed_NE, outcome.unfloored_NE)
-        assert not outcome.overflow_SE.any()
-
-
 def as_knob(value: float) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
-
-
-def _with_floor(plan: Plan, tau: float) -> Plan:
-    return Plan(plan.policy, (*plan.guards, Floor(tau)))
 
 
 @every_policy

@@ -52,8 +52,9 @@ def test_displaced_pairs_keep_the_weight_that_the_router_gave() -> None:
     assert torch.equal(routing.weights_NK[1], native.weights_NK[1])
     assert not routing.surrogate_weights_NK[1].any()
     assert outcome.surrogates_SE.nonzero()[:, 1].tolist() == [0, 1, 5]
+    assert outcome.displaced_N.tolist() == pytest.approx([1.0, 0.0, 1.0]), "a surrogate computes no expert"
     lost = [0.5 * float(native.weights_NK[0, 1]), 0.0, 0.5 * float(native.weights_NK[2, 1])]
-    assert outcome.displaced_N.tolist() == pytest.approx(lost)
+    assert outcome.expected_loss_N.tolist() == pytest.approx(lost)
 
 
 def test_an_expert_without_a_good_surrogate_is_filled_up_from_the_coreset() -> None:

@@ -24,7 +24,10 @@ from carpool.plans.policy_file import AnyPlan, stats_for
 from carpool.routing.batch import Batch
 
 Observer = Callable[[int, Batch, Outcome], None]
-LAYER_FIELDS = ("union", "natural_union", "coreset", "pairs", "displaced", "changed", "overflow", "surrogates", "bytes")
+LAYER_FIELDS = (
+    "union", "natural_union", "coreset", "pairs", "displaced", "expected_loss", "changed", "overflow", "surrogates",
+    "bytes",
+)  # fmt: skip
 
 
 class Watch:
@@ -51,7 +54,8 @@ class Watch:
             steps(outcome.natural_SE.sum(-1), self.copies),
             steps(outcome.coreset_GE.sum(-1), self.copies),
             tokens((outcome.routing.weights_NK != 0).sum(-1), self.copies),
-            tokens(outcome.displaced_N.double(), self.copies),
+            tokens(outcome.displaced_N, self.copies),
+            tokens(outcome.expected_loss_N, self.copies),
             tokens(outcome.changed_N, self.copies),
             steps(outcome.overflow_SE.sum(-1), self.copies),
             surrogates_M,

@@ -19,7 +19,8 @@ class Result:
         union: mean number of distinct experts read in a layer and step. union_share: the same over stock's.
         natural_union: what the rows of this run would have read under native routing.
         pairs: (row, expert) pairs computed for a row in a layer.
-        displaced_mass: mean over rows and layers.
+        displaced_mass: share of a row's native weight that is not computed, mean over rows and layers.
+        expected_loss: the same, with pairs left to surrogates at what calibration expects to be lost.
         overflow: experts a step reads in a layer only because of the floor.
         surrogates: surrogates read in a layer and step.
         bytes: what a layer and step reads, in experts: the union, and the surrogates at their size. (Statistics that a
@@ -37,6 +38,7 @@ class Result:
     natural_union: float
     pairs: float
     displaced_mass: Estimate
+    expected_loss: Estimate
     overflow: float
     surrogates: float
     bytes: Estimate
@@ -86,6 +88,7 @@ def _result(one: Measured, stock: Measured, counts_RM: Array) -> Result:
         natural_union=ratio(per_batch["natural_union"], steps_M),
         pairs=ratio(per_batch["pairs"], rows_M),
         displaced_mass=estimate(per_batch["displaced"], rows_M, counts_RM),
+        expected_loss=estimate(per_batch["expected_loss"], rows_M, counts_RM),
         overflow=ratio(per_batch["overflow"], steps_M),
         surrogates=ratio(per_batch["surrogates"], steps_M),
         bytes=estimate(per_batch["bytes"], steps_M, counts_RM),

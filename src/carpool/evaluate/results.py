@@ -60,8 +60,8 @@ def as_dict(result: Result, decode: Decode | None = None) -> dict[str, Any]:
     one = result.measured
     layout = one.layout
     estimates = (
-        "union", "union_share", "bytes", "bytes_share", "displaced_mass", "kl", "top1_agreement", "perplexity",
-        "perplexity_ratio",
+        "union", "union_share", "bytes", "bytes_share", "displaced_mass", "expected_loss", "kl", "top1_agreement",
+        "perplexity", "perplexity_ratio",
     )  # fmt: skip
     return {
         "policy": one.name,

@@ -14,7 +14,9 @@ from carpool.routing.batch import Batch
 FIELDS = (
     "calls", "steps", "rows", "rows_exempt", "rows_changed", "rows_nonfinite",
     "natural_union", "union", "coreset", "pairs", "surrogates", "surrogate_pairs", "floor_overflow", "displaced_mass",
+    "expected_loss",
 )  # fmt: skip
+SHARES = ("displaced_mass", "expected_loss")  # the other fields count
 
 
 def measured(batch: Batch, outcome: Outcome) -> Tensor:
@@ -36,7 +38,7 @@ def measured(batch: Batch, outcome: Outcome) -> Tensor:
         outcome.changed_N.sum(), (outcome.nonfinite_N & real_N).sum(),
         batch.step_any(outcome.inputs.native_NE & real_N1).sum(), batch.step_any(outcome.computed_NE & real_N1).sum(),
         coreset_GE.sum(), (kept_NK & real_N1).sum(), *foreseen, outcome.overflow_SE.sum(),
-        (outcome.displaced_N * real_N).sum(),
+        (outcome.displaced_N * real_N).sum(), (outcome.expected_loss_N * real_N).sum(),
     )  # fmt: skip
     return torch.stack([value.double() for value in values])
 
@@ -52,7 +54,8 @@ class LayerReport:
         pairs: (row, expert) pairs computed.
         surrogates: experts whose surrogates are read, summed over steps. surrogate_pairs: pairs left to them.
         floor_overflow: experts read only because of the floor, summed over steps.
-        displaced_mass: summed over real rows; divide by `rows` for the mean.
+        displaced_mass: share of a row's native weight that is not computed, summed over real rows; divide by `rows` for
+            the mean. expected_loss: the same, pairs left to surrogates at what calibration expects.
     """
 
     layer: str
@@ -70,6 +73,7 @@ class LayerReport:
     surrogate_pairs: int
     floor_overflow: int
     displaced_mass: float
+    expected_loss: float
 
 
 class Counters:
@@ -96,9 +100,9 @@ class Counters:
         rows = self._totals_LF.cpu().tolist()
         reports = []
         for layer, values in zip(self.layers, rows, strict=True):
-            *counts, displaced_mass = values
-            named: dict[str, Any] = dict(zip(FIELDS[:-1], map(int, counts), strict=True))
-            reports.append(LayerReport(layer, **named, displaced_mass=displaced_mass))
+            named: dict[str, Any] = dict(zip(FIELDS, values, strict=True))
+            counts = {name: int(value) for name, value in named.items() if name not in SHARES}
+            reports.append(LayerReport(layer, **named | counts))
         return reports
 
 

@@ -130,8 +130,8 @@ class Floor(Guard):
     """No row loses more than a share `tau` of its native weight: a row that would gets its own best native experts
     back until it does not. The floor beats every budget; what it adds is counted.
 
-    A pair that is left to a surrogate counts by the share of the expert's energy that the surrogate leaves unexplained.
-    `tau=0` gives every row its native routing, `tau=1` never acts.
+    A pair that is left to a surrogate is lost in full: what a surrogate explains is a mean over tokens, and this is a
+    bound on each. `tau=0` gives every row its native routing, `tau=1` never acts.
     """
 
     tau: float | Tensor
@@ -145,11 +145,8 @@ class Floor(Guard):
     def allowed(self, policy: Policy, inputs: Inputs, allowed_NE: Tensor) -> Tensor:
         """Adds the heaviest displaced native experts while more than `tau` would still be displaced."""
         ids_NK = inputs.native_ids_NK.long()
-        weights_NK = inputs.native_weight_NE.gather(-1, ids_NK).double()
+        weights_NK = inputs.native_weight_NK
         missing_NK = weights_NK * ~allowed_NE.gather(-1, ids_NK)
-        lost = policy.lost(inputs)
-        if lost is not None:
-            missing_NK = missing_NK * lost.expand(allowed_NE.shape).gather(-1, ids_NK)
         heaviest = missing_NK.sort(dim=-1, descending=True, stable=True)
         # what is displaced if this expert and all lighter ones stay out
         left_NK = heaviest.values.flip(-1).cumsum(-1).flip(-1)

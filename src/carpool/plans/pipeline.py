@@ -35,7 +35,7 @@ class Outcome:
         unfloored_NE: the same before the floor.
         changed_N: rows whose routing differs from the native one.
         nonfinite_N: rows with NaN or infinite logits; they kept their native routing.
-        lost: share of a displaced pair's weight that counts as displaced, `[N, E]` or `[E]`; None: all of it.
+        loss_E: share of a displaced pair's weight that calibration expects to be lost; None: all of it.
     """
 
     routing: Routing
@@ -45,16 +45,28 @@ class Outcome:
     unfloored_NE: Tensor
     changed_N: Tensor
     nonfinite_N: Tensor
-    lost: Tensor | None = None
+    loss_E: Tensor | None = None
 
     @lazy_property
     def displaced_N(self) -> Tensor:
-        """Displaced mass of each row, a share of its native weight in [0, 1]; a pair that is left to a surrogate counts
-        by what the surrogate leaves unexplained."""
-        native_NE = self.inputs.native_weight_NE
-        displaced_NE = native_NE * ~self.allowed_NE
-        displaced_NE = displaced_NE if self.lost is None else displaced_NE * self.lost
-        return displaced_NE.sum(-1) / native_NE.sum(-1).clamp_min(TINY)
+        """Displaced mass of each row, float64 in [0, 1]: the share of its native weight whose experts are not computed
+        for it, also where a surrogate stands in. This is what the floor bounds."""
+        return self._missing_NK.sum(-1)
+
+    @lazy_property
+    def expected_loss_N(self) -> Tensor:
+        """Displaced mass with each pair that is left to a surrogate at what calibration expects to be lost of it,
+        float64 in [0, 1]. An expectation, which bounds no row."""
+        if self.loss_E is None:
+            return self.displaced_N
+        return (self._missing_NK * self.loss_E[self.inputs.native_ids_NK.long()]).sum(-1)
+
+    @lazy_property
+    def _missing_NK(self) -> Tensor:
+        """Shares of the row's native weight whose experts are not computed for it."""
+        weight_NK = self.inputs.native_weight_NK
+        missing_NK = weight_NK * ~self.allowed_NE.gather(-1, self.inputs.native_ids_NK.long())
+        return missing_NK / weight_NK.sum(-1, keepdim=True).clamp_min(TINY)
 
     @lazy_property
     def computed_NE(self) -> Tensor:
@@ -172,5 +184,5 @@ def decide(
         shared.surrogate_ids_NK,  # weight 0 in rows that are unchanged: nothing of theirs is displaced
         shared.surrogate_weights_NK,
     )
-    lost = plan.policy.lost(inputs)
-    return Outcome(routing, inputs, coreset_GE, allowed_NE, unfloored_NE, changed_N, nonfinite_N, lost)
+    loss_E = plan.policy.expected_loss(inputs)
+    return Outcome(routing, inputs, coreset_GE, allowed_NE, unfloored_NE, changed_N, nonfinite_N, loss_E)

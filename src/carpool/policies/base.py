@@ -94,10 +94,16 @@ class Inputs:
         return self.batch.group_sum(self.voter_N1.to(torch.int64))
 
     @lazy_property
+    def native_weight_NK(self) -> Tensor:
+        """Weight of each row's native experts up to the row's common factor, float64."""
+        ids_NK, scale_E = self.native_ids_NK.long(), self.spec.per_expert_scale_E
+        weight_NK = self.weights_NE.gather(-1, ids_NK).double()
+        return weight_NK if scale_E is None else weight_NK * scale_E[ids_NK]  # exact: two floats in a double
+
+    @lazy_property
     def native_weight_NE(self) -> Tensor:
-        """Weight of each row's native experts up to the row's common factor, 0 elsewhere."""
-        weight_NE = self.weights_NE * self.native_NE
-        return weight_NE if self.spec.per_expert_scale_E is None else weight_NE * self.spec.per_expert_scale_E
+        """The same by expert, float32, 0 elsewhere."""
+        return torch.zeros_like(self.weights_NE).scatter(-1, self.native_ids_NK.long(), self.native_weight_NK.float())
 
     @lazy_property
     def free_GE(self) -> Tensor:
@@ -170,9 +176,9 @@ class Policy:
         """The experts a row may use, bool `[N, E]`; default: its group's coreset."""
         return self.by_row(inputs, coreset_GE)
 
-    def lost(self, inputs: Inputs) -> Tensor | None:
-        """Share of a displaced pair's weight that counts as displaced, `[N, E]` or `[E]` in [0, 1]; None: all of it.
-        Less than 1 where a surrogate takes the pair over."""
+    def expected_loss(self, inputs: Inputs) -> Tensor | None:
+        """Share of a displaced pair's weight that calibration expects to be lost, `[E]` in [0, 1]; None: all of it.
+        Less than 1 where a surrogate takes the pair over. A mean over tokens, which bounds no row."""
         return None
 
     @staticmethod

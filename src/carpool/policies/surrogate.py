@@ -81,8 +81,8 @@ class Surrogate(Policy):
         return resolve_budget("budget", self.budget, num_experts)
 
     def prepare(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`cost [E]`, of a displaced pair of weight 1, relative to the layer's largest energy; `lost [E]`, the share of
-        a pair's weight that is lost without its expert; `left [E]`, experts whose surrogates are used."""
+        """`cost [E]`, of a displaced pair of weight 1, relative to the layer's largest energy; `expected_loss [E]`, the
+        share of it that the surrogate leaves; `left [E]`, experts whose surrogates are used."""
         energy_E, unexplained_E = (stats[name].float() for name in self.needs)
         require(
             energy_E.dim() == 1 and energy_E.shape == unexplained_E.shape,
@@ -90,11 +90,12 @@ class Surrogate(Policy):
             "[experts] each",
         )
         left_E = unexplained_E < 1 - self.least if self.least > 0 else unexplained_E < 1
-        lost_E = torch.where(left_E, unexplained_E.clamp(0, 1), 1.0)
+        loss_E = torch.where(left_E, unexplained_E.clamp(0, 1), 1.0)
         cost_E = torch.ones_like(energy_E)
         if self.select != "squared":
             cost_E = energy_E / energy_E.amax().clamp_min(1e-30)
-        return {"cost": cost_E * lost_E if self.select == "loss" else cost_E, "lost": lost_E, "left": left_E}
+        cost_E = cost_E * loss_E if self.select == "loss" else cost_E
+        return {"cost": cost_E, "expected_loss": loss_E, "left": left_E}
 
     def coreset(self, inputs: Inputs) -> Tensor:
         """Bool `[G, E]`."""
@@ -104,9 +105,9 @@ class Surrogate(Policy):
         warm_GE = inputs.votes(inputs.rank_NE < self.warmup)
         return inputs.top_by_utility(inputs.utility(share_NE.square() * inputs.stats["cost"]), size, warm_GE)
 
-    def lost(self, inputs: Inputs) -> Tensor:
+    def expected_loss(self, inputs: Inputs) -> Tensor:
         """`[E]`."""
-        return inputs.stats["lost"]
+        return inputs.stats["expected_loss"]
 
     def assign(self, inputs: Inputs, allowed_NE: Tensor, coreset_GE: Tensor) -> Routing:
         """The model's own rule over what is allowed and what surrogates stand in for."""

@@ -18,7 +18,14 @@ COUNTERS = {  # field of the counters: metric (Prometheus appends _total), help
     "steps": ("carpool_layer_steps", "steps times layers in which a policy ran"),
     "natural_union": ("carpool_experts_natural", "distinct experts that native routing would have read"),
     "union": ("carpool_experts_read", "distinct experts read"),
-    "displaced_mass": ("carpool_displaced_mass", "share of its native weight a row lost, summed over rows"),
+    "displaced_mass": (
+        "carpool_displaced_mass",
+        "share of its native weight that is not computed for a row, summed over rows",
+    ),
+    "expected_loss": (
+        "carpool_expected_loss",
+        "the same, with pairs left to surrogates at what calibration expects to be lost",
+    ),
     "surrogates": ("carpool_surrogates_read", "distinct experts whose surrogates are read"),
     "surrogate_pairs": ("carpool_surrogate_pairs", "pairs of a row and an expert that are left to surrogates"),
     "floor_overflow": ("carpool_floor_overflow", "distinct experts read only because of the floor"),
