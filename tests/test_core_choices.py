@@ -1,0 +1,68 @@
+"""Choices that a small slip in the core would change and random cases seldom show, each by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from test_by_hand import coreset
+from torch import Tensor
+
+from carpool import Batch, Outcome, RouteSpec, parse, route
+
+
+def routed(text: str, p_NE: list[list[float]], top_k: int, stats: Mapping[str, Tensor], **given: object) -> Outcome:
+    plan = parse(text)
+    plan.check(len(p_NE[0]), top_k)
+    batch = Batch.of(len(p_NE), **given)
+    logits_NE = torch.tensor(p_NE).log()
+    return route(plan, RouteSpec(top_k=top_k), logits_NE, batch, stats=plan.policy.prepare(stats))
+
+
+UNLIKE = torch.tensor(
+    [
+        [1.0, -0.2, -0.5, -0.9],
+        [-0.2, 1.0, -0.6, -0.3],
+        [-0.5, -0.6, 1.0, -0.4],
+        [-0.9, -0.3, -0.4, 1.0],
+    ]
+)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "routed"])
+def test_sere_at_threshold_0_moves_to_the_least_unlike_primary(metric: str) -> None:
+    """Primaries 0 and 1. Expert 2 is less unlike 0, expert 3 less unlike 1; no similarity reaches 0."""
+    p_NE = [[0.6, 0.1, 0.3, 0.0001], [0.1, 0.6, 0.0001, 0.3]]
+    stats = {f"similarity_{metric}": UNLIKE}
+    outcome = routed(f"sere(top=1, metric='{metric}')", p_NE, 2, stats)
+    assert coreset(outcome) == {0, 1}
+    assert outcome.routing.ids_NK.tolist() == [[0, 0], [1, 1]], "2 moved to 0, 3 to 1"
+    assert outcome.routing.weights_NK.tolist() == [[pytest.approx(1.0), 0.0], [pytest.approx(1.0), 0.0]]
+    stays = routed(f"sere(top=1, threshold=0.01, metric='{metric}')", p_NE, 2, stats)
+    assert stays.routing.ids_NK.tolist() == [[0, 2], [1, 3]]
+    assert not stays.changed_N.any()
+
+
+def test_surrogates_weigh_rows_by_the_share_of_what_they_mix() -> None:
+    """One row is sure of expert 0, two rows hardly prefer expert 1; all three put their whole output on it. Squared
+    shares: 1 against 1 + 1. Squared scores would say 0.81 against 0.32."""
+    p_NE = [[0.9, 0.04, 0.03, 0.03], [0.2, 0.4, 0.2, 0.2], [0.2, 0.4, 0.2, 0.2]]
+    stats = {"surrogate_energy": torch.ones(4), "surrogate_unexplained": torch.full((4,), 0.5)}
+    assert coreset(routed("surrogate(1)", p_NE, 1, stats)) == {1}
+
+
+def test_overflow_is_what_nobody_else_reads() -> None:
+    """Two groups in one step. The floor gives the row of group 0 its expert 1 back, which group 1 reads anyway."""
+    p_NE = [[0.55, 0.45, 0.0001, 0.0001], [0.0001, 0.9, 0.1, 0.0001]]
+    groups = {"group_N": torch.tensor([0, 1]), "num_groups": 2}
+    bare = routed("oea(1)", p_NE, 2, {}, **groups)
+    assert [coreset(bare, group) for group in (0, 1)] == [{0}, {1}]
+    shared = routed("oea(1) | floor(0.3)", p_NE, 2, {}, **groups)
+    assert [set(ids) for ids in shared.routing.ids_NK.tolist()] == [{0, 1}, {1}]
+    assert not shared.overflow_SE.any()
+    # in a step of its own, or beside padding only, the row reads it because of the floor alone
+    for alone in ({"step_N": torch.tensor([0, 1]), "num_steps": 2}, {"real_N": torch.tensor([True, False])}):
+        outcome = routed("oea(1) | floor(0.3)", p_NE, 2, {}, **groups, **alone)
+        assert outcome.overflow_SE[0].nonzero().flatten().tolist() == [1]
+        assert int(outcome.overflow_SE.sum()) == 1
