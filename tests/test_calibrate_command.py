@@ -10,6 +10,7 @@ from tiny_models import tiny_model
 from typer.testing import CliRunner
 
 from carpool import CarpoolError
+from carpool.artefacts.identity import SAMPLES
 from carpool.artefacts.statistics import SIMILARITIES, Statistics
 from carpool.artefacts.texts import Document
 from carpool.calibrate import token_sequences
@@ -77,7 +78,7 @@ def test_command_writes_checked_statistics(command, tmp_path):
     assert (stats.tokens, stats.seed, stats.architecture) == (500, 4, "Qwen3MoeForCausalLM")
     assert [name for name, _ in stats.data] == ["text.txt", "more.jsonl"]
     assert set(stats.layers) == {0, 1}
-    assert set(stats.layers[0]) == {*SIMILARITIES, "coverage"}
+    assert set(stats.layers[0]) == {*SIMILARITIES, *SAMPLES, "coverage"}
     few = [e for layer in stats.layers.values() for e in layer["coverage"].tolist() if e < 32]
     assert ("warning:" in output) == bool(few)
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from carpool.artefacts.identity import Identity
 from carpool.errors import CarpoolError
 from carpool.plans.grammar import parse
 from carpool.plans.policy_file import PolicyFile
@@ -59,6 +60,10 @@ def test_layers_differ_only_in_what_they_set(tmp_path):
         ({"layers": {"1": {"size": 3}}}, "sets 'size'"),
         ({"layers": {"1": {"utility": "loud"}}}, "utility='loud'"),
         ({"layers": {"1": {"floor": 2}}}, "floor(2)"),
+        ({"model": {"experts": 3}}, "no entry 'experts'"),
+        ({"model": {"top_k": "8"}}, "top_k '8'; give a whole number"),
+        ({"model": {"num_experts": True}}, "num_experts True"),
+        ({"model": {"fingerprint": None}}, "fingerprint None"),
         ({"statistics": {"file": "../up.safetensors", "sha256": "0"}}, "same folder"),
         ({"statistics": {"file": "gone.safetensors", "sha256": "0"}}, "not there"),
         ({"statistics": {"file": "policy.json", "sha256": "0"}}, "sha256 differs"),
@@ -74,11 +79,27 @@ def test_bad_content_is_refused(tmp_path, content, says):
 def test_a_file_for_another_model_is_refused(tmp_path):
     loaded = PolicyFile.load(write(tmp_path, layers={"7": {"budget": 4}}, model={"fingerprint": "ab"}))
     loaded.check_layers([6, 7])
-    loaded.check_model("ab")
+    loaded.check_model(Identity("ab", (6, 7), 64, 8, None))
     with pytest.raises(CarpoolError, match="sets layer 7, which is no MoE layer"):
         loaded.check_layers([0, 1, 2])
     with pytest.raises(CarpoolError, match="of another model"):
-        loaded.check_model("cd")
+        loaded.check_model(Identity("cd", (6, 7), 64, 8, None))
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"num_layers": 999}, "MoE layers: 999, this one has 2"),
+        ({"num_experts": 8}, "experts: 8, this one has 64"),
+        ({"top_k": 2}, "experts a token: 2, this one has 8"),
+    ],
+)
+def test_counts_are_compared_where_there_is_no_fingerprint(tmp_path, facts, message):
+    right = {"num_layers": 2, "num_experts": 64, "top_k": 8}
+    mine = Identity("ab", (6, 7), 64, 8, None)
+    PolicyFile.load(write(tmp_path, model=right)).check_model(mine)
+    with pytest.raises(CarpoolError, match=message):
+        PolicyFile.load(write(tmp_path, model=right | facts)).check_model(mine)
 
 
 def test_missing_file(tmp_path):

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from carpool import CarpoolError
 from carpool.artefacts.files import atomic_path, read_safetensors, require_writable, write_text
-from carpool.artefacts.statistics import SIMILARITIES, Statistics, _checksum, fingerprint
+from carpool.artefacts.identity import ENTRIES, SAMPLES, Identity, Sample
+from carpool.artefacts.statistics import SIMILARITIES, Statistics, _checksum
 
 E, LAYERS = 6, (1, 4)
 
@@ -24,7 +25,7 @@ def layer(seed=0):
         values = torch.rand(E, E, generator=generator)
         values = values if name == "similarity_routed" else (values + values.T) / 2
         tensors[name] = values.fill_diagonal_(1)
-    return tensors
+    return tensors | {name: torch.randn(E, ENTRIES, generator=generator).bfloat16() for name in SAMPLES}
 
 
 def statistics(**changes):
@@ -67,7 +68,7 @@ def same(a, b):
 def test_round_trip(saved):
     loaded = Statistics.load(saved)
     assert same(loaded, statistics())
-    assert set(loaded.for_layer(4)) == {*SIMILARITIES, "coverage"}
+    assert set(loaded.for_layer(4)) == {*SIMILARITIES, *SAMPLES, "coverage"}
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
 
 
@@ -79,17 +80,44 @@ def test_other_statistics_are_kept(tmp_path):
     assert loaded["norm_scale"].item() == 0.5
 
 
+def model(**changes):
+    """The model that the statistics are of, or another one."""
+    samples = {index: Sample({name: layer(index)[name] for name in SAMPLES}) for index in LAYERS}
+    values = {"fingerprint": "ab" * 32, "layers": (4, 1), "num_experts": E, "top_k": 2, "hidden_size": 8}
+    return Identity(**(values | {"samples": samples} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 8}, "6 experts, the model has 8"),
+        ({"top_k": 4}, "2 experts a token, the model has 4"),
+        ({"hidden_size": 16}, "experts of width 8, the model has 16"),
+        ({"layers": (0, 1)}, r"layers 1, 4, the model's MoE layers are 0, 1"),
+        ({"fingerprint": "cd" * 32}, "another model"),
+        ({"samples": {1: Sample({name: -layer(1)[name] for name in SAMPLES})}}, "same routers: in layer 1 .* differ"),
+    ],
+)
+def test_another_models_statistics_are_refused(changes, message):
+    with pytest.raises(CarpoolError, match=f"{message}.*run `carpool calibrate`"):
+        statistics().check(model(**changes))
+
+
 def test_check():
-    stats = statistics()
-    stats.check("ab" * 32, [4, 1], E)
-    with pytest.raises(CarpoolError, match="6 experts, the model has 8"):
-        stats.check("ab" * 32, LAYERS, 8)
-    with pytest.raises(CarpoolError, match=r"layers 1, 4, the model's MoE layers are 0, 1"):
-        stats.check("ab" * 32, [0, 1], E)
-    with pytest.raises(CarpoolError, match="another model"):
-        stats.check("cd" * 32, LAYERS, E)
+    assert not statistics().check(model())
+    assert not statistics().check(model(hidden_size=None))
+    said = statistics().check(model(samples={4: Sample(hidden="weights of torch.uint8")}))
+    assert said.startswith("the experts of 2 of 2 layers could not be compared")
     with pytest.raises(CarpoolError, match="no layer 2, only 1, 4"):
-        stats.for_layer(2)
+        statistics().for_layer(2)
+
+
+def test_statistics_of_routers_alone_need_no_sample():
+    tensors = {"coverage": layer()["coverage"], "sensitivity": torch.tensor(0.5), "coverage/a": torch.ones(E)}
+    made = statistics(layers=dict.fromkeys(LAYERS, tensors))
+    assert not made.check(model(samples={}))
+    with pytest.raises(CarpoolError, match=r"'norm_bias' and no sample of the weights.*run `carpool calibrate`"):
+        statistics(layers=dict.fromkeys(LAYERS, tensors | {"norm_bias": torch.ones(E)}))
 
 
 @pytest.mark.parametrize(
@@ -112,6 +140,11 @@ def test_check():
         ({"layers": altered("coverage", lambda c: c + 1000)}, "between 0 and"),
         ({"layers": {1: layer() | {"more": torch.ones(1).half()}}}, "is torch.float16"),
         ({"layers": {1: layer() | {"more": torch.ones(1) / 0}}}, "NaN or inf"),
+        ({"layers": altered("sample_in", lambda s: s[:, :3])}, r"not torch.bfloat16 \[6, 16\]"),
+        ({"layers": altered("sample_in", lambda s: torch.cat([s, s]))}, "at most 6 experts"),
+        ({"layers": altered("sample_out", lambda s: s.float())}, "is torch.float32"),
+        ({"layers": altered("sample_out", lambda s: s / 0)}, "the model's weights do"),
+        ({"layers": {1: {name: t for name, t in layer().items() if name != "sample_out"}}}, "no sample of the weights"),
         ({"tokens": 255}, "255 tokens; at least 256"),
         ({"top_k": 7}, "7 of 6 experts"),
     ],
@@ -226,20 +259,6 @@ def test_checksum_covers_metadata(saved):
     save_file(tensors, saved, metadata | {"seed": json.dumps(4)})
     with pytest.raises(CarpoolError, match="checksum differs"):
         Statistics.load(saved)
-
-
-def test_fingerprint():
-    weights = {0: torch.randn(4, 8), 3: torch.randn(4, 8)}
-    name = fingerprint(weights.items())
-    assert name == fingerprint(reversed(list(weights.items())))
-    assert name == fingerprint((index, weight.bfloat16()) for index, weight in weights.items())
-    assert name != fingerprint([(0, weights[3]), (3, weights[0])])
-    assert name != fingerprint([(0, weights[0]), (2, weights[3])])
-    assert name != fingerprint([(0, weights[0].view(8, 4)), (3, weights[3])])
-    assert name != fingerprint([(0, weights[0])])
-    for bad in ([], [(0, weights[0]), (0, weights[0])], [(0, torch.ones(3))]):
-        with pytest.raises(CarpoolError):
-            fingerprint(bad)
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError, CarpoolError])

@@ -11,7 +11,7 @@ from tiny_models import tiny_model, tokens
 
 import carpool
 from carpool import CarpoolError
-from carpool.hosts.transformers import attach, fingerprint
+from carpool.hosts.transformers import attach, find_layers, fingerprint
 
 TIGHT = "xshare(budget=2, warmup=0)"
 
@@ -48,16 +48,20 @@ def test_statistics_are_used_and_checked(model: Any) -> None:
         similarity_EE[best, best] = 1.0
         return {"similarity_frobenius": similarity_EE, "coverage": torch.full((8,), 300)}
 
+    def layers() -> dict[int, dict[str, torch.Tensor]]:
+        tensors = {layer.index: layer.sample().tensors for layer in find_layers(model)}
+        return {0: {**similar(2), **tensors[0]}, 1: {**similar(5), **tensors[1]}}
+
     made_of: dict[str, Any] = {
         "architecture": "Qwen3MoeForCausalLM", "num_experts": 8, "top_k": 2, "hidden_size": 32, "tokens": 1200,
         "seed": 0, "data": (("a.txt", "0" * 64),), "created": "2026-01-01T00:00:00+00:00", "carpool_version": "0",
         "torch_version": "0",
     }  # fmt: skip
-    own = Statistics(layers={0: similar(2), 1: similar(5)}, fingerprint=fingerprint(model), **made_of)
+    own = Statistics(layers=layers(), fingerprint=fingerprint(model), **made_of)
     with carpool.share(model, "sere(top=1)", stats=own, exempt_prefill=False, group="position") as run:
         logits(model, tokens())
     assert run.changed_rows() > 0
-    foreign = Statistics(layers={0: similar(2), 1: similar(5)}, fingerprint="0" * 64, **made_of)
+    foreign = Statistics(layers=layers(), fingerprint="0" * 64, **made_of)
     with pytest.raises(CarpoolError, match="another model"), carpool.share(model, "sere(top=1)", stats=foreign):
         pass
     with (

@@ -119,8 +119,9 @@ def test_rows_that_are_not_the_batchs_are_refused(shared: Any) -> None:
 
 
 def statistics(path: Path, gates: list[torch.Tensor]) -> Path:
-    """A statistics file with made-up similarities for a model with these gates."""
-    from carpool.artefacts.statistics import SIMILARITIES, Statistics, fingerprint
+    """A statistics file with made-up similarities for a model with these gates, for an engine that took no sample."""
+    from carpool.artefacts.identity import ENTRIES, SAMPLES, fingerprint
+    from carpool.artefacts.statistics import SIMILARITIES, Statistics
 
     generator, layers = torch.Generator().manual_seed(0), {}
     for index in range(len(gates)):
@@ -128,6 +129,7 @@ def statistics(path: Path, gates: list[torch.Tensor]) -> Path:
         similarity_EE = ((drawn_EE + drawn_EE.T) / 2).fill_diagonal_(1.0)
         coverage_E = torch.full((tiny.EXPERTS,), 100, dtype=torch.int64)
         layers[index] = {name: similarity_EE.clone() for name in SIMILARITIES} | {"coverage": coverage_E}
+        layers[index] |= {name: torch.zeros(tiny.EXPERTS, ENTRIES, dtype=torch.bfloat16) for name in SAMPLES}
     Statistics(
         layers=layers, fingerprint=fingerprint(enumerate(gates)), architecture="Qwen3MoeForCausalLM",
         num_experts=tiny.EXPERTS, top_k=tiny.TOP_K, hidden_size=64, tokens=1000, seed=0, data=(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from carpool.artefacts.files import atomic_path, read_safetensors
+from carpool.artefacts.identity import ENTRIES, SAMPLES, Identity, Sample, differs, tensor_bytes
 from carpool.artefacts.json_text import parse_json
 from carpool.errors import CarpoolError
 
@@ -29,6 +30,7 @@ SIMILARITIES = {  # name: lowest possible value
     "similarity_routed": float("-inf"),
 }
 ASYMMETRIC = ("similarity_routed",)
+OF_ROUTERS = ("coverage", "sensitivity", "gate_sum", "ratio_quantiles")  # how such names begin
 OTHER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int8, torch.bool)
 TOLERANCE = 1e-5
 AGAIN = "run `carpool calibrate` for this model"
@@ -44,36 +46,16 @@ def made_by(name: str) -> str:
     return "carpool calibrate" + next((flag for start, flag in FLAGS.items() if name.startswith(start)), "")
 
 
-def fingerprint(layers: Iterable[tuple[int, Tensor]]) -> str:
-    """Hex sha256 that names a model by its routers: `(layer index, router weight [E, H])` in any order.
-
-    Weights are rounded to bf16 first, so that a checkpoint gets one name whether an engine holds it in bf16 or fp32.
-
-    Raises:
-        CarpoolError: no layer, an index twice, or a weight that is no matrix.
-    """
-    weights = sorted(layers, key=lambda layer: layer[0])
-    if not weights:
-        raise CarpoolError("no MoE layer: a dense model has no fingerprint")
-    digest = hashlib.sha256()
-    for position, (index, weight_EH) in enumerate(weights):
-        if weight_EH.dim() != 2 or (position and weights[position - 1][0] == index):
-            shape = list(weight_EH.shape)
-            raise CarpoolError(f"layer {index} comes twice, or its router weight of shape {shape} is no matrix")
-        digest.update(f"{index}:{weight_EH.shape[0]}x{weight_EH.shape[1]};".encode())
-        digest.update(_bytes(weight_EH.detach().to(torch.bfloat16)))
-    return digest.hexdigest()
-
-
 @dataclass(frozen=True, eq=False)
 class Statistics:
     """What `carpool calibrate` measured; an instance is always valid.
 
     Attributes:
         layers: layer index to tensors by name, the same names in every layer: `coverage [E]` int64 (tokens that
-            routed there), `similarity_* [E, E]` float32, and whatever else a policy may need (only checked to be
-            finite).
-        fingerprint: of the model (see `fingerprint`).
+            routed there), `similarity_* [E, E]` float32, `sample_in [E, S]` and `sample_out [E, S]` bf16 (weights of
+            the experts, see `carpool.artefacts.identity.sample`), and whatever else a policy may need (only checked
+            to be finite).
+        fingerprint: of the model's routers (see `carpool.artefacts.identity.fingerprint`).
         architecture: name of the model's class, for people.
         num_experts: `E`, the same in every layer.
         top_k: experts per token.
@@ -112,6 +94,12 @@ class Statistics:
         names = {frozenset(tensors) for tensors in self.layers.values()}
         if len(names) > 1:
             raise CarpoolError(f"the layers do not hold the same statistics; {AGAIN}")
+        of_experts = {name for name in next(iter(names)) if not name.startswith(OF_ROUTERS)} - SAMPLES.keys()
+        if of_experts and not SAMPLES.keys() <= next(iter(names)):
+            raise CarpoolError(
+                f"the statistics hold {min(of_experts)!r} and no sample of the weights that it was measured on, so "
+                f"that nobody could tell another model's; {AGAIN}"
+            )
         for index, tensors in self.layers.items():
             _check_layer(index, tensors, self.num_experts, self.tokens)
 
@@ -125,28 +113,51 @@ class Statistics:
             raise CarpoolError(f"the statistics have no layer {layer_index}, only {_few(sorted(self.layers))}; {AGAIN}")
         return dict(self.layers[layer_index])
 
-    def check(self, fingerprint: str, layers: Sequence[int], num_experts: int) -> None:
+    def check(self, model: Identity) -> str:
         """Refuse another model's statistics.
 
-        Args:
-            fingerprint: of the model at hand.
-            layers: indices of its MoE layers.
-            num_experts: its experts per layer.
+        Returns:
+            What the host could not compare, in one sentence for its log; empty where it saw enough.
 
         Raises:
-            CarpoolError: counts, layers or fingerprint differ.
+            CarpoolError: counts, layers, routers or the experts' weights differ.
         """
-        if num_experts != self.num_experts:
-            counted = self.num_experts
-            raise CarpoolError(f"the statistics are of {counted} experts, the model has {num_experts}; {AGAIN}")
-        if set(layers) != set(self.layers):
-            mine, theirs = _few(sorted(self.layers)), _few(sorted(layers))
-            raise CarpoolError(f"the statistics are of layers {mine}, the model's MoE layers are {theirs}; {AGAIN}")
-        if fingerprint != self.fingerprint:
+        for what, mine, theirs in (
+            ("{} experts", self.num_experts, model.num_experts),
+            ("{} experts a token", self.top_k, model.top_k),
+            ("experts of width {}", self.hidden_size, model.hidden_size),
+        ):
+            if theirs not in (mine, None):
+                raise CarpoolError(f"the statistics are of {what.format(mine)}, the model has {theirs}; {AGAIN}")
+        if set(model.layers) != set(self.layers):
+            known, found = _few(sorted(self.layers)), _few(sorted(model.layers))
+            raise CarpoolError(f"the statistics are of layers {known}, the model's MoE layers are {found}; {AGAIN}")
+        if model.fingerprint != self.fingerprint:
             raise CarpoolError(
                 f"the statistics are of another model ({self.architecture}, routers {self.fingerprint[:12]}, "
-                f"not {fingerprint[:12]}); {AGAIN}"
+                f"not {model.fingerprint[:12]}); {AGAIN}"
             )
+        return self._check_experts(model.samples)
+
+    def _check_experts(self, samples: Mapping[int, Sample]) -> str:
+        hidden: dict[int, str] = {}
+        for index, stored in self.layers.items():
+            if not SAMPLES.keys() <= stored.keys():
+                continue
+            mine = samples.get(index, Sample(hidden="weights that were not looked at"))
+            if unlike := differs(stored, mine):
+                raise CarpoolError(
+                    f"the statistics are of another model with the same routers: in layer {index} {unlike}; {AGAIN}"
+                )
+            if not mine.tensors:
+                hidden[index] = mine.hidden
+        if not hidden:
+            return ""
+        index, cause = next(iter(hidden.items()))
+        return (
+            f"the experts of {len(hidden)} of {len(self.layers)} layers could not be compared with the statistics "
+            f"(layer {index}: {cause}), only their routers: make sure that the file was made for these weights"
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the file; an older one stays until the new one is complete.
@@ -206,6 +217,12 @@ def _check_layer(index: int, tensors: Mapping[str, Tensor], num_experts: int, to
             _check_kind(where, tensor, torch.int64, [num_experts])
             if not ((tensor >= 0) & (tensor <= tokens)).all():
                 raise CarpoolError(f"{where} must lie between 0 and the {tokens} tokens seen; {AGAIN}")
+        elif name in SAMPLES:
+            if tensor.dim() != 2 or len(tensor) > num_experts:
+                raise CarpoolError(f"{where} is no [E, S] of at most {num_experts} experts; {AGAIN}")
+            _check_kind(where, tensor, torch.bfloat16, [len(tensor), ENTRIES])
+            if not tensor.isfinite().all():
+                raise CarpoolError(f"{where} holds NaN or inf: the model's weights do; {AGAIN}")
         elif tensor.dtype not in OTHER_DTYPES or not tensor.isfinite().all():
             raise CarpoolError(f"{where} is {tensor.dtype} or holds NaN or inf; {AGAIN}")
 
@@ -263,12 +280,8 @@ def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(_bytes(tensors[name]))
+        digest.update(tensor_bytes(tensors[name]))
     return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.reshape(-1).contiguous().cpu().view(torch.uint8).numpy().tobytes()
 
 
 def _few(indices: Sequence[int]) -> str:

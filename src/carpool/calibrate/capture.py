@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from carpool.artefacts.identity import Sample
 from carpool.errors import CarpoolError
 
 SUM_TOLERANCE = 2e-2  # relative, of a decoder layer's output to residual stream plus block in bf16
@@ -34,6 +35,7 @@ class Layer(Protocol):
     def num_experts(self) -> int: ...
     @property
     def top_k(self) -> int: ...
+    def sample(self) -> Sample: ...
 
 
 class Routed(NamedTuple):

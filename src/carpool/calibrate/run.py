@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from carpool.artefacts.statistics import Statistics, fingerprint
+from carpool.artefacts.identity import SAMPLES, fingerprint
+from carpool.artefacts.statistics import Statistics
 from carpool.calibrate.capture import Collector, Experts, Layer, Routed, Seen, calm, capture
 from carpool.calibrate.easy_ep import EasyEP
 from carpool.calibrate.energy import Energy
@@ -87,7 +88,7 @@ def calibrate(
             done += ids_BT.numel()
             progress(ids_BT.numel())
         results = {
-            layer.index: similarity.result() | {"similarity_cka": _cka(runner, torch.cat(hidden))}
+            layer.index: similarity.result() | {"similarity_cka": _cka(runner, torch.cat(hidden)), **_sample(layer)}
             for layer, similarity, runner, hidden in zip(layers, similarities, runners, samples, strict=True)
         }
         for layer, mine in zip(layers, collected, strict=True):
@@ -167,6 +168,17 @@ def _cka(experts: Experts, hidden_NH: Tensor) -> Tensor:
         for output_NH in experts.each(run, hidden_NH.float()):
             cka.add(output_NH)
     return cka.result()
+
+
+def _sample(layer: Layer) -> Mapping[str, Tensor]:
+    found = layer.sample()
+    missing = sorted(SAMPLES.keys() - found.tensors.keys())
+    if missing:
+        raise CarpoolError(
+            f"layer {layer.index}: {found.hidden or type(layer.experts).__name__} cannot be sampled, so that nobody "
+            "could tell this model's statistics from another's; calibrate the unquantised model"
+        )
+    return found.tensors
 
 
 def _widths(layers: Sequence[Layer]) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from carpool.artefacts.files import require_file, sha256_file, write_text
+from carpool.artefacts.identity import Identity
 from carpool.artefacts.json_text import read_json
 from carpool.errors import CarpoolError
 from carpool.plans.grammar import Plan, parse
@@ -26,6 +27,9 @@ from carpool.policies import Policy
 
 SCHEMA = 1
 MAX_BYTES = 16 << 20
+MODEL = {
+    "fingerprint": "routers", "num_layers": "MoE layers:", "num_experts": "experts:", "top_k": "experts a token:",
+}  # fmt: skip
 KEYS = {"schema", "policy", "layers", "model", "statistics", "curve"}
 
 
@@ -89,13 +93,20 @@ class PolicyFile:
                 f"(they are {min(layers)} to {max(layers)})"
             )
 
-    def check_model(self, fingerprint: str) -> None:
-        """Raises CarpoolError if the file was made for a model with another fingerprint."""
-        made_for = self.model.get("fingerprint", fingerprint)
-        if made_for != fingerprint:
+    def check_model(self, model: Identity) -> None:
+        """Raises CarpoolError if the file was made for a model with other counts or another fingerprint."""
+        counts = {"num_layers": len(model.layers), "num_experts": model.num_experts, "top_k": model.top_k}
+        for name, count in counts.items():
+            if self.model.get(name, count) != count:
+                raise CarpoolError(
+                    f"the policy file is of a model with {MODEL[name]} {self.model[name]}, this one has {count}; make "
+                    "one for this model"
+                )
+        made_for = self.model.get("fingerprint", model.fingerprint)
+        if made_for != model.fingerprint:
             raise CarpoolError(
-                f"the policy file is of another model (routers {str(made_for)[:12]}, not {fingerprint[:12]}); "
-                "make one for this model"
+                f"the policy file is of another model (routers {made_for[:12]}, not {model.fingerprint[:12]}); make "
+                "one for this model"
             )
 
     @classmethod
@@ -116,6 +127,7 @@ class PolicyFile:
         layers, model = content.get("layers", {}), content.get("model", {})
         if not isinstance(layers, dict) or not isinstance(model, dict):
             raise CarpoolError(f"{path}: 'layers' and 'model' must be objects")
+        _check_facts(path, model)
         if not isinstance(content.get("curve", []), list):
             raise CarpoolError(f"{path}: 'curve' must be a list")
         loaded = cls(
@@ -176,6 +188,15 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CarpoolError(f"{path} is not a policy file: it holds no JSON object")
     return content
+
+
+def _check_facts(path: Path, model: dict[str, Any]) -> None:
+    for name, value in model.items():
+        if name not in MODEL:
+            raise CarpoolError(f"{path}: 'model' has no entry {name!r}; it may have {', '.join(MODEL)}")
+        kind, called = (str, "a text") if name == "fingerprint" else (int, "a whole number")
+        if type(value) is not kind:
+            raise CarpoolError(f"{path}: 'model' has {name} {value!r}; give {called}")
 
 
 def _layer_index(path: Path, key: str) -> int:

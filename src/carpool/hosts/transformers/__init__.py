@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from carpool.hosts.transformers.hooks import Attachment, attach
-from carpool.hosts.transformers.layers import MoELayer, find_layers, fingerprint
+from carpool.hosts.transformers.layers import MoELayer, find_layers, fingerprint, identity
 from carpool.hosts.transformers.loading import Opened, load_model, open_model
 from carpool.hosts.transformers.run import Run, share
 
@@ -15,6 +15,7 @@ __all__ = [
     "attach",
     "find_layers",
     "fingerprint",
+    "identity",
     "load_model",
     "open_model",
     "share",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
+from carpool.artefacts.identity import Held, Identity, Sample, sample
+from carpool.artefacts.identity import fingerprint as of_routers
 from carpool.errors import CarpoolError
 from carpool.hosts.transformers.families import Rule, rule_of
 from carpool.hosts.transformers.refused import refuse
@@ -43,6 +47,19 @@ class MoELayer:
             if parameter.ndim == 2 and parameter.shape[0] == self.num_experts:
                 return parameter
         raise CarpoolError(f"{self.name}: {type(self.router).__name__} has no weight of {self.num_experts} experts")
+
+    def sample(self) -> Sample:
+        """Of the experts' weights, in the order that all hosts take it in."""
+        into, out = (_weight(self.experts, name) for name in ("gate_up_proj", "down_proj"))
+        into = _weight(self.experts, "up_proj") if into is None else into
+        if out is None or out.dim() != 3:
+            return Sample(hidden=f"{type(self.experts).__name__} without a plain down_proj")
+        if getattr(self.experts, "is_transposed", False):
+            into, out = into if into is None else into.mT, out.mT
+        width = out.shape[2]
+        if into is None or into.dim() != 3 or into.shape[1] not in (width, 2 * width):
+            return Sample(hidden=f"{type(self.experts).__name__} with packed weights of {out.dtype}")
+        return sample(self.index, Held(into, out, width))
 
     def unpack(self, output: object) -> tuple[int, int, int]:
         """Places of logits, weights and ids in the router's output; families differ in their order.
@@ -109,10 +126,34 @@ def entrance(model: nn.Module, layers: list[MoELayer]) -> nn.Module:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """The model's name in artefacts made from it (see `carpool.artefacts.statistics.fingerprint`)."""
-    from carpool.artefacts.statistics import fingerprint as of_routers
-
+    """The model's name in artefacts made from it (see `carpool.artefacts.identity.fingerprint`)."""
     return of_routers((layer.index, layer.weight_EH) for layer in find_layers(model))
+
+
+def identity(layers: list[MoELayer]) -> Identity:
+    """What files made for a model are checked against."""
+    samples = {layer.index: layer.sample() for layer in layers}
+    first = layers[0]
+    return Identity(
+        fingerprint=of_routers((layer.index, layer.weight_EH) for layer in layers),
+        layers=tuple(layer.index for layer in layers),
+        num_experts=first.num_experts,
+        top_k=first.top_k,
+        hidden_size=samples[first.index].hidden_size,
+        samples=samples,
+    )
+
+
+def _weight(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter, brought into memory where accelerate keeps it elsewhere; None where the module has none."""
+    weight = getattr(module, name, None)
+    if isinstance(weight, Tensor) and weight.is_meta:
+        hook: Any = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            with contextlib.suppress(AttributeError, KeyError, TypeError):
+                found: Tensor = one.weights_map[name]
+                return found
+    return weight if isinstance(weight, Tensor) else None
 
 
 def _router(block: nn.Module) -> nn.Module | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from carpool.errors import CarpoolError
 from carpool.experts.surrogates import Surrogates
-from carpool.hosts.transformers.layers import MoELayer, fingerprint
+from carpool.hosts.transformers.layers import MoELayer, identity
 from carpool.plans.grammar import Plan
 from carpool.plans.policy_file import PolicyFile
 from carpool.policies.base import Policy
@@ -27,9 +29,7 @@ class Prepared(NamedTuple):
     surrogates: Surrogates | None = None
 
 
-def prepare(
-    model: nn.Module, policies: PolicyFile, layers: list[MoELayer], stats: str | Path | Statistics | None
-) -> list[Prepared]:
+def prepare(policies: PolicyFile, layers: list[MoELayer], stats: str | Path | Statistics | None) -> list[Prepared]:
     """Plan and statistics of every layer.
 
     Raises:
@@ -40,7 +40,7 @@ def prepare(
         raise CarpoolError("the policy file names its own statistics; leave out stats=...")
     policies.check_layers([layer.index for layer in layers])
     if policies.model:
-        policies.check_model(fingerprint(model))
+        policies.check_model(identity(layers))
     plans = [policies.plan_for(layer.index) for layer in layers]
     for layer, plan in zip(layers, plans, strict=True):
         plan.check(layer.num_experts, layer.top_k)
@@ -48,7 +48,7 @@ def prepare(
         return [Prepared(plan, {}) for plan in plans]
     from carpool.artefacts.statistics import made_by
 
-    loaded = _load(model, policies, layers, stats)
+    loaded = _load(policies, layers, stats)
     prepared: list[Prepared] = []
     for layer, plan in zip(layers, plans, strict=True):
         tensors = loaded.for_layer(layer.index)
@@ -76,17 +76,21 @@ def missing_statistics(policy: Policy) -> CarpoolError:
     )
 
 
-def _load(
-    model: nn.Module, policies: PolicyFile, layers: list[MoELayer], stats: str | Path | Statistics | None
-) -> Statistics:
+def _load(policies: PolicyFile, layers: list[MoELayer], stats: str | Path | Statistics | None) -> Statistics:
     from carpool.artefacts.statistics import Statistics
 
     source = policies.statistics if stats is None else stats
     if source is None:
         raise missing_statistics(policies.policy)
     loaded = source if isinstance(source, Statistics) else Statistics.load(source)
-    loaded.check(fingerprint(model), [layer.index for layer in layers], layers[0].num_experts)
+    if caveat := loaded.check(identity(layers)):
+        _warn_once(caveat)
     return loaded
+
+
+@functools.cache
+def _warn_once(said: str) -> None:
+    logging.getLogger("carpool").warning(said)
 
 
 def _known_domains(name: str, tensors: Mapping[str, Tensor]) -> str:

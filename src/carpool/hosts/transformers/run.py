@@ -195,7 +195,7 @@ def share(
     policies = plan if isinstance(plan, PolicyFile) else PolicyFile(parse(plan))
     pad = _pad_token(model) if pad_token_id is None else pad_token_id
     rules = RowRules(Grouping.parse(group), exempt_prefill, pad)
-    run = Run(attachment, policies.plan, rules, prepare(model, policies, attachment.layers, stats), batch, observe)
+    run = Run(attachment, policies.plan, rules, prepare(policies, attachment.layers, stats), batch, observe)
     attachment.run = run
     try:
         yield run

@@ -15,6 +15,7 @@ from torch import Tensor
 from carpool.errors import CarpoolError
 from carpool.experts.surrogates import NAMES
 from carpool.hosts.vllm.compiled import Compiler
+from carpool.hosts.vllm.expert_samples import sampling
 from carpool.hosts.vllm.follow import drafter, follow
 from carpool.hosts.vllm.knobs import Knobs
 from carpool.hosts.vllm.layer import Layer, Step
@@ -54,7 +55,7 @@ class Host:
         def loaded(*args: Any, **kwargs: Any) -> Any:
             if torch.cpu._is_amx_tile_supported():
                 torch.cpu._init_amx()  # a tiny model may reach an AMX kernel before oneDNN asks for the permission
-            with host._collecting():
+            with host._collecting(), sampling() if settings.policies.statistics else contextlib.nullcontext():
                 result = load_model(*args, **kwargs)
             host._finish()
             return result

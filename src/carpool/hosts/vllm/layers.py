@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from carpool.artefacts.statistics import Statistics, fingerprint, made_by
+from carpool.artefacts.identity import Identity, fingerprint
+from carpool.artefacts.statistics import Statistics, made_by
 from carpool.errors import CarpoolError
+from carpool.hosts.vllm.expert_samples import taken
 from carpool.hosts.vllm.gate_check import check
 from carpool.hosts.vllm.layer import Layer
 from carpool.hosts.vllm.router import is_shared
@@ -100,12 +103,21 @@ def load_statistics(policies: PolicyFile, layers: list[Layer], gates: dict[str, 
     weights = [(layer.index, gate) for layer in layers if (gate := gates[layer.name]) is not None]
     if len(weights) < len(layers):
         raise CarpoolError("the gates of this model cannot be read, so statistics and policy files cannot be checked")
-    mine = fingerprint(weights)
+    first = layers[0]
+    mine = Identity(
+        fingerprint=fingerprint(weights),
+        layers=tuple(layer.index for layer in layers),
+        num_experts=first.num_experts,
+        top_k=first.spec.top_k,
+        hidden_size=first.runner.moe_config.hidden_dim_unpadded,
+        samples={layer.index: taken(layer.runner.routed_experts) for layer in layers},
+    )
     policies.check_model(mine)
     if policies.statistics is None:
         return None
     statistics = Statistics.load(policies.statistics)
-    statistics.check(mine, [layer.index for layer in layers], layers[0].num_experts)
+    if caveat := statistics.check(mine):
+        logging.getLogger("vllm.carpool").warning(caveat)
     return statistics
 
 

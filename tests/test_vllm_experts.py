@@ -1,0 +1,106 @@
+"""Statistics of experts inside the real engine: taken where they are of its weights, refused where they are not."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import vllm_models as tiny
+from vllm_statistics import load, statistics
+
+from carpool import CarpoolError
+from carpool.artefacts.identity import SAMPLES, differs
+from carpool.artefacts.statistics import Statistics
+from carpool.hosts.transformers import find_layers
+
+pytest.importorskip("vllm", reason="vLLM is an extra")
+pytestmark = pytest.mark.vllm
+
+
+def engine(folder: Path, stats: Path, **options: Any) -> Any:
+    return tiny.engine(folder, {"policy": "sere(top=1)", "isolation": "batch", "stats": str(stats)}, **options)
+
+
+def negated(folder: Path, target: Path) -> Path:
+    """The model with the same routers and other experts."""
+    model = load(folder)
+    for layer in find_layers(model):
+        for parameter in layer.experts.parameters():
+            parameter.data.neg_()
+    model.save_pretrained(target)
+    return target
+
+
+def test_the_engine_sees_what_transformers_sees(tmp_path: Path) -> None:
+    stats = statistics(tiny.qwen3(), tmp_path / "stats.safetensors")
+    stored = Statistics.load(stats)
+    for dtype in ("float32", "bfloat16"):
+        host = tiny.host(engine(tiny.qwen3(), stats, dtype=dtype))
+        for layer in host.layers:
+            found = layer.runner.routed_experts.carpool_sample
+            assert set(found.tensors) == set(SAMPLES)
+            assert not any(tensor.isnan().any() for tensor in found.tensors.values())
+            assert not differs(stored.layers[layer.index], found)
+
+
+def test_the_file_of_a_model_with_the_same_routers_is_refused(tmp_path: Path) -> None:
+    stats = statistics(tiny.qwen3(), tmp_path / "stats.safetensors")
+    other = negated(tiny.qwen3(), tmp_path / "model")
+    with pytest.raises(CarpoolError, match=r"another model with the same routers: in layer 0 weights into 32 of its"):
+        engine(other, stats)
+
+
+def test_another_number_of_experts_a_token_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "stats.safetensors"
+    replace(Statistics.load(statistics(tiny.qwen3(), path)), top_k=2).save(path)
+    with pytest.raises(CarpoolError, match="2 experts a token, the model has 4"):
+        engine(tiny.qwen3(), path)
+
+
+def test_what_was_packed_before_anybody_looked_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Here of an engine that was started without statistics."""
+    from carpool.hosts.vllm.layers import build_layers
+    from carpool.hosts.vllm.settings import Settings
+
+    stats = statistics(tiny.qwen3(), tmp_path / "stats.safetensors")
+    runner = tiny.runner(tiny.shared_engine())
+    settings = Settings.of({"carpool": {"policy": "sere(top=1)", "isolation": "batch", "stats": str(stats)}})
+    assert settings is not None
+    logger = logging.getLogger("vllm.carpool")
+    with caplog.at_level(logging.WARNING, logger.name):
+        logger.addHandler(caplog.handler)
+        build_layers(runner.get_model(), settings, runner.vllm_config, torch.device("cpu"))
+        logger.removeHandler(caplog.handler)
+    assert (
+        "the experts of 2 of 2 layers could not be compared with the statistics (layer 0: weights that were packed"
+        in (caplog.text)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("qwen2_moe", "float32"), ("mixtral", "float32"), ("olmoe", "float32"), ("deepseek_v2", "bfloat16"),
+        ("deepseek_v3", "bfloat16"), ("gpt_oss", "bfloat16"), ("granitemoe", "float32"), ("glm4_moe", "float32"),
+        ("gemma4_text", "float32"), ("cohere2_moe", "float32"),
+    ],
+)  # fmt: skip
+def test_every_family_is_sampled_alike_in_both_hosts(family: str, dtype: str, tmp_path: Path) -> None:
+    """Gate and up projection, interleaved and transposed ones, as each host orders them."""
+    from carpool.hosts.vllm.expert_samples import sampling, taken
+
+    folder = tiny.write_model(family, tmp_path)
+    with sampling():
+        llm = tiny.engine(folder, None, dtype=dtype)
+    modules = tiny.runner(llm).get_model().modules()
+    seen = [taken(module) for module in modules if hasattr(module, "carpool_sample")]
+    layers = find_layers(load(folder))
+    assert len(seen) == len(layers)
+    for layer, found in zip(layers, seen, strict=True):
+        assert not any(tensor.isnan().any() for tensor in found.tensors.values())
+        assert not differs(layer.sample().tensors, found)
