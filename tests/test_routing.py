@@ -129,6 +129,15 @@ def test_ties_do_not_favour_low_ids() -> None:
     assert 40 < winners.float().mean() < 88
 
 
+@pytest.mark.parametrize("group_score", ["max", "top2"])
+def test_expert_groups_that_tie_go_by_their_number(group_score: str) -> None:
+    """Whoever computes it comes to the same groups."""
+    spec = RouteSpec(top_k=2, num_groups=8, kept_groups=3, group_score=group_score)
+    scores_NE = torch.tensor([[0.5] * 16, [0.25] * 6 + [0.5] * 2 + [0.25] * 8])
+    kept_NE = spec.in_kept_groups(scores_NE)
+    assert kept_NE.nonzero()[:, 1].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 6, 7]
+
+
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2, max_size=40))
 def test_integers_in_the_order_of_floats(values: list[float]) -> None:
     numbers = ordered_int(torch.tensor(values)).tolist()

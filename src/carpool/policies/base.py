@@ -19,6 +19,7 @@ from carpool.routing.lazy import lazy_property
 from carpool.routing.spec import RouteSpec, Routing, mask_of
 
 NATIVE = 1 << 44  # of a key of preference: the row's router chose the expert
+TIER_BITS = 50
 BLOCKED = 1 << 50  # above every key of preference: what it is taken from comes after all others
 Number = int | float | Tensor  # a 0-d device tensor stands for a number that changes at run time
 
@@ -133,7 +134,7 @@ class Inputs:
         tier_GE = costly_GE.to(torch.int64)
         if start_GE is not None:
             tier_GE = tier_GE + (start_GE & costly_GE)
-        return rank_descending(with_ties(utility_GE + (tier_GE << 50)), self.experts_E)
+        return rank_descending(with_ties(utility_GE + (tier_GE << TIER_BITS)), self.experts_E)
 
 
 @dataclass(frozen=True)

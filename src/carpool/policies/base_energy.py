@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from carpool.errors import CarpoolError
 from carpool.policies.base import Inputs, Number, Policy, require, resolve_budget
 from carpool.policies.registry import register
 
@@ -62,14 +63,19 @@ class BASE(Policy):
 
     def coreset(self, inputs: Inputs) -> Tensor:
         """Bool `[G, E]`."""
-        # one matrix product in float32: like the router's logits, its last bits may depend on the number of rows
-        require(inputs.hidden_NH is not None, "base needs the router's input; this host does not hand it on")
-        hidden_NH = inputs.hidden_NH.float()  # type: ignore[union-attr]  # required above
-        log_NE = torch.addmm(inputs.stats["energy_bias"], hidden_NH, inputs.stats["energy_weight"])
-        energy_NE = log_NE.exp().clamp_max(MAX_ENERGY) * self.weight_NE(inputs).square()
+        energy_NE = self.energy_NE(inputs.hidden_NH, inputs.stats).clamp_max(MAX_ENERGY)
+        energy_NE = energy_NE * self.weight_NE(inputs).square()
         size = resolve_budget("budget", self.budget, inputs.num_experts)
         return inputs.top_by_utility(inputs.utility(energy_NE), size)
 
     def weight_NE(self, inputs: Inputs) -> Tensor:
         """Each row's weight of its native experts, before renormalisation; 0 elsewhere."""
         return inputs.native_weight_NE
+
+    @staticmethod
+    def energy_NE(hidden_NH: Tensor | None, stats: Mapping[str, Tensor]) -> Tensor:
+        """Predicted relative energy of every expert's output, `[N, E]` float32; what overflows is infinite."""
+        if hidden_NH is None:
+            raise CarpoolError("base needs the router's input; this host does not hand it on")
+        # one matrix product in float32: like the router's logits, its last bits may depend on the number of rows
+        return torch.addmm(stats["energy_bias"], hidden_NH.float(), stats["energy_weight"]).exp()

@@ -14,6 +14,7 @@ from torch import Tensor
 FRACTION_BITS = 28  # of a fixed-point weight; weights are clamped to [0, 16)
 TIE_BITS = 11  # up to 2,048 experts
 MAX_EXPERTS = 1 << TIE_BITS
+TIE_FACTOR, TIE_SHIFT = 1267, 761  # of the order that breaks ties
 MAX_ROWS = 1 << 18  # 18 + 4 + 28 + 11 bits fit into a positive int64 with a bit to spare
 
 
@@ -23,7 +24,7 @@ def tie_order(num_experts: int, device: torch.device | str = "cpu") -> Tensor:
     An odd multiplier is a bijection modulo a power of two, and this one (near the golden section) scatters
     neighbours. The order depends on the expert's number alone, so all ranks and devices agree.
     """
-    return (torch.arange(num_experts, device=device) * 1267 + 761) & (MAX_EXPERTS - 1)
+    return (torch.arange(num_experts, device=device) * TIE_FACTOR + TIE_SHIFT) & (MAX_EXPERTS - 1)
 
 
 def to_fixed(weights: Tensor) -> Tensor:

@@ -121,8 +121,10 @@ class RouteSpec:
         if self.kept_groups == self.num_groups:
             return None
         best = self.group_scores(choice_NE)
-        kept = torch.zeros_like(best, dtype=torch.bool)
-        kept = kept.scatter(-1, best.topk(self.kept_groups, dim=-1, sorted=False).indices, True)
+        mine, theirs = best.unsqueeze(-1), best.unsqueeze(-2)
+        numbers = torch.arange(self.num_groups, device=best.device)
+        earlier = (theirs == mine) & (numbers < numbers.unsqueeze(-1))  # of two that tie, whoever computes it
+        kept = ((theirs > mine) | earlier).sum(-1) < self.kept_groups
         return kept.repeat_interleave(choice_NE.shape[-1] // self.num_groups, dim=-1)
 
     def native(self, logits_NE: Tensor) -> Routing:
