@@ -1,12 +1,18 @@
 """Tests are the same on every run: hypothesis draws from a fixed seed and has no deadline. What several files need."""
 
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+# read when Triton is imported: without a GPU kernels run in its interpreter
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile(
     "fixed", derandomize=True, deadline=None, max_examples=15, suppress_health_check=list(HealthCheck), database=None
