@@ -110,11 +110,11 @@ def main() -> None:
             }  # fmt: skip
             found = decode(model, moe, [], prompts, decoding, options.batch, **how)
             if not have:
-                setting["rows"].append(row("stock", "", found[0], metrics(found, SEED)[0], moe.layers))
+                setting["rows"].append(row("stock", "", found[0], metrics(found)[0], moe.layers))
             how |= {"stock": found[0], "follow": options.new > decoding.block}  # else all follow the same text anyway
             for name, policy, extra in missing:
                 pair = decode(model, moe, [parse(policy)], prompts, decoding, options.batch, given=extra, **how)
-                made = row(name, policy, pair[1], metrics(pair, SEED)[1], moe.layers)
+                made = row(name, policy, pair[1], metrics(pair)[1], moe.layers)
                 print(f"{threshold} {name}: APF {made['apf']:.2f} TPF {made['tpf']:.2f}", flush=True)
                 setting["rows"].append(made)
                 by_threshold = [settings[found_at] for found_at in sorted(settings, reverse=True)]

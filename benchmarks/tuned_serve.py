@@ -7,7 +7,7 @@
 Two engines in one process load the same model, one with `{"carpool": {"file": "policy.json"}}` and one without. In each
 round both decode the same held-out prompts greedily, one after the other in random order; the steps that follow the
 prompts are timed. What stock reads is counted in a decoding of its own that is not timed. Speeds and their ratio are
-medians over rounds, intervals resample rounds. The reference model's weights fit into a processor's caches, so its
+medians over rounds, intervals order statistics. The reference model's weights fit into a processor's caches, so its
 ratio says what sharing costs there and nothing about what it saves. Rounds that the output already holds are kept.
 """
 

@@ -12,7 +12,7 @@ random sets of as many experts as the policy read in the round before (`ideal`),
 (`replayed`), neither running a policy. Every round times one step of each (`--steps` for more), in random order but a
 policy right beside its ideals: the nearer the steps that are compared, the less the machine has changed between them.
 Ratios are medians over rounds of what stood side by side (a virtual machine pauses now and then, and a mean would show
-that), intervals resample rounds. A cell whose checks fail gets no speeds. Cells that the output already holds are left
+that), intervals order statistics. A cell whose checks fail gets no speeds. Cells that the output already holds are left
 as they are, so a run can be continued.
 
 Statistics are random numbers of the right size, and the surrogates of `surrogate(...)` random maps (`--surrogates

@@ -1,7 +1,8 @@
 """Compares methods at equal bytes read, from the sums that `run.py` kept.
 
-At each share of stock's bytes a method's log KL is interpolated between its settings, in every bootstrap draw (whole
-batches are drawn, the same for every method). A method without settings on both sides of a share has no value there.
+At each share of stock's bytes a method's log KL is interpolated between its settings; intervals are Student's t over
+whole batches, the same ones for every method (`carpool.evaluate.intervals`). A method without settings on both sides of
+a share has no value there; with fewer batches than an interval needs there is no verdict.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from carpool.evaluate.intervals import FEWEST, Array, interval, resample
-from carpool.evaluate.series import LEAST_KL
+from carpool.evaluate.equal_bytes import Points
+from carpool.evaluate.intervals import Array, interval
 
 OURS = "ours"
+FEW = "too few batches"
+Ratio = tuple[float, float | None, float | None]
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -36,17 +39,17 @@ class Cell:
     share: float
     kl: dict[str, float | None]
     best: str | None
-    ratio: tuple[float, float | None, float | None] | None
+    ratio: Ratio | None
     controls: frozenset[str] = frozenset()
 
     @property
     def verdict(self) -> str:
-        """`win`, `tie`, `loss` (by the interval), or `n/a`."""
+        """`win`, `tie`, `loss` by the interval; `FEW` where there is none, `n/a` where a method does not reach."""
         if self.ratio is None:
             return "n/a"
         _, low, high = self.ratio
         if low is None or high is None:
-            return "tie"
+            return FEW
         return "win" if high < 1 else "loss" if low > 1 else "tie"
 
     def beaten_by(self, method: str) -> list[str]:
@@ -78,86 +81,61 @@ def curves(content: dict[str, Any], batch: int, domain: str) -> dict[str, list[d
     return {label: own for label, own in acting.items() if own}
 
 
-def curve(settings: Iterable[dict[str, Array]], stock: dict[str, Array], counts_RM: Array) -> tuple[Array, Array]:
-    """Share of stock's bytes and log KL of every setting, in every draw, `[R, I]` each, sorted by share."""
-    bytes_RI = np.stack([counts_RM @ one["bytes"] / (counts_RM @ stock["bytes"]) for one in settings], axis=1)
-    kl_RI = np.stack([counts_RM @ one["kl"] / (counts_RM @ one["tokens"]) for one in settings], axis=1)
-    order = np.argsort(bytes_RI.mean(0))
-    return bytes_RI[:, order], np.log(np.maximum(kl_RI[:, order], LEAST_KL))
+def points(settings: Iterable[dict[str, Array]], stock: dict[str, Array]) -> Points:
+    """The settings of a method at the bytes that they read."""
+    return Points.of([(one["bytes"], one["kl"], one["tokens"]) for one in settings], stock["bytes"])
 
 
-def at(share: float, bytes_RI: Array, log_RI: Array) -> Array:
-    """Log KL at a share in every draw; beyond the settings it is that of the last one."""
-    if bytes_RI.shape[1] == 1:
-        return log_RI[:, 0]
-    right_R1 = (bytes_RI < share).sum(1, keepdims=True).clip(1, bytes_RI.shape[1] - 1)
-    (x0, x1), (y0, y1) = (
-        (np.take_along_axis(values, right_R1 - 1, 1)[:, 0], np.take_along_axis(values, right_R1, 1)[:, 0])
-        for values in (bytes_RI, log_RI)
-    )
-    return y0 + (y1 - y0) * ((share - x0) / np.maximum(x1 - x0, 1e-12)).clip(0, 1)
-
-
-def versus(
-    one: list[dict[str, Array]], other: list[dict[str, Array]], stock: dict[str, Array], counts_RM: Array, share: float
-) -> tuple[float, float | None, float | None]:
+def versus(one: Points, other: Points, share: float) -> Ratio:
     """KL of one method over another's at a share, with its interval if there are batches enough for one."""
-    once_1M = np.ones((1, counts_RM.shape[1]))
-    value_1, draws_R = (
-        at(share, *curve(one, stock, counts)) - at(share, *curve(other, stock, counts))
-        for counts in (once_1M, counts_RM)
-    )
-    low, high = np.exp(interval(draws_R)).tolist() if counts_RM.shape[1] >= FEWEST else (None, None)
-    return float(np.exp(value_1[0])), low, high
+    log_ratio_K = one.at(share) - other.at(share)
+    low, high = interval(log_ratio_K)
+    value = float(np.exp(log_ratio_K[0]))
+    return (value, None, None) if low is None or high is None else (value, float(np.exp(low)), float(np.exp(high)))
 
 
-def variants_table(content: dict[str, Any], batch: int, shares: tuple[float, ...], seed: int = 0) -> str:
+def variants_table(content: dict[str, Any], batch: int, shares: tuple[float, ...]) -> str:
     """Markdown: the KL of every series over ours at equal bytes; `n/a` where one of them does not reach."""
     rows = curves(content, batch, "all")
     (stock,) = rows.pop("stock")
-    batches = len(stock["kl"])
-    once_1M, counts_RM = np.ones((1, batches)), resample(batches, seed)
     lines = [
         "| | " + " | ".join(f"{share:.0%} of the bytes" for share in shares) + " |",
         "|---" + "|--:" * len(shares) + "|",
     ]
-    reach = {label: curve(own, stock, once_1M)[0][0] for label, own in rows.items()}
-    for label, own in rows.items():
+    found = {label: points(own, stock) for label, own in rows.items()}
+    for label, own in found.items():
         parts = []
         for share in shares:
-            both = all(reach[name][0] <= share <= reach[name][-1] for name in (label, OURS))
-            parts.append(shown(versus(own, rows[OURS], stock, counts_RM, share)) if both else "n/a")
+            both = own.holds(share) and found[OURS].holds(share)
+            parts.append(shown(versus(own, found[OURS], share)) if both else "n/a")
         lines.append(f"| {label} | " + " | ".join(parts if label != OURS else ["1"] * len(shares)) + " |")
     return "\n".join(lines) + "\n"
 
 
-def cells(content: dict[str, Any], seed: int = 0) -> list[Cell]:
+def cells(content: dict[str, Any]) -> list[Cell]:
     """Every batch size, domain and share of an experiment."""
     controls = frozenset(series["label"] for series in content["settings"]["series"] if series.get("control"))
     found = []
     for batch, domain in dict.fromkeys((cell["batch"], cell["domain"]) for cell in content["cells"]):
         rows = curves(content, batch, domain)
         (stock,) = rows.pop("stock")
-        batches = len(stock["kl"])
-        once_1M, counts_RM = np.ones((1, batches)), resample(batches, seed)
-        point = {label: curve(own, stock, once_1M) for label, own in rows.items()}
+        methods = {label: points(own, stock) for label, own in rows.items()}
         for share in SHARES:
-            kl: dict[str, float | None] = {}
-            for label, (x_1I, y_1I) in point.items():
-                reached = x_1I[0, 0] <= share <= x_1I[0, -1]
-                kl[label] = float(np.exp(at(share, x_1I, y_1I)[0])) if reached else None
+            kl = {
+                label: float(np.exp(own.at(share)[0])) if own.holds(share) else None for label, own in methods.items()
+            }
             published = {
                 label: value for label, value in kl.items() if value is not None and label not in (OURS, *controls)
             }
             best = min(published, key=lambda label: published[label], default=None)
             ratio = None
             if best is not None and kl.get(OURS) is not None:
-                ratio = versus(rows[OURS], rows[best], stock, counts_RM, share)
+                ratio = versus(methods[OURS], methods[best], share)
             found.append(Cell(batch, domain, share, kl, best, ratio, controls))
     return found
 
 
-def shown(ratio: tuple[float, float | None, float | None]) -> str:
+def shown(ratio: Ratio) -> str:
     value, low, high = ratio
     return f"{value:.2f}" if low is None or high is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
@@ -165,15 +143,15 @@ def shown(ratio: tuple[float, float | None, float | None]) -> str:
 def summary(found: list[Cell]) -> str:
     """Markdown: verdicts and ratios by batch size and text, all of them in the last line."""
     lines = [
-        "| batch | text | cells | n/a | win | tie | loss | lower KL | half the KL | ratio, geometric mean |",
-        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        f"| batch | text | cells | n/a | {FEW} | win | tie | loss | lower KL | half the KL | ratio, geometric mean |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     groups = dict.fromkeys((cell.batch, cell.domain) for cell in found)
     for group in [*groups, None]:
         own = [cell for cell in found if group in (None, (cell.batch, cell.domain))]
         ratios = [cell.ratio[0] for cell in own if cell.ratio is not None]
         verdicts = [cell.verdict for cell in own]
-        counts = [len(own), *(verdicts.count(verdict) for verdict in ("n/a", "win", "tie", "loss"))]
+        counts = [len(own), *(verdicts.count(verdict) for verdict in ("n/a", FEW, "win", "tie", "loss"))]
         if not ratios:
             shares = ["n/a"] * 3
         else:

@@ -51,7 +51,7 @@ def write_texts(folder: Path) -> list[Path]:
     paths = []
     for seed, domain in enumerate(("code", "prose")):
         path = folder / f"{domain}.jsonl"
-        path.write_text("".join(json.dumps({"text": noise(domain, 60, seed * 10 + i).text}) + "\n" for i in range(4)))
+        path.write_text("".join(json.dumps({"text": noise(domain, 60, seed * 100 + i).text}) + "\n" for i in range(12)))
         paths.append(path)
     return paths
 

@@ -45,7 +45,7 @@ def test_random_ids_are_valid_and_as_many(rows: int, size: int, monkeypatch: pyt
 
 def test_throughput_ratios_are_of_the_same_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = script("vllm_rounds", monkeypatch)
-    slow = np.array([2.0, 4.0, 3.0, 2.5])  # a machine that slows down and recovers
+    slow = np.array([2.0, 4.0, 3.0, 2.5, 2.2, 2.1])  # a machine that slows down and recovers
     states = [rounds.State(name, lambda: None, 10.0) for name in ("stock", "p(1)", "ideal: p(1)")]
     for state, faster in zip(states, (1, 2, 2.2), strict=True):
         state.seconds = list(slow / faster)
@@ -56,6 +56,14 @@ def test_throughput_ratios_are_of_the_same_rounds(monkeypatch: pytest.MonkeyPatc
     assert rows["stock"]["expert_gb_per_step"] == 10
     assert rows["stock"]["share_of_read_bandwidth"] == pytest.approx(10 * 2 / np.median(slow) / 10)
     assert "throughput_over_stock" not in rows["stock"]
+
+
+def test_intervals_of_medians_are_order_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds, ones = script("vllm_rounds", monkeypatch), np.ones(10)
+    found = rounds.paired(np.arange(10.0), ones)  # 2 (1 + 10) / 2**10 is below 5 %, with the next 45 it is not
+    assert (found.value, found.low, found.high) == (4.5, 1, 8)
+    few = rounds.paired(ones[:5], ones[:5])
+    assert (few.value, few.low, few.high) == (1, None, None)
 
 
 def test_without_a_gpu_the_check_says_so(

@@ -171,7 +171,7 @@ def test_what_decoding_reads_and_keeps(model: Any) -> None:
     assert shared.by_masked.sum(0).tolist() == [sums["group_union"], sums["groups"]]
     assert shared.by_masked[-1, 1] > 0, "a block begins with nothing but masks"
     assert 0 < sums["followed_same"] < sums["followed"]
-    first, second = metrics([stock, shared], 0)
+    first, second = metrics([stock, shared])
     assert (first.agreement.value, first.equal, first.union_share.value) == (1.0, 1.0, 1.0)
     assert second.union.value <= 4, "two requests of two experts"
     assert second.union_of_group.value == 2 < first.union_of_group.value
@@ -189,7 +189,7 @@ def test_an_identity_agrees_everywhere(model: Any) -> None:
     found = decode(
         model, describe(model), [parse(f"des_seq(k0={TOP_K})")], prompts, decoding, 2, group="request", follow=True
     )
-    [_, same] = metrics(found, 0)
+    [_, same] = metrics(found)
     assert (same.agreement.value, same.agreed_prefix.value, same.equal, same.displaced_mass.value) == (1, 1, 1, 0)
     assert same.followed_agreement is not None
     assert same.followed_agreement.value == 1

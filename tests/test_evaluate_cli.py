@@ -156,11 +156,21 @@ def test_demo(texts, tmp_path, monkeypatch):
     rows = [("OEA", "oea(k0=1)", False), ("SERE", "sere(top=1)", False), ("random", "random(budget=3)", True)]
     made = [series.Series(label, (series.parse(text),), control) for label, text, control in rows]
     monkeypatch.setattr(series, "load_demo", lambda: (NUMBERS, made))
-    done = invoke("demo", "-o", tmp_path)
+    done = invoke("demo", "-o", tmp_path, "--batches", "10")
     assert done.exit_code == 0, done.output
     assert "SERE is left out" in done.output
     assert (tmp_path / "carpool-demo.png").read_bytes()[:4] == b"\x89PNG"
-    assert len(json.loads((tmp_path / "carpool-demo.json").read_text())["findings"]) == 3
+    content = json.loads((tmp_path / "carpool-demo.json").read_text())
+    assert len(content["findings"]) == 3
+    assert content["results"][1]["kl"]["low"] is not None
+    # with fewer batches there is neither an interval nor a verdict
+    done = invoke("demo", "-o", tmp_path, "--batches", "9")
+    assert done.exit_code == 0, done.output
+    content = json.loads((tmp_path / "carpool-demo.json").read_text())
+    (said,) = content["findings"]
+    assert said.startswith("9 batches are too few to say which method is better")
+    assert said.endswith("Decode 10 or more (--batches 10).")
+    assert content["results"][1]["kl"]["low"] is None
 
 
 def test_demo_checks_its_number_first(monkeypatch):

@@ -12,7 +12,7 @@ from carpool.plans.grammar import parse
 from carpool.routing.batch import Grouping
 
 MODEL = small_model()
-TEXTS = [noise(domain, 90, seed) for seed, domain in enumerate(("a", "b", "a", "b"))]
+TEXTS = [noise(domain, 50, seed) for seed, domain in enumerate(("a", "b") * 12)]
 
 
 def settings(*policies, **changes):
@@ -26,7 +26,7 @@ def run(chosen):
 
 def test_metrics_against_single_passes():
     """Stacking batches into one pass changes nothing, and the metrics are what the passes say."""
-    chosen = settings("oea(k0=1)")
+    chosen = settings("oea(k0=1)", batches=12)
     sequences = sequences_for(chosen, TEXTS, NumberTokenizer())
     stock, oea = study(MODEL, chosen, sequences)[0]
     (layout, batches), moe = chosen.layouts()[0], describe(MODEL)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from carpool.evaluate.equal_bytes import interpolated
+
 LEADERBOARD = Path(__file__).parent.parent / "leaderboard"
 EXPERIMENTS = sorted((LEADERBOARD / "experiments").glob("*.toml"))
 
@@ -47,7 +49,7 @@ def test_an_experiment_like_another() -> None:
     assert run.read("checkpoints")["series"] != frontier["series"]
 
 
-def setting(label: str, share: float, kl: float, batches: int = 6) -> dict[str, Any]:
+def setting(label: str, share: float, kl: float, batches: int = 12) -> dict[str, Any]:
     """A setting that reads `share` of stock's bytes at this KL, in batches that differ in size."""
     sizes = [float(10 + index) for index in range(batches)]
     return {
@@ -101,8 +103,8 @@ def test_ratios_at_equal_bytes() -> None:
     assert by_share[0.9].best is None
     assert "n/a" in compare.table(found)
     (line,) = [line for line in compare.summary(found).splitlines() if line.startswith("| 4 | all |")]
-    counts = [int(part) for part in line.split("|")[3:8]]
-    assert counts == [8, 3, 5, 0, 0]
+    counts = [int(part) for part in line.split("|")[3:9]]
+    assert counts == [8, 3, 0, 5, 0, 0]
     assert half.beaten_by("ours") == ["control"]
     reached = sum(0.25 <= share <= 0.75 for share in by_share)
     assert f"| ours | {reached} | {reached} (control) |" in compare.controls_table(found)
@@ -116,12 +118,15 @@ def test_a_control_that_does_not_reach_beats_nobody() -> None:
 
 
 @pytest.mark.parametrize("settings", [1, 2, 5])
-def test_interpolation_is_numpys_in_every_draw(settings: int) -> None:
-    compare, rng = module("compare"), np.random.default_rng(settings)
+def test_interpolation_is_numpys_in_every_sample(settings: int) -> None:
+    rng = np.random.default_rng(settings)
     x_RI, y_RI = np.sort(rng.random((20, settings)), axis=1), rng.normal(size=(20, settings))
     for share in (-0.1, 0.2, 0.5, 0.8, 1.1):
         twin = [np.interp(share, x, y) for x, y in zip(x_RI, y_RI, strict=True)]
-        assert compare.at(share, x_RI, y_RI) == pytest.approx(np.array(twin))
+        assert interpolated(share, x_RI, y_RI) == pytest.approx(np.array(twin))
+    shares_R = rng.random(20)
+    twin = [np.interp(share, x, y) for share, x, y in zip(shares_R, x_RI, y_RI, strict=True)]
+    assert interpolated(shares_R, x_RI, y_RI) == pytest.approx(np.array(twin))
 
 
 def test_variants_over_ours() -> None:
@@ -140,14 +145,15 @@ def test_a_setting_that_changes_nothing_is_no_point_of_a_curve() -> None:
     assert "`ours(1.0)`" in compare.settings_table(made, 4)
 
 
-def test_few_batches_have_no_interval() -> None:
+def test_few_batches_have_no_interval_and_no_verdict() -> None:
     compare = module("compare")
-    two = [setting(label, s, kl, batches=3) for label, kl in (("ours", 0.1), ("good", 0.5)) for s in (0.2, 0.8)]
+    two = [setting(label, s, kl, batches=9) for label, kl in (("ours", 0.1), ("good", 0.5)) for s in (0.2, 0.8)]
     made = content(*two)
-    made["cells"][0]["rows"][0] = setting("stock", 1.0, 0.0, batches=3)
+    made["cells"][0]["rows"][0] = setting("stock", 1.0, 0.0, batches=9)
     cell = next(cell for cell in compare.cells(made) if cell.share == 0.5)
     assert cell.ratio == (pytest.approx(0.2), None, None)
-    assert cell.verdict == "tie"
+    assert cell.verdict == compare.FEW == "too few batches"
+    assert "| 4 | all | 8 | 1 | 7 | 0 | 0 | 0 |" in compare.summary(compare.cells(made))
 
 
 def test_a_loss_is_a_loss() -> None:

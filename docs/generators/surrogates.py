@@ -94,11 +94,12 @@ def goal(compare: ModuleType) -> Block:
             [cell.ratio[0] for cell in cells if cell.ratio is not None]
             for cells in (every, compare.cells(repriced(content, large / own)))
         )
-        verdicts = [cell.verdict for cell in every]
-        counts = [sum(ratio < 1 for ratio in ratios), verdicts.count("win"), verdicts.count("loss")]
+        verdicts = [cell.verdict for cell in every if cell.verdict not in ("n/a", compare.FEW)]
+        judged = [f"{verdicts.count(one) / len(verdicts):.0%}" if verdicts else compare.FEW for one in ("win", "loss")]
         texts = "domains mixed" if content["name"] == "frontier" else "one domain at a time"
         line = [f"{title}, {texts}", str(len(every)), str(len(every) - len(ratios))]
-        line += [f"{count / len(ratios):.0%}" for count in (*counts, sum(ratio <= 0.5 for ratio in ratios))]
+        line += [f"{sum(ratio < 1 for ratio in ratios) / len(ratios):.0%}", *judged]
+        line.append(f"{sum(ratio <= 0.5 for ratio in ratios) / len(ratios):.0%}")
         line.append(f"{sum(ratio <= 0.5 for ratio in cheap) / len(cheap):.0%}")
         lines.append([*line, f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}"])
     return Block(PAGE, "goal", rows(heads, lines))

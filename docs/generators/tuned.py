@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from carpool.evaluate.intervals import estimate, resample
+from carpool.evaluate.intervals import estimate
 from generators import Block, load, rows, with_interval
 from generators.surrogates import RESULTS, comparison
 
@@ -49,13 +49,12 @@ def table(content: dict[str, Any]) -> str:
     batch = content["cells"][0]["batch"]
     curves = compare.curves(grid, batch, "all")
     (stock,) = curves.pop("stock")
-    counts_RM = resample(len(stock["kl"]), 0)
-    settings = [(label, measured(one, stock, counts_RM)) for label, own in curves.items() for one in own]
+    settings = [(label, measured(one, stock)) for label, own in curves.items() for one in own]
     files = compare.pooled(content, batch, "all")
     lines = []
     for about in content["files"]:
         (sums,) = files[about["file"]]
-        own = measured(sums, stock, counts_RM)
+        own = measured(sums, stock)
         target = {"bytes" if name == "union" else name: value for name, value in about["target"].items()}  # as it was
         best = rival(target, own, [one for _, one in settings])
         between = interpolated(own["kl"].value, [[one for name, one in settings if name == label] for label in curves])
@@ -79,14 +78,14 @@ def table(content: dict[str, Any]) -> str:
     return rows(HEADS, lines)
 
 
-def measured(sums: dict[str, Any], stock: dict[str, Any], counts_RM: Any) -> dict[str, Any]:
+def measured(sums: dict[str, Any], stock: dict[str, Any]) -> dict[str, Any]:
     """Metrics with intervals of a setting's sums by batch."""
     return {
         "policy": sums["policy"],
-        "kl": estimate(sums["kl"], sums["tokens"], counts_RM),
-        "perplexity": estimate(sums["nll"] - stock["nll"], sums["tokens"], counts_RM, exponential=True),
-        "union": estimate(sums["union"], stock["union"], counts_RM),
-        "bytes": estimate(sums["bytes"], stock["union"], counts_RM),
+        "kl": estimate(sums["kl"], sums["tokens"], "log"),
+        "perplexity": estimate(sums["nll"] - stock["nll"], sums["tokens"], "exp"),
+        "union": estimate(sums["union"], stock["union"]),
+        "bytes": estimate(sums["bytes"], stock["union"]),
     }
 
 

@@ -22,7 +22,6 @@ def demo(
     from carpool.artefacts.files import require_writable
     from carpool.artefacts.texts import load_texts
     from carpool.evaluate.findings import findings
-    from carpool.evaluate.intervals import resample
     from carpool.evaluate.plot import plot
     from carpool.evaluate.results import text_facts, write
     from carpool.evaluate.series import Curve, load_demo
@@ -52,8 +51,7 @@ def demo(
     require_possible(model, settings, statistics)
     with progress("decoding in lockstep", settings.num_rows) as advance:
         (results,) = study(model, settings, sequences, stats=statistics, advance=advance)
-    counts_RM = resample(results[0].measured.batches, settings.seed)
-    curves = [Curve.of(one, results, counts_RM) for one in series]
+    curves = [Curve.of(one, results) for one in series]
     said = findings(curves)
 
     console.print(table(results, console))

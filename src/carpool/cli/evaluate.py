@@ -52,7 +52,7 @@ def evaluate(
         typer.Option(help="Decoded tokens to measure at every batch size; default: 24,576, of blocks 2,048."),
     ] = None,
     batches: Annotated[int | None, typer.Option(help="Batches at every batch size, in place of --tokens.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sequences and the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sequences.")] = 0,
     stats: Annotated[
         Path | None, typer.Option(help="Statistics of `carpool calibrate`, for SERE and its like.")
     ] = None,

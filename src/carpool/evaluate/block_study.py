@@ -36,7 +36,7 @@ class BlockSettings:
         prompt: tokens before them.
         tokens: decoded tokens at every batch size, rounded to whole batches, two at least.
         batches: number of batches instead.
-        seed: of the sequences, the masks and the intervals.
+        seed: of the sequences and the masks.
         share_commits: the forwards that write finished blocks to the cache run under the policy, too.
         follow: decode once more under every plan, each block after stock's text.
         allow_unchanged: a plan may change no row.
@@ -135,8 +135,8 @@ def combined(sums: list[Denoised], generated: list[Generated], settings: BlockSe
     Raises:
         CarpoolError: a plan that should act and changed no row.
     """
-    one = results([each.measured for each in sums], settings.seed)
-    other = metrics(generated, settings.seed)
+    one = results([each.measured for each in sums])
+    other = metrics(generated)
     for each in generated:
         if each.plan is not None and not each.changed_rows and not settings.allow_unchanged:
             raise CarpoolError(

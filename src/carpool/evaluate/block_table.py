@@ -17,7 +17,7 @@ NOTE = (
     "a request in a denoising forward; agreement: positions that hold stock's token; blocks: the same with each block "
     "decoded after stock's text; perplexity: of the generated text under an autoregressive model, over stock's. On "
     "masked tokens of held-out text: KL, stock against policy, in nats; top-1: tokens whose likeliest token stays; "
-    "denoising: perplexity over stock's. 95 %: interval over batches (from four on)."
+    "denoising: perplexity over stock's. 95 %: interval over batches (from ten on)."
 )
 
 

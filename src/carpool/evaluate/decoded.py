@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from carpool.evaluate.generations import Generated
-from carpool.evaluate.intervals import Array, Estimate, estimate, ratio, resample
+from carpool.evaluate.intervals import Array, Estimate, estimate, ratio
 
 
 @dataclass(frozen=True)
@@ -54,37 +54,33 @@ class Decoded:
     union_by_masked: list[float | None]
 
 
-def metrics(generated: Sequence[Generated], seed: int) -> list[Decoded]:
-    """Metrics of stock (the first) and of every plan on the same prompts, resampled by the same draws."""
-    stock = generated[0]
-    counts_RM = resample(len(stock.sums["union"]), seed)
-    return [_metrics(one.sums, stock.sums, one.by_masked, counts_RM) for one in generated]
+def metrics(generated: Sequence[Generated]) -> list[Decoded]:
+    """Metrics of stock (the first) and of every plan on the same prompts."""
+    return [_metrics(one.sums, generated[0].sums, one.by_masked) for one in generated]
 
 
-def _metrics(s: dict[str, Array], stock: dict[str, Array], by_masked: Array, counts_RM: Array) -> Decoded:
+def _metrics(s: dict[str, Array], stock: dict[str, Array], by_masked: Array) -> Decoded:
     per_forward = ratio(stock["union"], stock["layer_forwards"])
     perplexity = change = followed = None
     if s["judged"].any():
-        perplexity = estimate(s["judge_nll"], s["judged"], counts_RM, exponential=True)
+        perplexity = estimate(s["judge_nll"], s["judged"], "exp")
         # paired: equal numbers of tokens unless somebody met an end token
-        change = estimate(
-            s["judge_nll"] - stock["judge_nll"] * s["judged"] / np.maximum(stock["judged"], 1), s["judged"],
-            counts_RM, exponential=True,
-        )  # fmt: skip
+        as_many_M = stock["judge_nll"] * s["judged"] / np.maximum(stock["judged"], 1)
+        change = estimate(s["judge_nll"] - as_many_M, s["judged"], "exp")
     if s["followed"].any():
-        followed = estimate(s["followed_same"], s["followed"], counts_RM)
+        followed = estimate(s["followed_same"], s["followed"], "share")
     return Decoded(
-        union=estimate(s["union"], s["layer_forwards"], counts_RM),
-        union_share=estimate(s["union"], s["layer_forwards"] * per_forward, counts_RM),
-        union_of_group=estimate(s["group_union"], s["groups"], counts_RM),
+        union=estimate(s["union"], s["layer_forwards"]),
+        union_share=estimate(s["union"], s["layer_forwards"] * per_forward),
+        union_of_group=estimate(s["group_union"], s["groups"]),
         union_with_commits=ratio(s["union"] + s["commit_union"], s["layer_forwards"] + s["layer_commits"]),
         natural_union=ratio(s["natural_union"], s["layer_forwards"]),
         pairs=ratio(s["pairs"], s["rows"]),
-        displaced_mass=estimate(s["displaced"], s["rows"], counts_RM),
-        tokens_per_forward=estimate(s["accepted"], s["request_forwards"], counts_RM),
+        displaced_mass=estimate(s["displaced"], s["rows"], "share"),
+        tokens_per_forward=estimate(s["accepted"], s["request_forwards"]),
         forwards=float(s["forwards"].mean()),
-        agreement=estimate(s["same"], s["tokens"], counts_RM),
-        agreed_prefix=estimate(s["before"], s["tokens"], counts_RM),
+        agreement=estimate(s["same"], s["tokens"], "share"),
+        agreed_prefix=estimate(s["before"], s["tokens"], "share"),
         equal=ratio(s["equal"], s["requests"]),
         followed_agreement=followed,
         perplexity=perplexity,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from carpool.evaluate.intervals import Array, Estimate, estimate, ratio, resample
+from carpool.evaluate.intervals import Array, Estimate, estimate, ratio
 from carpool.evaluate.measured import Measured
 
 
@@ -52,49 +52,42 @@ class Result:
     stock_union_by_layer: list[float]
 
 
-def results(measured: list[Measured], seed: int) -> list[Result]:
-    """Metrics of stock (the first) and of every plan measured on the same batches, resampled by the same draws."""
-    stock = measured[0]
-    counts_RM = resample(stock.batches, seed)
-    return [_result(one, stock, counts_RM) for one in measured]
+def results(measured: list[Measured]) -> list[Result]:
+    """Metrics of stock (the first) and of every plan measured on the same batches."""
+    return [_result(one, measured[0]) for one in measured]
 
 
-def kl_columns(one: Measured) -> tuple[Array, Array]:
-    """Numerator and denominator of the KL, `[M]` each."""
-    return one.kl_M, one.tokens_M
-
-
-def _result(one: Measured, stock: Measured, counts_RM: Array) -> Result:
+def _result(one: Measured, stock: Measured) -> Result:
     layout = one.layout
     layers = one.layers["union"].shape[1]
     steps_M = np.full(one.batches, float(layout.steps * layers))
     rows_M = steps_M * layout.batch_size * layout.stride
     per_batch = {name: sums_ML.sum(1) for name, sums_ML in one.layers.items()}
-    stock_union_M = stock.layers["union"].sum(1)
+    stock_bytes_M = stock.layers["bytes"].sum(1)
     token_local = one.plan is None or one.plan.policy.kind == "token"
 
     def both(nll_M: Array, stock_M: Array, tokens_M: Array) -> tuple[Estimate, Estimate]:
         return (
-            estimate(nll_M, tokens_M, counts_RM, exponential=True),
-            estimate(nll_M - stock_M, tokens_M, counts_RM, exponential=True),
+            estimate(nll_M, tokens_M, "exp"),
+            estimate(nll_M - stock_M, tokens_M, "exp"),
         )
 
     perplexity, perplexity_ratio = both(one.nll_MD.sum(1), stock.nll_MD.sum(1), one.tokens_M)
     return Result(
         measured=one,
         coreset=None if token_local else ratio(per_batch["coreset"], steps_M * layout.groups),
-        union=estimate(per_batch["union"], steps_M, counts_RM),
-        union_share=estimate(per_batch["union"], stock_union_M, counts_RM),
+        union=estimate(per_batch["union"], steps_M),
+        union_share=estimate(per_batch["union"], stock.layers["union"].sum(1)),
         natural_union=ratio(per_batch["natural_union"], steps_M),
         pairs=ratio(per_batch["pairs"], rows_M),
-        displaced_mass=estimate(per_batch["displaced"], rows_M, counts_RM),
-        expected_loss=estimate(per_batch["expected_loss"], rows_M, counts_RM),
+        displaced_mass=estimate(per_batch["displaced"], rows_M, "share"),
+        expected_loss=estimate(per_batch["expected_loss"], rows_M, "share"),
         overflow=ratio(per_batch["overflow"], steps_M),
         surrogates=ratio(per_batch["surrogates"], steps_M),
-        bytes=estimate(per_batch["bytes"], steps_M, counts_RM),
-        bytes_share=estimate(per_batch["bytes"], stock_union_M, counts_RM),
-        kl=estimate(*kl_columns(one), counts_RM),
-        top1_agreement=estimate(one.agree_M, one.tokens_M, counts_RM),
+        bytes=estimate(per_batch["bytes"], steps_M),
+        bytes_share=estimate(per_batch["bytes"], stock_bytes_M),
+        kl=estimate(one.kl_M, one.tokens_M, "log"),
+        top1_agreement=estimate(one.agree_M, one.tokens_M, "share"),
         perplexity=perplexity,
         perplexity_ratio=perplexity_ratio,
         domains={

@@ -10,6 +10,7 @@ import numpy as np
 
 from carpool.artefacts.files import atomic_path
 from carpool.evaluate.findings import HALF, best_at
+from carpool.evaluate.intervals import FEWEST
 from carpool.evaluate.series import Curve
 
 # distinct for colour-blind readers too; methods take them in the order they are listed
@@ -82,7 +83,7 @@ def plot(curves: Sequence[Curve], path: Path, subtitle: str) -> None:
 def headline(curves: Sequence[Curve]) -> str:
     """The finding in one line."""
     best = best_at(curves, HALF)
-    if best is None:
+    if best is None or best.stock.measured.batches < FEWEST:
         return "What sharing experts saves and costs"
     cost = 100 * (np.exp(best.log_ratio_at(HALF)) - 1)
     return f"Reading half as much changes perplexity by {cost:+.1f} % with {best.series.label}"

@@ -14,7 +14,7 @@ from typing import Any
 import carpool
 from carpool.artefacts.files import sha256_file, write_text
 from carpool.evaluate.details import Details
-from carpool.evaluate.intervals import DRAWS, LEVEL
+from carpool.evaluate.intervals import FEWEST, LEVEL, METHOD
 from carpool.evaluate.metrics import Result
 
 SCHEMA = 1
@@ -115,7 +115,7 @@ def write_rows(path: Path, results: Sequence[dict[str, Any]], *, kind: str, **fa
         "kind": kind,
         **provenance(),
         **facts,
-        "intervals": {"level": LEVEL, "method": "paired bootstrap over batches", "draws": DRAWS},
+        "intervals": {"level": LEVEL, "method": METHOD, "fewest_batches": FEWEST},
     }
     head = json.dumps(content, indent=1, allow_nan=False).removesuffix("\n}")
     rows = ",\n  ".join(json.dumps(result, allow_nan=False) for result in results)

@@ -32,7 +32,7 @@ class Settings:
         sequence: inputs of a sequence, prompt included. prefill: of these, the prompt.
         tokens: decoded tokens to measure at every batch size, rounded to whole batches, two at least.
         batches: number of batches instead.
-        seed: of the sequences and the intervals.
+        seed: of the sequences.
         allow_unchanged: a plan may change no row.
     """
 
@@ -141,8 +141,7 @@ def study(
             measure(
                 model, moe, settings.plans, sequences, layout, batches,
                 stats=stats, allow_unchanged=settings.allow_unchanged, advance=advance,
-            ),
-            settings.seed,
+            )
         )
         for layout, batches in settings.layouts()
     ]  # fmt: skip

@@ -18,7 +18,7 @@ NOTE = (
     "union: distinct experts read in a layer and step; of stock: bytes read over stock's, surrogates included; "
     "pairs: experts computed for a token in a layer; "
     "displaced: share of a token's native weight that is not computed; KL: stock against policy, nats a decoded token; "
-    "top-1: tokens whose likeliest next token stays; 95 %: interval over batches (from four on)."
+    "top-1: tokens whose likeliest next token stays; 95 %: interval over batches (from ten on)."
 )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from carpool.artefacts.files import write_text
 from carpool.artefacts.json_text import read_json
 from carpool.errors import CarpoolError
-from carpool.evaluate.intervals import estimate, resample
+from carpool.evaluate.intervals import estimate
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.loop import Loop, MoE
 from carpool.evaluate.measure import parts
@@ -71,7 +71,6 @@ class Trials:
         self.moe = moe
         passes = parts(model, sequences, layout, batches)
         self._loop = Loop(model, moe, layout, passes, sequences.domains, stats=stats, kept=KEPT)
-        self._counts_RM = resample(batches, seed)
         self._memory, self._settings, self._advance = memory, settings or {}, advance
         self.points: dict[str, Point] = self._remembered()
 
@@ -91,7 +90,7 @@ class Trials:
         return [self._point(one, measured, stock) for one, measured in zip(candidates, found, strict=True)]
 
     def _point(self, candidate: PolicyFile, one: Measured, stock: Measured) -> Point:
-        kl = estimate(one.kl_M, one.tokens_M, self._counts_RM)
+        kl = estimate(one.kl_M, one.tokens_M, "log")
         more = (one.nll_MD - stock.nll_MD).sum() / one.tokens_M.sum()
         return Point(
             policy=str(candidate.plan),
