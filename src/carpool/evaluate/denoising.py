@@ -57,7 +57,7 @@ class BlockLayout(Layout):
         if grouping.kind not in ("batch", "request"):
             raise CarpoolError(f"grouping {grouping} for a block diffusion model: use request or batch")
         clean = prompt + decoded - block
-        return cls(rows, clean + decoded, clean, grouping, block)
+        return cls(rows, clean + decoded, clean, grouping, block=block)
 
     @property
     def stride(self) -> int:
