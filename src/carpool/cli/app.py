@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -22,14 +24,19 @@ def about() -> None:
 
 
 def command(name: str, **settings: Any) -> Callable[[Callable], Callable]:
-    """Register a command whose CarpoolErrors are printed as one sentence, with exit code 2; `settings` are typer's."""
+    """Register a command whose CarpoolErrors are printed as one sentence, with exit code 2; `settings` are typer's.
+
+    The command takes its options one by one, or all as one dataclass, whose fields are annotated as options are.
+    """
 
     def register(function: Callable) -> Callable:
+        taking = _one_by_one(function)
+
         @app.command(name, **settings)
-        @functools.wraps(function)
+        @functools.wraps(taking)
         def guarded(*args: object, **kwargs: object) -> None:
             try:
-                function(*args, **kwargs)
+                taking(*args, **kwargs)
             except CarpoolError as error:
                 errors.print(f"[bold red]carpool {name}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
                 raise typer.Exit(2) from None
@@ -37,3 +44,27 @@ def command(name: str, **settings: Any) -> Callable[[Callable], Callable]:
         return guarded
 
     return register
+
+
+def _one_by_one(function: Callable) -> Callable:
+    """The function, taking one by one the fields of the dataclass that is its only parameter."""
+    kinds: list[Any] = [kind for name, kind in get_type_hints(function).items() if name != "return"]
+    if len(kinds) != 1 or not is_dataclass(kinds[0]):
+        return function
+    kind: Any = kinds[0]
+
+    def taking(**given: Any) -> None:
+        function(kind(**given))
+
+    hints = get_type_hints(kind, include_extras=True)
+    parameters = [
+        inspect.Parameter(
+            one.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[one.name],
+            default=inspect.Parameter.empty if one.default is MISSING else one.default,
+        )
+        for one in fields(kind)
+    ]  # fmt: skip
+    taking.__doc__ = function.__doc__
+    taking.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    taking.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return taking

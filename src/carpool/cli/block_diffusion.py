@@ -12,11 +12,10 @@ from carpool.errors import CarpoolError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from carpool.plans.policy_file import AnyPlan
-    from carpool.routing.batch import Grouping
+    from carpool.cli.evaluate_options import Options
+    from carpool.evaluate.block_study import BlockResult, BlockSettings
 
 THRESHOLD = 0.9  # DES's; SDAR and LLaDA2 use 0.85 to 0.95
-TOKENS = 2048
 REQUIRED = (
     "the block diffusion model of the demo is not installed: pip install 'carpool[demo]', or name a model that was "
     "trained to fill in masked blocks"
@@ -58,76 +57,79 @@ def require_same_tokens(judge: Any, model: Any, mask_token: int) -> None:
         )
 
 
-def evaluate_blocks(
-    console: Console,
-    model: str | None,
-    plans: Sequence[AnyPlan],
-    grouping: Grouping,
-    batch_sizes: tuple[int, ...],
-    text: Sequence[Path] | None,
-    *,
-    sequence: int,
-    prefill: int,
-    tokens: int | None,
-    batches: int | None,
-    seed: int,
-    stats: Path | None,
-    json_path: Path | None,
-    allow_unchanged: bool,
-    block_size: int | None,
-    threshold: float | None,
-    steps: int | None,
-    mask_token: int | None,
-    judge: str | None,
-) -> None:
+def evaluate_blocks(console: Console, options: Options) -> None:
     """Measure, print a table for every batch size, write the JSON; raises CarpoolError for bad input."""
     from carpool.artefacts.files import require_writable
     from carpool.artefacts.texts import load_texts
     from carpool.diffusion import Decoding
-    from carpool.evaluate.block_study import BlockSettings, as_dict, block_study
-    from carpool.evaluate.block_table import NOTE, table
-    from carpool.evaluate.results import text_facts, write_rows
+    from carpool.evaluate.block_study import BlockSettings, block_study
     from carpool.evaluate.sequences import draw
 
-    if json_path is not None:
-        require_writable(json_path)
+    plans, sequence, prefill = options.plans, options.sequence, options.prefill
+    if options.json_path is not None:
+        require_writable(options.json_path)
     if sequence <= prefill:
         raise CarpoolError(f"--sequence {sequence} leaves nothing to decode after --prefill {prefill}")
-    paths = text or embedded_texts()
-    documents = load_texts(paths)
-    loaded, tokenizer, statistics = load(diffusion_model(model), stats, plans)
+    texts = options.text or embedded_texts()
+    documents = load_texts(texts)
+    loaded, tokenizer, statistics = load(diffusion_model(options.model), options.stats, plans)
+    threshold = THRESHOLD if options.threshold is None else options.threshold
     decoding = Decoding.of(
-        loaded, mask_token=mask_token, block=block_size, threshold=THRESHOLD if threshold is None else threshold,
-        max_new=sequence - prefill, steps=steps, end_tokens=(),
+        loaded, mask_token=options.mask_token, block=options.block_size, threshold=threshold,
+        max_new=sequence - prefill, steps=options.steps, end_tokens=(),
     )  # fmt: skip
     settings = BlockSettings(
-        tuple(plans), grouping, batch_sizes, decoding, prompt=prefill, tokens=tokens or TOKENS, batches=batches,
-        seed=seed, allow_unchanged=allow_unchanged,
+        plans, options.grouping, options.batch_sizes, decoding, prompt=prefill, tokens=options.decoded_tokens,
+        batches=options.batches, seed=options.seed, allow_unchanged=options.allow_unchanged,
     )  # fmt: skip
-    judging = judge_for(model, judge)
-    if judging is not None:
-        require_same_tokens(judging, loaded, decoding.mask_token)
+    judge = judge_for(options.model, options.judge)
+    if judge is not None:
+        require_same_tokens(judge, loaded, decoding.mask_token)
     with progress("tokenizing", sum(len(document.text) for document in documents)) as advance:
         sequences = draw(
-            documents, tokenizer, count=settings.num_sequences, length=sequence, seed=seed, progress=advance
+            documents, tokenizer, count=settings.num_sequences, length=sequence, seed=options.seed, progress=advance
         )
     with progress("decoding blocks", settings.work) as advance:
-        by_batch = block_study(loaded, settings, sequences, judge=judging, stats=statistics, advance=advance)
+        by_batch = block_study(loaded, settings, sequences, judge=judge, stats=statistics, advance=advance)
+    _show(console, by_batch)
+    if options.json_path is not None:
+        judged = None if judge is None else Path(options.judge or "reference model").name
+        _write(options, settings, loaded, texts, by_batch, judged)
+        console.print(f"wrote {options.json_path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _show(console: Console, by_batch: Sequence[Sequence[BlockResult]]) -> None:
+    from carpool.evaluate.block_table import NOTE, table
+
     for found in by_batch:
         console.print(table(found, console))
         console.print()
     console.print(NOTE, highlight=False, markup=False)
-    if json_path is None:
-        return
+
+
+def _write(
+    options: Options,
+    settings: BlockSettings,
+    loaded: Any,
+    texts: Sequence[Path],
+    by_batch: Sequence[Sequence[BlockResult]],
+    judged: str | None,
+) -> None:
+    from carpool.evaluate.block_study import as_dict
+    from carpool.evaluate.results import text_facts, write_rows
+
+    assert options.json_path is not None
+    decoding = settings.decoding
     arguments = {
-        "decode": "block-diffusion", "policies": [str(plan) for plan in plans], "group": str(grouping),
-        "batch": ",".join(map(str, batch_sizes)), "tokens": settings.tokens, "batches": batches, "sequence": sequence,
-        "prefill": prefill, "block_size": decoding.block, "threshold": decoding.threshold, "steps": steps,
-        "mask_token": decoding.mask_token, "stats": None if stats is None else stats.name,
-        "allow_unchanged": allow_unchanged, "judge": None if judging is None else Path(judge or "reference model").name,
+        "decode": options.decode, "policies": [str(plan) for plan in settings.plans], "group": str(settings.grouping),
+        "batch": ",".join(map(str, settings.batch_sizes)), "tokens": settings.tokens, "batches": options.batches,
+        "sequence": options.sequence, "prefill": options.prefill, "block_size": decoding.block,
+        "threshold": decoding.threshold, "steps": options.steps, "mask_token": decoding.mask_token,
+        "stats": None if options.stats is None else options.stats.name, "allow_unchanged": options.allow_unchanged,
+        "judge": judged,
     }  # fmt: skip
     write_rows(
-        json_path, [as_dict(result) for found in by_batch for result in found], kind="carpool block diffusion",
-        model=model_facts(loaded, diffusion_model(model)), texts=text_facts(paths), seed=seed, arguments=arguments,
+        options.json_path, [as_dict(result) for found in by_batch for result in found], kind="carpool block diffusion",
+        model=model_facts(loaded, diffusion_model(options.model)), texts=text_facts(texts), seed=options.seed,
+        arguments=arguments,
     )  # fmt: skip
-    console.print(f"wrote {json_path}", highlight=False, markup=False, soft_wrap=True)

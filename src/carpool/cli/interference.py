@@ -19,8 +19,8 @@ from carpool.errors import CarpoolError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from carpool.cli.evaluate_options import Options, Prepared
     from carpool.evaluate.interference import Interference
-    from carpool.evaluate.sequences import Sequences
     from carpool.evaluate.study import Settings
 
 NOTE = (
@@ -46,34 +46,24 @@ def for_interference(settings: Settings, co_batches: int) -> Settings:
     return replace(settings, batches=max(2, wanted))
 
 
-def report_interference(
-    console: Console,
-    loaded: Any,
-    settings: Settings,
-    sequences: Sequences,
-    co_batches: int,
-    statistics: Any,
-    json_path: Path | None,
-    decode: Callable[[list[int]], str],
-    **facts: Any,
-) -> None:
+def report_interference(console: Console, ready: Prepared, settings: Settings, options: Options, **facts: Any) -> None:
     """Measure, print the table, write the JSON; `facts` go beside the results."""
     from carpool.evaluate.interference import interference
     from carpool.evaluate.study import describe
 
     [(layout, _)] = settings.layouts()
-    rows = settings.num_sequences * layout.positions * (1 + co_batches * (1 + len(settings.plans)))
+    rows = settings.num_sequences * layout.positions * (1 + options.co_batches * (1 + len(settings.plans)))
     with progress("evaluating", rows) as advance:
         found = interference(
-            loaded, describe(loaded), settings.plans, sequences, layout, co_batches,
-            seed=settings.seed, stats=statistics, advance=advance,
+            ready.model, describe(ready.model), settings.plans, ready.sequences, layout, options.co_batches,
+            seed=settings.seed, stats=ready.statistics, advance=advance,
         )  # fmt: skip
     console.print(table(found))
     console.print()
     console.print(NOTE, highlight=False, markup=False)
-    if json_path is not None:
-        write(json_path, found, decode, co_batches=co_batches, **facts)
-        console.print(f"wrote {json_path}", highlight=False, markup=False, soft_wrap=True)
+    if options.json_path is not None:
+        write(options.json_path, found, ready.tokenizer.decode, co_batches=options.co_batches, **facts)
+        console.print(f"wrote {options.json_path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def table(found: Many[Interference]) -> Table:

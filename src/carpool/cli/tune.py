@@ -15,7 +15,6 @@ from rich.console import Console
 from carpool.artefacts.files import atomic_path
 from carpool.cli.app import command
 from carpool.cli.common import embedded_texts, model_facts, open_model, progress, shipped_statistics
-from carpool.cli.evaluate import batch_sizes
 from carpool.errors import CarpoolError
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def tune(
     target = Target(max_kl, max_perplexity_ratio, share)
     families = [family(one) for one in policy or DEFAULT]
     settings = Settings(
-        tuple(one.plan for one in families), Grouping.parse(group), batch_sizes(str(batch)),
+        tuple(one.plan for one in families), Grouping.parse(group), (batch,),
         sequence=sequence, prefill=prefill, tokens=tokens, seed=seed,
     )  # fmt: skip
     require_writable(output)
