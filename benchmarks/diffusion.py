@@ -41,7 +41,7 @@ FULL = (
     *(f"des_seq(k0={k})" for k in (1, 2, 3, 4, 5, 6, 7, 8)),
     *(f"des_vote(beta={beta})" for beta in (0.125, 0.15, 0.2, 0.3, 0.4, 0.6)),
     *(f"xshare(budget={budget})" for budget in (19, 25, 38)),
-    *(f"random(budget={budget})" for budget in (19, 38)),
+    *(f"random(budget={budget}, warmup={warmup})" for warmup in (1, 0) for budget in (19, 38)),
 )
 SHORT = (
     "topk(k=4)", "des_seq(k0=2)", "des_seq(k0=3)", "des_vote(beta=0.3)", "des_vote(beta=0.6)", "xshare(budget=19)",

@@ -41,7 +41,7 @@ METHODS = (  # all but `surrogate`, which has a run of its own, and the one that
     "xshare(budget={quarter})", "xshare_speculative(budget={quarter}, request_budget=2)", "oea(k0=2)", "des_seq(k0=2)",
     "des_vote(size={quarter})", "lynx(budget={quarter})", "base(budget={quarter})", "sere(top=2)",
     "allow_list(size={quarter})", "top_p(p=0.15)", "tail_mass(beta=0.6)", "layer_threshold(tau=0.125)", "topk(k=4)",
-    "random(budget={quarter})",
+    "random(budget={quarter}, warmup=0)",
 )  # fmt: skip
 PROMPT = 16  # tokens
 WARM = 12  # untimed steps in which unions are counted and compared

@@ -38,6 +38,31 @@ def lynx_coreset(world: World, group: int, policy: Any) -> set[int]:
     return fill(best_of(world, voters, 1), popularity, budget_limit(world, policy), world.free(group))
 
 
+def random_coreset(world: World, group: int, policy: Any) -> set[int]:
+    """The control: every token's best, and others by a number that a hash of all column sums gives each that somebody
+    picks. Whole numbers modulo 2**64, read as signed where they are shifted."""
+
+    def signed(number: int) -> int:
+        return (number + 2**63) % 2**64 - 2**63
+
+    def multiplier(number: int) -> int:
+        bits = (number + 1) * 11400714819323198485 % 2**64
+        bits = (bits ^ bits // 2**30) * 13787848793156543929 % 2**64
+        return (bits ^ bits // 2**27) * 10723151780598845931 % 2**64 // 2 * 2 + 1
+
+    voters = world.voters(group)
+    own = []
+    for expert, mass in column_sums(world, voters).items():
+        mixed = signed((mass + expert * 2**51) * multiplier(2 * policy.seed))
+        own.append(mixed ^ (mixed >> 32))
+    every = signed(sum(own))
+    draw = {e: (signed((one ^ every) * multiplier(2 * policy.seed + 1)) >> 24) % 2**40 for e, one in enumerate(own)}
+    picked = {expert for row in voters for expert in world.native[row]}
+    draw = {expert: draw[expert] if expert in picked else 0 for expert in draw}
+    chosen = best_of(world, voters, int(policy.warmup))
+    return fill(chosen, draw, budget_limit(world, policy), world.free(group))
+
+
 def base_cost(world: World, group: int) -> dict[int, int]:
     """BASE: D_e = sum over tokens with e in their top-K of w^2 * ||E_e(x)||^2, the norm predicted as exp(a.x + b)."""
     weight, bias, scale = (world.stats[name] for name in ("norm_weight", "norm_bias", "norm_scale"))
@@ -144,6 +169,7 @@ def allow_list_assign(world: World, row: int, policy: Any, allowed: set[int], co
 
 BACKFILL = Twin()
 LYNX = Twin(coreset=lynx_coreset, limit=budget_limit)
+RANDOM = Twin(coreset=random_coreset, limit=budget_limit)
 BASE = Twin(coreset=base_coreset, limit=budget_limit)
 EXPERT_PARALLEL = Twin(coreset=expert_parallel_coreset)
 SPECULATIVE = Twin(coreset=speculative_coreset, limit=budget_limit)

@@ -161,11 +161,16 @@ ROWS = (
     ),
     Row(
         name="random",
-        texts=lambda E, K: [f"random(budget={half(K)})", "random(budget=0.25, seed=3)"],
-        identity=lambda E, K: [f"random(budget={E})"],
-        twin=None,
-        coreset_bound=lambda policy, E, K, voters: twins.count(policy.budget, E),
-        knobs=("budget",),
+        texts=lambda E, K: [
+            f"random(budget={half(E)})",
+            f"random(budget={half(K)}, warmup=0)",
+            "random(budget=0.25, warmup=0, seed=3)",
+            f"random(budget=1, warmup={half(K)}, seed=-5)",
+        ],
+        identity=lambda E, K: [f"random(budget={E})", "random(budget=1.0, warmup=0)"],
+        twin=more_twins.RANDOM,
+        coreset_bound=xshare_bound,
+        knobs=("budget", "warmup"),
     ),
     Row(
         name="lynx",

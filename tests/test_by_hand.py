@@ -109,9 +109,12 @@ def test_sere() -> None:
 
 
 def test_random_is_a_part_of_the_natural_union() -> None:
-    draws = {tuple(sorted(coreset(routed(f"random(budget=2, seed={seed})")))) for seed in range(40)}
+    draws = {tuple(sorted(coreset(routed(f"random(2, warmup=0, seed={seed})")))) for seed in range(40)}
     assert all(len(draw) == 2 and set(draw) <= {0, 1, 2, 3, 5} for draw in draws)
     assert len(draws) > 5  # of ten pairs
+    draws = {tuple(sorted(coreset(routed(f"random(budget=3, seed={seed})")))) for seed in range(40)}
+    assert draws == {(0, 1, 2), (0, 2, 3), (0, 2, 5)}  # 0 and 2 are somebody's best
+    assert coreset(routed("random(budget=1)")) == {0, 2}
 
 
 def test_free_experts_are_not_charged() -> None:

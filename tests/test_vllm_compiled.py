@@ -37,6 +37,7 @@ MORE_CASES = [
      "softmax"),
     ("sere(top=1, threshold=0)", "sere(top=2, threshold=0.4)", "tenant", "softmax"),
     ("des_vote(size=6) | protect([3])", "des_vote(size=9) | protect([3])", "tenant", "grouped"),
+    ("random(budget=6)", "random(budget=5, warmup=0)", "request", "softmax"),
 ]  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def _against_controls(own: Sequence[Row], results: Sequence[Row]) -> str:
         curve = sorted(
             (row["bytes_share"]["value"], math.log(row["kl"]["value"]))
             for row in results
-            if row["policy"].startswith(f"{name}(")
+            if row["policy"].startswith(f"{name}(") and "warmup=0" not in row["policy"]
         )
         ratios = []
         for row in own:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from carpool.policies.base import Inputs, Number, Policy, drop, require, require_count, require_within, resolve_budget
@@ -48,20 +47,24 @@ class TopK(Policy):
 @register
 @dataclass(frozen=True)
 class RandomCoreset(Policy):
-    """A random coreset: `budget` experts drawn from those that the group's voters natively pick.
+    """A random coreset: each voter's best experts, and others drawn from those that the group's voters natively pick.
 
     The control for every coreset method: what does choosing well add to choosing at all? The draw is a hash of
     the group's own column sums, so it changes with every layer and step, needs no generator state, and does not
-    depend on the order of the rows.
+    depend on the order of the rows. (A batch that comes again, bit for bit, is drawn the same again.)
 
     Parameters:
-        budget: size of the coreset; an int counts experts, a float in (0, 1] is a share of `E`.
+        budget: size of the coreset; an int counts experts, a float in (0, 1] is a share of `E`. With a warm-up
+            the coreset holds `max(budget, warm-up union)`.
+        warmup: each voter's best `warmup` experts are always kept. 1 is the fair control for methods that keep them,
+            which is worth more than all that they choose beyond it; 0 for those that do not.
         seed: another draw.
 
     Identity: `budget=E` (any budget that holds the natural union).
     """
 
     budget: int | float | Tensor
+    warmup: int | Tensor = 1
     seed: int = 0
 
     name = "random"
@@ -69,22 +72,38 @@ class RandomCoreset(Policy):
 
     def __post_init__(self) -> None:
         require(type(self.seed) is int and abs(self.seed) < 2**53, f"seed={self.seed!r}: give an int below 2**53")
+        require_count("warmup", self.warmup, 0)
 
     def check(self, num_experts: int, top_k: int) -> None:
         resolve_budget("budget", self.budget, num_experts)
+        require_within("warmup", self.warmup, top_k)
 
     def limit(self, num_experts: int, top_k: int) -> Number:
         return resolve_budget("budget", self.budget, num_experts)
 
     def coreset(self, inputs: Inputs) -> Tensor:
         """Bool `[G, E]`."""
-        sums_GE = inputs.utility(inputs.weights_NE)
-        # number times 0x9E3779B97F4A7C1 modulo 2**64, in two parts: compilers do not wrap the product of a range
-        high, low, count = 0x9E3779B, 0x97F4A7C1, inputs.num_experts + 1
-        high_E = torch.arange(high, high * count, high, device=sums_GE.device) << 32
-        experts_E = high_E + torch.arange(low + self.seed, low * count + self.seed, low, device=sums_GE.device)
-        mixed_GE = (sums_GE.sum(-1, keepdim=True) ^ experts_E) * 0x2545F4914F6CDD1D
-        draw_GE = ((mixed_GE ^ (mixed_GE >> 29)) * 0x1B03738712FAD5C9 >> 24) & ((1 << 40) - 1)
-        natural_GE = inputs.votes(inputs.native_NE)
+        draw_GE = _draw(inputs.utility(inputs.weights_NE), inputs.experts_E, self.seed)
+        natural_GE = inputs.votes(inputs.native_NE) * DRAW
+        warm_GE = inputs.votes(inputs.rank_NE < self.warmup)
         size = resolve_budget("budget", self.budget, inputs.num_experts)
-        return inputs.top_by_utility(draw_GE * natural_GE, size)
+        return inputs.top_by_utility(draw_GE & natural_GE, size, warm_GE)
+
+
+DRAW = (1 << 40) - 1  # bits of a draw
+
+
+def _draw(sums_GE: Tensor, experts_E: Tensor, seed: int) -> Tensor:
+    """For every group and expert a number whose lowest 40 bits look random: a hash of all sums of the group, the
+    expert's number and the seed. Products wrap at 64 bits; none is of a range, which compilers do not wrap."""
+    own_GE = (sums_GE | (experts_E << 51)) * _odd(2 * seed)
+    own_GE = own_GE ^ (own_GE >> 32)
+    return ((own_GE ^ own_GE.sum(-1, keepdim=True)) * _odd(2 * seed + 1)) >> 24
+
+
+def _odd(number: int) -> int:
+    """An odd multiplier that a number stands for, as a signed 64-bit integer: SplitMix64's finaliser."""
+    bits = (number + 1) * 0x9E3779B97F4A7C15 % 2**64
+    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % 2**64 | 1
+    return bits - (bits >> 63 << 64)
