@@ -22,6 +22,7 @@ from carpool.doctor import diagnose
 from carpool.hosts.transformers import attach, find_layers
 from carpool.hosts.transformers.denoising import watch
 from carpool.hosts.transformers.forward_rows import RowRules, build_batch
+from carpool.hosts.transformers.here import Here
 from carpool.hosts.transformers.loading import open_model
 
 CANVAS, EXPERTS, TOP_K = 8, 8, 2
@@ -123,12 +124,12 @@ def test_finished_canvases_do_not_vote(model: Any, token: int, canvases: int) ->
 
 
 def test_a_new_generation_starts_with_nobody_finished(model: Any) -> None:
-    prompts_BP = tokens(2, 5)
-    with carpool.share(model, "des_vote(size=2)", group="request") as run:
+    prompts_BP, seen = tokens(2, 5), []
+    observe = lambda _, batch, __: seen.append(batch.voter_N)  # noqa: E731
+    with carpool.share(model, "des_vote(size=2)", group="request", observe=observe):
         sure = LogitsProcessorList([Sure(0, EOS)])
         generate(model, prompts_BP, logits_processor=sure, max_new_tokens=CANVAS, eos_token_id=EOS)
-        seen: list[Tensor] = []
-        run._observe = lambda _, batch, __: seen.append(batch.voter_N)
+        seen.clear()
         generate(model, prompts_BP, max_new_tokens=CANVAS, max_denoising_steps=1)
     assert torch.stack(seen).all()
 
@@ -188,7 +189,8 @@ def test_a_copy_watches_itself(model: Any) -> None:
         stock = generate(model, tokens(2, 5)).sequences
     with carpool.share(twin, "des_vote(size=2)", group="request"):
         assert torch.equal(generate(twin, tokens(2, 5)).sequences, stock)
-    assert twin.__dict__["_denoising_step"].finished._model is twin
+    assert twin.__dict__["_denoising_step"].model is twin
+    assert twin.__dict__["_denoising_step"].here is attach(twin).here is not attach(model).here
 
 
 def test_commands_that_predict_next_tokens_refuse_it(model: Any, tmp_path: Path) -> None:
@@ -199,7 +201,8 @@ def test_commands_that_predict_next_tokens_refuse_it(model: Any, tmp_path: Path)
 
 
 def test_another_denoising_loop_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert watch(tiny_model("qwen3_moe")) is None
+    watch(autoregressive := tiny_model("qwen3_moe"), Here())
+    assert "_denoising_step" not in autoregressive.__dict__
     monkeypatch.setattr(type(model), "_denoising_step", lambda self, input_ids: None, raising=False)
     with pytest.raises(CarpoolError, match=r"_denoising_step of this transformers has no parameter 'finished_denois"):
         attach(model)

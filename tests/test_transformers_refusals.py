@@ -95,7 +95,7 @@ def test_bad_arguments(model: Any, options: dict[str, Any], message: str) -> Non
     plan = options.pop("plan")
     with pytest.raises(CarpoolError, match=message), carpool.share(model, plan, **options):
         pass
-    assert attach(model).run is None
+    assert not attach(model).open
 
 
 def test_unknown_and_dense_models_are_refused_by_name() -> None:

@@ -159,11 +159,15 @@ def test_a_replaced_block_is_caught(model: Any) -> None:
 
 def test_an_inert_hook_is_caught(model: Any) -> None:
     """Negative control: without the routers' hooks no policy acts, and the block says so."""
-    attach(model)
-    for layer in attach(model).layers:
-        layer.router._forward_hooks.clear()
+
+    def share_nothing() -> None:
+        with carpool.share(model, TIGHT, exempt_prefill=False):
+            for layer in attach(model).layers:
+                layer.router._forward_hooks.clear()
+            logits(model, tokens())
+
     with pytest.raises(CarpoolError, match="never fired"):
-        run_once(model)
+        share_nothing()
 
 
 def test_a_block_without_a_forward_is_an_error(model: Any) -> None:

@@ -9,72 +9,53 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from carpool.errors import CarpoolError
+from carpool.hosts.transformers.here import Here
 
 STEP, FINALIZE = "_denoising_step", "_finalize_canvas"
 NEEDED = {STEP: ("input_ids", "finished_denoising"), FINALIZE: ("input_ids", "finished_sequences")}
 
 
-class Finished:
-    """Watches the loop of one model.
-
-    Attributes:
-        rows_B: rows of the batch that are finished, while a step of `generate` runs; None at other times.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.rows_B: Tensor | None = None
-        self._ended: tuple[Any, Any] = (None, None)
-        self._model = model
-        for name, watched in ((STEP, _Step(self)), (FINALIZE, _Finalize(self))):
-            model.__dict__[name] = watched
-
-    def remove(self) -> None:
-        for name in NEEDED:
-            self._model.__dict__.pop(name, None)
-
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        """One denoising step; a canvas done in an earlier step, and any of an ended sequence, is finished in it."""
-        self.rows_B = kwargs["finished_denoising"]
-        ids, ended_B = self._ended
-        if ids is kwargs["input_ids"]:  # by identity: another call of `generate` starts from other ids
-            self.rows_B = self.rows_B | ended_B
-        try:
-            return getattr(type(self._model), STEP)(self._model, *args, **kwargs)
-        finally:
-            self.rows_B = None
-
-    def finalize(self, *args: Any, **kwargs: Any) -> Any:
-        """After a canvas: the ids so far, and which sequences have ended."""
-        self._ended = getattr(type(self._model), FINALIZE)(*args, **kwargs)
-        return self._ended
-
-
-class _Step:
+class _Watched:
     # objects, not closures: a deep copy of the model must watch itself
-    def __init__(self, finished: Finished) -> None:
-        self.finished = finished
+    def __init__(self, model: nn.Module, here: Here) -> None:
+        self.model, self.here = model, here
+
+
+class _Step(_Watched):
+    """One denoising step; a canvas done in an earlier step, and any of an ended sequence, is finished in it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.finished.step(*args, **kwargs)
+        finished_B = kwargs["finished_denoising"]
+        ids, ended_B = self.here.ended
+        if ids is kwargs["input_ids"]:  # by identity: another call of `generate` starts from other ids
+            finished_B = finished_B | ended_B
+        self.here.finished_B = finished_B
+        try:
+            return getattr(type(self.model), STEP)(self.model, *args, **kwargs)
+        finally:
+            self.here.finished_B = None
 
 
-class _Finalize(_Step):
+class _Finalize(_Watched):
+    """After a canvas: the ids so far, and which sequences have ended."""
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.finished.finalize(*args, **kwargs)
+        self.here.ended = getattr(type(self.model), FINALIZE)(*args, **kwargs)
+        return self.here.ended
 
 
-def watch(model: nn.Module) -> Finished | None:
-    """Watch the model's denoising loop; None if it has none (an autoregressive model, or a part of a model).
+def watch(model: nn.Module, here: Here) -> None:
+    """Watch the model's denoising loop, if it has one (an autoregressive model and a part of a model have none).
 
     Raises:
         CarpoolError: there is a loop, but another one than this was written for.
     """
     kind = type(model)
     if not any(hasattr(kind, name) for name in NEEDED):
-        return None
+        return
     for name, needed in NEEDED.items():
         parameters = inspect.signature(getattr(kind, name, lambda: None)).parameters
         missing = [parameter for parameter in needed if parameter not in parameters]
@@ -83,4 +64,4 @@ def watch(model: nn.Module) -> Finished | None:
                 f"{kind.__name__}.{name} of this transformers has no parameter {missing[0]!r}, by which Carpool knows "
                 "finished canvases; this version is not supported"
             )
-    return Finished(model)
+    model.__dict__[STEP], model.__dict__[FINALIZE] = _Step(model, here), _Finalize(model, here)

@@ -62,6 +62,12 @@ def build_batch(
     return _padded(rules, tokens, shaped.shape[0], shaped.shape[1], shaped.device, kwargs)
 
 
+def has_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Do the arguments of a forward say what its rows are?"""
+    given = (*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids")))
+    return any(isinstance(one, Tensor) for one in given)
+
+
 def _padded(
     rules: RowRules, tokens: Tensor | None, B: int, S: int, device: torch.device, kwargs: Mapping[str, Any]
 ) -> Batch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from dataclasses import dataclass, field
+from itertools import accumulate, takewhile
 from typing import Any
 
 from torch import Tensor, nn
@@ -117,12 +118,23 @@ def find_layers(model: nn.Module) -> list[MoELayer]:
     return layers
 
 
-def entrance(model: nn.Module, layers: list[MoELayer]) -> nn.Module:
-    """The module that all ways into the layers lead through: the whole model's, `generate`'s, the inner model's own."""
+def models_around(model: nn.Module, layers: list[MoELayer]) -> list[nn.Module]:
+    """The models that hold all layers, from the outermost to the innermost: the whole one, `generate`'s, the inner one.
+    Wrappers that are no models of transformers are left out."""
+    from transformers import PreTrainedModel
+
+    names = zip(*(layer.name.split(".") for layer in layers), strict=False)
+    way = [step[0] for step in takewhile(lambda step: len(set(step)) == 1, names)]
+    modules = accumulate(way, lambda module, name: module.get_submodule(name), initial=model)
+    return [module for module in modules if isinstance(module, PreTrainedModel)] or [model]
+
+
+def entrances(model: nn.Module, layers: list[MoELayer]) -> list[nn.Module]:
+    """The modules whose forwards lead to the layers: the models around them, or the one part that alone is shared."""
     names, part = layers[0].name.split("."), layers[0].rule.part
     if part in names:
-        return model.get_submodule(".".join(names[: names.index(part) + 1]))
-    return getattr(model, "base_model", model)
+        return [model.get_submodule(".".join(names[: names.index(part) + 1]))]
+    return models_around(model, layers)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -1,0 +1,148 @@
+"""One forward of a model under a plan: who its rows are, and what becomes of them in each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carpool.errors import CarpoolError
+from carpool.hosts.transformers.forward_rows import on_device
+from carpool.hosts.transformers.layers import MoELayer
+from carpool.hosts.transformers.plans import Prepared
+from carpool.hosts.transformers.router_check import check
+from carpool.plans.counters import Counters, LayerReport
+from carpool.plans.pipeline import Outcome, route
+from carpool.routing.batch import Batch
+from carpool.routing.spec import Routing
+
+Observer = Callable[[int, Batch, Outcome], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """What the forwards of a run have in common.
+
+    Attributes:
+        layers: the model's MoE layers.
+        prepared: the plan and statistics of each.
+        observe: called after every layer's routing.
+        checked: layers whose router was compared with its rule on real logits.
+    """
+
+    layers: list[MoELayer]
+    prepared: list[Prepared]
+    observe: Observer | None
+    checked: set[int] = field(default_factory=set)
+
+
+class Tally:
+    """Counters of every layer: one set a device."""
+
+    def __init__(self, layers: list[MoELayer]) -> None:
+        names: dict[torch.device, list[str]] = {}
+        self._place: list[tuple[int, int]] = []
+        for layer in layers:
+            device = layer.weight_EH.device
+            mine = names.setdefault(device, [])
+            self._place.append((list(names).index(device), len(mine)))
+            mine.append(layer.name)
+        self._counters = [Counters(given, device) for device, given in names.items()]
+
+    def add(self, position: int, batch: Batch, outcome: Outcome) -> None:
+        which, place = self._place[position]
+        with torch.no_grad():
+            self._counters[which].add(place, batch, outcome)
+
+    def report(self) -> list[LayerReport]:
+        rows = [counters.report() for counters in self._counters]
+        return [rows[which][place] for which, place in self._place]
+
+
+class Forward:
+    """The state of one forward, from the model's first module to its last.
+
+    Attributes:
+        batch: who its rows are; None if nobody said.
+    """
+
+    def __init__(self, terms: Terms, tally: Tally, batch: Batch | None) -> None:
+        self.terms, self.tally, self.batch = terms, tally, batch
+        self._seen: set[int] = set()
+        self._left: dict[int, Routing] = {}  # by layer, what the next call of its experts leaves to surrogates
+
+    def reroute(self, position: int, args: tuple[Any, ...], output: Any) -> tuple[Any, ...]:
+        """A router's output with the plan's weights and ids in place of its own."""
+        layer, terms = self.terms.layers[position], self.terms
+        logits_NE, native = layer.routed(output)
+        if position not in terms.checked and not torch.compiler.is_compiling():
+            check(layer, logits_NE, native)
+            terms.checked.add(position)
+        batch = self._rows(layer, logits_NE)
+        hidden_NH = args[0].reshape(-1, args[0].shape[-1]) if args else None
+        plan, stats, surrogates = terms.prepared[position]
+        outcome = route(plan, layer.spec, logits_NE, batch, native=native, stats=stats, hidden_NH=hidden_NH)
+        self.tally.add(position, batch, outcome)
+        self._seen.add(position)
+        if surrogates is not None:
+            self._left[position] = outcome.routing
+        if terms.observe is not None:
+            terms.observe(position, batch, outcome)
+        _, weights, ids = layer.unpack(output)
+        slots = list(output)
+        slots[weights] = outcome.routing.weights_NK.reshape(output[weights].shape)
+        slots[ids] = outcome.routing.ids_NK.reshape(output[ids].shape)
+        return tuple(slots)
+
+    def supplement(self, position: int, args: tuple[Any, ...], output: Any) -> Any:
+        """The output of a layer's experts with that of the surrogates added; `args[0]` is their input."""
+        routing = self._left.pop(position, None)
+        if routing is None:
+            return output
+        hidden, (plan, _, surrogates) = args[0], self.terms.prepared[position]
+        if surrogates is None or not isinstance(output, Tensor) or output.shape != hidden.shape:
+            raise CarpoolError(
+                f"{self.terms.layers[position].name}: its experts do not return one sum a row, to which the "
+                f"surrogates' output could be added; use another policy than {plan}"
+            )
+        ids_NK, weights_NK = routing.surrogate_ids_NK, routing.surrogate_weights_NK
+        assert ids_NK is not None
+        assert weights_NK is not None
+        added_NH = surrogates(hidden.reshape(-1, hidden.shape[-1]), ids_NK, weights_NK)
+        return output + added_NH.to(output.dtype).reshape(output.shape)
+
+    def end(self) -> None:
+        """After the model's last module; raises CarpoolError if a layer's router was not called."""
+        layers = self.terms.layers
+        if len(self._seen) != len(layers):
+            missing = [layer for position, layer in enumerate(layers) if position not in self._seen]
+            raise never_fired(missing, "a forward")
+        if self._left:
+            raise CarpoolError(
+                f"{layers[min(self._left)].name} did not call its experts module after its router, so that the "
+                "surrogates' output could not be added; load the model without kernels that replace the block"
+            )
+
+    def _rows(self, layer: MoELayer, logits_NE: Tensor) -> Batch:
+        if self.batch is None:
+            raise CarpoolError(
+                f"{layer.name} ran outside the model's forward, so nobody said who its rows are; "
+                "call the model, or set run.batch"
+            )
+        if len(self.batch.group_N) != len(logits_NE):
+            raise CarpoolError(
+                f"{layer.name} routes {len(logits_NE)} rows, but the batch has {len(self.batch.group_N)}; "
+                "set run.batch to the rows this layer sees"
+            )
+        return on_device(self.batch, logits_NE.device)
+
+
+def never_fired(layers: list[MoELayer], where: str, else_: str = "") -> CarpoolError:
+    return CarpoolError(
+        f"armed but never fired: the router of {layers[0].name} and {len(layers) - 1} more was not called in {where}. "
+        "Either the model did not run, or its block is replaced by a kernel that routes by itself (mxfp4: load with "
+        f"dequantize=True; use_kernels), or it was compiled before attach(model){else_}"
+    )
