@@ -66,3 +66,29 @@ def test_overflow_is_what_nobody_else_reads() -> None:
         outcome = routed("oea(1) | floor(0.3)", p_NE, 2, {}, **groups, **alone)
         assert outcome.overflow_SE[0].nonzero().flatten().tolist() == [1]
         assert int(outcome.overflow_SE.sum()) == 1
+
+
+@pytest.mark.parametrize("guards", ["", " | short_circuit", " | min_batch(2) | short_circuit"])
+def test_a_group_without_a_voter_keeps_its_routing(guards: str) -> None:
+    """Nobody has a say in group 1, so that its natural union, of voters, is empty; that is no coreset to move into."""
+    p_NE = [[0.5, 0.3, 0.15, 0.05], [0.45, 0.35, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]
+    groups = {"group_N": torch.tensor([0, 0, 1]), "num_groups": 2, "voter_N": torch.tensor([True, True, False])}
+    outcome = routed(f"xshare(2){guards}", p_NE, 2, {}, **groups)
+    assert outcome.routing.ids_NK[2].tolist() == [3, 2]
+    assert not outcome.changed_N.any()
+
+
+def test_the_floor_acts_at_the_bound_and_not_before() -> None:
+    """Single rows that lose one of four experts: a bound just below the loss acts, one just above does not."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        logits_NE = torch.randn(1, 6, generator=generator)
+        spec = RouteSpec(top_k=4)
+        native = spec.native(logits_NE).ids_NK[0].tolist()
+        weights = logits_NE.softmax(-1)[0].double()
+        own = sorted(set(range(6)) - {native[1]})
+        lost = float(weights[native[1]] / weights[native].sum())
+        for tau, acts in ((lost * (1 - 2e-8), True), (lost * (1 + 2e-8), False)):
+            outcome = route(parse(f"allow_list({own}) | floor({tau!r})"), spec, logits_NE, Batch.of(1))
+            assert bool(outcome.changed_N[0]) != acts
+            assert float(outcome.displaced_N[0]) <= tau * (1 + 1e-9)

@@ -1,0 +1,98 @@
+"""What is said of a comparison, on curves whose numbers are known: who is best at half, at what cost, and who loses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from synthetic_sums import BATCHES, measured
+
+from carpool.evaluate.findings import best_at, findings
+from carpool.evaluate.measured import Measured
+from carpool.evaluate.metrics import results
+from carpool.evaluate.series import Curve, Series, worse
+
+# at half: 0.04, 0.1, 0.2 (geometric means, the settings lie around it evenly)
+OURS = [measured("xshare(budget=2)", 0.4, 0.08, 0.03), measured("xshare(budget=4)", 0.6, 0.02, 0.01)]
+OTHER = [measured("oea(k0=1)", 0.3, 0.2, 0.2), measured("oea(k0=2)", 0.7, 0.05, 0.1)]
+CONTROL = [measured("random(budget=2)", 0.3, 0.4, 0.5), measured("random(budget=4)", 0.7, 0.1, 0.3)]
+CONTROLS = ("random", "topk")
+
+
+def curves(**series: list[Measured]) -> list[Curve]:
+    """By label, all measured on the same batches."""
+    found = results([measured(), *(one for settings in series.values() for one in settings)])
+    return [
+        Curve.of(Series(label, tuple(one.plan for one in settings), label in CONTROLS), found)  # type: ignore[misc]
+        for label, settings in series.items()
+    ]
+
+
+def test_the_best_at_half_and_what_controls_cost_there() -> None:
+    first, second, third = findings(curves(ours=OURS, other=OTHER, random=CONTROL))
+    assert first == (
+        "At half of what stock reads (4.0 instead of 8.0 experts in a layer and step), ours stays closest to the "
+        "model: KL 0.04 nats a token, perplexity +2.0 %."
+    )
+    times, low, high = second.partition(" times as much")[0].split("(")[1].replace("[", "").replace("]", "").split()
+    assert second.startswith("At equal bytes, random costs KL 0.2 (5.0 [")
+    assert second.endswith("times as much) and perplexity +49.2 %.")
+    assert float(low.strip(",")) < float(times) < float(high)
+    assert third == "No method loses to a control at equal bytes, at any of its settings."
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_settings_may_come_in_any_order(turned: bool) -> None:
+    settings = [measured("oea(k0=1)", 0.25, 0.2, 0.2), measured("oea(k0=2)", 0.5, 0.05, 0.1)]
+    (curve,) = curves(other=settings[::-1] if turned else settings)
+    assert curve.share_I.tolist() == [0.25, 0.5]
+    assert [one.measured.name for one in curve.results] == ["oea(k0=1)", "oea(k0=2)"]
+    assert np.exp(curve.log_kl_I) == pytest.approx([0.2, 0.05])
+    assert np.exp(curve.log_kl_at(0.375)) == pytest.approx(0.1)
+    assert curve.log_ratio_at(0.3125) == pytest.approx(0.175)
+    assert [curve.points.holds(share) for share in (0.24, 0.25, 0.5, 0.51)] == [False, True, True, False]
+
+
+def test_the_best_is_a_method_that_spans_the_share_and_no_control() -> None:
+    made = curves(ours=OURS, other=OTHER, random=[measured("random(budget=2)", 0.3, 1e-4), CONTROL[1]])
+    for share, label in ((0.5, "ours"), (0.65, "other"), (0.35, "other")):
+        best = best_at(made, share)
+        assert best is not None
+        assert best.series.label == label
+    assert best_at(made, 0.9) is None
+
+
+def test_methods_that_the_batches_do_not_tell_apart_are_named() -> None:
+    near = [measured("lynx(budget=2)", 0.4, 0.0805, spread=0.3), measured("lynx(budget=4)", 0.6, 0.0205, spread=0.3)]
+    first, *_ = findings(curves(ours=OURS, near=near, other=OTHER))
+    assert first.endswith(" (not to be told apart from near on these batches).")
+
+
+def test_worse_is_a_positive_difference_of_logarithms() -> None:
+    other, control = curves(other=OTHER, random=CONTROL)
+    difference_K = worse(other, 1, control)
+    assert len(difference_K) == BATCHES + 1
+    assert difference_K[0] == pytest.approx(np.log(0.05 / 0.1))
+    assert worse(control, 1, other)[0] == pytest.approx(np.log(2))
+
+
+def test_who_loses_to_a_control() -> None:
+    """A setting loses where its KL is above the control's at equal bytes on all that the batches say."""
+    bad = [measured("lynx(budget=2)", 0.4, 0.6), measured("lynx(budget=4)", 0.6, 0.3)]  # random: 0.28, 0.14
+    said = findings(curves(ours=OURS, bad=bad, random=CONTROL))[-1]
+    named = "lynx(budget=2), lynx(budget=4) lose to random"
+    assert said == f"At equal bytes (95 % interval of the KL ratio above 1), {named}."
+    one = [bad[0], measured("lynx(budget=4)", 0.6, 0.05)]
+    assert findings(curves(bad=one, random=CONTROL))[-1].endswith(", lynx(budget=2) loses to random.")
+    # a control that does not reach so far beats nobody
+    topk = [measured("topk(k=1)", 0.1, 1e-5), measured("topk(k=2)", 0.2, 1e-6)]
+    assert findings(curves(bad=one, topk=topk))[-1] == "No setting of a method lies where a control was measured."
+    # worse on average only: the scatter between batches is larger than the difference
+    doubtful = [measured("lynx(budget=2)", 0.4, 0.30, spread=0.9), measured("lynx(budget=4)", 0.6, 0.05)]
+    assert findings(curves(bad=doubtful, random=CONTROL))[-1].startswith("No method loses")
+
+
+def test_nothing_is_said_where_nothing_was_measured() -> None:
+    said = findings(curves(ours=[OURS[1]], random=CONTROL))
+    assert said[0] == "No method was measured on both sides of half of what stock reads."
+    assert said[1] == "Nothing can be said about its cost."
+    assert findings(curves(ours=OURS, random=[CONTROL[0]]))[1] == "No control was measured on both sides of that."
