@@ -22,10 +22,10 @@ def both(trial: Trial, native: Routing | None = None, plan: Any = None, **how: A
     case, plan = trial.case, plan or trial.plan
     native = a_host(case) if native is None else native
     stats = plan.policy.prepare(trial.stats())
-    scores_NE, weights_NE = scored(case.spec, case.logits_NE)
+    scores = scored(case.spec, case.logits_NE)
     hidden_NH = hidden(case) if trial.row.hidden else None
     outcome = decide(
-        plan, case.spec, case.logits_NE, scores_NE, weights_NE, case.batch, native=native, stats=stats,
+        plan, case.spec, case.logits_NE, *scores, case.batch, native=native, stats=stats,
         hidden_NH=hidden_NH,
     )  # fmt: skip
     batch = case.batch
@@ -33,9 +33,9 @@ def both(trial: Trial, native: Routing | None = None, plan: Any = None, **how: A
     fused = Fused(plan, case.spec, case.experts, stats, scratch)
     totals_F = torch.zeros(len(FIELDS), dtype=torch.float64)
     energy_NE = plan.policy.energy_NE(hidden_NH, stats) if hidden_NH is not None else None
-    routing = fused(case.logits_NE, scores_NE, weights_NE, native, batch, totals_F, energy_NE=energy_NE, **how)
+    routing = fused(case.logits_NE, native, batch, totals_F, scores=scores, energy_NE=energy_NE, **how)
     left = [name for name, value in vars(scratch).items() if isinstance(value, Tensor) and value.any()]
-    assert set(left) <= {"state_N"}, f"the launches leave {left} behind"
+    assert set(left) <= {"state_N", "scores_NE", "weights_NE"}, f"the launches leave {left} behind"
     return routing, totals_F, outcome
 
 

@@ -1,6 +1,6 @@
 """The layer's counters, kept by the second launch: `plans.counters.measured` in whole numbers.
 
-An expert of a step is counted by the row that sets its bit first; the last row of a group counts the coreset and
+An expert of a step is counted by the row that sets its bit first, a coreset by the first voter; the last row of a group
 clears the group's sums, the last row of all adds up and clears the rest.
 """
 
@@ -61,17 +61,16 @@ def share(part, weights):
 
 
 @triton.jit
-def clear_group(sums_E, flags_E, members_3, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr):
+def clear_group(sums_E, flags_E, members_4, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr):
     experts = tl.arange(0, BLOCK_E)
     inside = experts < EXPERTS
     tl.store(sums_E + experts, tl.zeros([BLOCK_E], tl.int64), mask=inside)
     tl.store(flags_E + experts, tl.zeros([BLOCK_E], tl.int32), mask=inside)
-    parts = tl.arange(0, 4)
-    tl.store(members_3 + parts, tl.zeros([4], tl.int32), mask=parts < 3)
+    tl.store(members_4 + tl.arange(0, 4), tl.zeros([4], tl.int32))
 
 
 @triton.jit
-def add_up(counts, totals, ticket, sharing, steps_SE, num_steps, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
+def add_up(counts, totals, ticket, sharing, steps_SE, num_steps, shares, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
            FOLLOW: tl.constexpr):  # fmt: skip
     """By the last row: what all rows counted goes to the layer's totals, and the buffers are zero again."""
     experts, lanes = tl.arange(0, BLOCK_E), tl.arange(0, LANES)
@@ -86,8 +85,9 @@ def add_up(counts, totals, ticket, sharing, steps_SE, num_steps, EXPERTS: tl.con
     values = tl.where(lanes == CALLS, 1, tl.where(lanes == STEPS, num_steps, counted)).to(tl.float64)
     values = tl.where(lanes >= FIRST_SHARE, values / SHARE_UNIT, values)
     if FOLLOW:  # a recorded graph also runs where no row shares, which does not count
-        values = tl.where(tl.load(sharing) > 0, values, 0.0)
+        values = tl.where(shares > 0, values, 0.0)
     before = tl.load(totals + lanes, mask=lanes < COUNTED, other=0.0)
     tl.store(totals + lanes, before + values, mask=lanes < COUNTED)
     tl.store(ticket, 0)
-    tl.store(sharing, 0)
+    if FOLLOW:
+        tl.store(sharing, 0)

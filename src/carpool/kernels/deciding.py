@@ -37,58 +37,14 @@ from carpool.kernels.keys import (
     NONFINITE,
     READ,
     REAL,
+    VOTER,
     expert_of,
-    fixed,
     preference,
     rank_of,
     rounded,
 )
 from carpool.kernels.mixing import in_front, merged, mix, take
-
-
-@triton.jit
-def fronts(weights_E, ids, held, share, sensitivity, RULE: tl.constexpr, EXPERTS: tl.constexpr,
-           BLOCK_E: tl.constexpr):  # fmt: skip
-    """Native slots that a skipping rule keeps (`policies.skipping`)."""
-    slots = tl.arange(0, ids.shape[0])
-    weights = tl.where(held, fixed(tl.load(weights_E + ids, mask=held, other=0.0)), 0)
-    earlier = (weights[None, :] == weights[:, None]) & (slots[None, :] < slots[:, None])
-    ahead = ((weights[None, :] > weights[:, None]) | earlier) & held[None, :]
-    before = tl.sum(tl.where(ahead, weights[None, :], 0), 1)
-    if RULE == "top_p":
-        experts = tl.arange(0, BLOCK_E)
-        all_E = fixed(tl.load(weights_E + experts, mask=experts < EXPERTS, other=0.0))
-        kept = before.to(tl.float64) <= share * tl.sum(all_E).to(tl.float64)
-    elif RULE == "tail":
-        total = tl.sum(weights)
-        kept = (total - before).to(tl.float64) >= share * total.to(tl.float64)
-    else:
-        kept = tl.load(sensitivity) * weights.to(tl.float64) >= share * tl.sum(weights).to(tl.float64)
-    return kept | (before == 0)
-
-
-@triton.jit
-def floored(weights, allowed, held, tau):
-    """Native slots that come back under `floor(tau)`; weights in float64."""
-    slots = tl.arange(0, weights.shape[0])
-    missing = tl.where(allowed | (held == 0), 0.0, weights)
-    later = (missing[None, :] == missing[:, None]) & (slots[None, :] >= slots[:, None])
-    lighter = ((missing[None, :] < missing[:, None]) | later) & held[None, :]
-    left = tl.sum(tl.where(lighter, missing[None, :], 0.0), 1)
-    total = tl.sum(tl.where(held, weights, 0.0))
-    most = tl.zeros_like(weights) + tau
-    return ((tl.minimum(left, total) > most * total) | (most <= 0)) & held
-
-
-@triton.jit
-def stand_ins(similarity_EE, keys_EE, ids, held, core_E, threshold, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr):
-    """For every native slot the most similar expert of the coreset, and whether it is similar enough (`SERE`)."""
-    experts = tl.arange(0, BLOCK_E)
-    inside = (experts < EXPERTS)[None, :] & core_E[None, :] & held[:, None]
-    places = ids[:, None] * EXPERTS + experts[None, :]
-    similarity = tl.load(similarity_EE + places, mask=inside, other=-1.0)
-    moves = tl.sum(((similarity >= threshold) & inside).to(tl.int32), 1) > 0
-    return expert_of(tl.max(tl.load(keys_EE + places, mask=inside, other=0), 1)).to(tl.int32), moves
+from carpool.kernels.rules import floored, front, stand_ins
 
 
 @triton.jit
@@ -96,10 +52,11 @@ def decide(
     scores_NE, weights_NE, ids_NK, native_NK,
     group_N, step_N, real_N, scale_E,
     size, number, tau, sensitivity, list_E, protected_E, similarity_EE, keys_EE, loss_E, left_E,
-    sums_GE, flags_GE, members_G3, state_N, sharing, steps_SE, num_steps, counts, ticket, totals,
+    sums_GE, flags_GE, members_G4, state_N, sharing, steps_SE, num_steps, counts, ticket, totals,
     out_ids_NK, out_NK, left_ids_NK, left_NK,
     EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
-    GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
+    GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr, SCORES: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
     RENORMALIZE: tl.constexpr, EPS: tl.constexpr, SCALING: tl.constexpr, DTYPE: tl.constexpr,
     RULE: tl.constexpr, ASSIGN: tl.constexpr, UTILITY: tl.constexpr, WARMUP: tl.constexpr, SEED: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr, LEAST: tl.constexpr, FOLLOW: tl.constexpr,
@@ -118,43 +75,47 @@ def decide(
     row = tl.program_id(0)
     experts, slots = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
     inside, held = experts < EXPERTS, slots < TOP_K
-    follows = (FOLLOW != 0) & (tl.load(real_N + row) == 0)
-    shares = tl.load(sharing)
-    source = tl.where(follows & (shares > 0), 0, row)
-    group = tl.load(group_N + tl.where(follows, 0, row))
+    source, group, shares = row, row, 1
+    if FOLLOW:
+        follows = tl.load(real_N + row) == 0
+        shares = tl.load(sharing)
+        source, group = tl.where(follows & (shares > 0), 0, row), tl.where(follows, 0, row)
+    own = source == row
+    group = tl.load(group_N + group)
+    members_4 = members_G4 + group * 4
     state = tl.load(state_N + source)
-    rows, voters = tl.load(members_G3 + group * 3), tl.load(members_G3 + group * 3 + 1)
+    exempt = (state & EXEMPT) != 0
+    rows, voters = tl.load(members_4), tl.load(members_4 + 1)
 
-    given_K = tl.load(ids_NK + source * TOP_K + slots, mask=held, other=0).to(tl.int32)
-    ids_K = tl.maximum(given_K, 0)
+    ids_K = tl.maximum(tl.load(ids_NK + source * TOP_K + slots, mask=held, other=0).to(tl.int32), 0)
     weights_E, scores_E = weights_NE + source * EXPERTS, scores_NE + source * EXPERTS
     native_KE = (ids_K[:, None] == experts[None, :]) & held[:, None]
     native_E = tl.sum(native_KE.to(tl.int32), 0) > 0
-    core_E = coreset(
-        sums_GE + group * EXPERTS, flags_GE + group * EXPERTS, voters, size, list_E, protected_E,
-        EXPERTS, BLOCK_E, CHUNK, RULE, UTILITY, WARMUP, SEED, FIRST, SECOND, THIRD, LEAST,
-    )  # fmt: skip
+    core_E = experts < 0
+    if exempt == 0:
+        core_E = coreset(
+            sums_GE + group * EXPERTS, flags_GE + group * EXPERTS, voters, size, list_E, protected_E,
+            EXPERTS, BLOCK_E, CHUNK, RULE, UTILITY, WARMUP, SEED, FIRST, SECOND, THIRD, LEAST,
+        )  # fmt: skip
 
-    # what the row may use: among its native experts by slot, among all by expert
-    targets_K = ids_K
-    may_E = core_E
-    if RULE == "coreset":
-        may_K = tl.sum((native_KE & core_E[None, :]).to(tl.int32), 1) > 0
-    elif RULE == "list":
+    # which native experts the row keeps, by slot
+    may_E, targets_K = core_E, ids_K
+    if RULE == "list":
         may_E = (tl.load(list_E + experts, mask=inside, other=0) != 0) & inside
-        may_K = tl.load(list_E + ids_K, mask=held, other=0) != 0
-    elif RULE == "similar":
-        targets_K, moves_K = stand_ins(
-            similarity_EE, keys_EE, ids_K, held, core_E, tl.load(number).to(tl.float32), EXPERTS, BLOCK_E
-        )
-        may_K = (tl.sum((native_KE & core_E[None, :]).to(tl.int32), 1) > 0) | (moves_K == 0)
+    if RULE == "coreset" or RULE == "list" or RULE == "similar":
+        may_K = tl.sum((native_KE & may_E[None, :]).to(tl.int32), 1) > 0
+        if RULE == "similar":
+            threshold = tl.load(number).to(tl.float32)
+            targets_K, moves_K = stand_ins(
+                similarity_EE, keys_EE, ids_K, held, core_E, threshold, EXPERTS, BLOCK_E
+            )  # fmt: skip
+            may_K = may_K | (moves_K == 0)
     elif RULE == "rank":
-        keys_K = preference(scores_E, ids_K, held, EXPERTS, GROUPS, KEPT, TOP2, BLOCK_G, BLOCK_S) | NATIVE_BIT
+        keys_K = preference(scores_E, ids_K, held, EXPERTS, GROUPS, KEPT, TOP2, SCORES, BLOCK_G, BLOCK_S) | NATIVE_BIT
         may_K = rank_of(keys_K, held) < tl.load(number)
     else:
-        may_K = fronts(weights_E, ids_K, held, tl.load(number).to(tl.float64), sensitivity, RULE, EXPERTS, BLOCK_E)
-    may_K = may_K | ((state & EXEMPT) != 0)
-    may_K = may_K | (voters < LEAST)
+        may_K = front(weights_E, ids_K, held, tl.load(number).to(tl.float64), sensitivity, RULE, EXPERTS, BLOCK_E)
+    may_K = may_K | exempt | (voters < LEAST)
     if protected_E is not None:
         may_K = may_K | (tl.load(protected_E + ids_K, mask=held, other=0) != 0)
     raw_K = tl.load(weights_E + ids_K, mask=held, other=0.0).to(tl.float64)
@@ -162,54 +123,52 @@ def decide(
         raw_K = raw_K * tl.load(scale_E + ids_K, mask=held, other=0.0).to(tl.float64)
     added_K = tl.zeros_like(held)
     if tau is not None:
-        added_K = floored(raw_K, may_K, held, tl.load(tau).to(tl.float64)) & (may_K == 0)
-        may_K = may_K | added_K
-    may_K = may_K & held
+        added_K = floored(raw_K, may_K, held, tl.load(tau).to(tl.float64))
+    may_K = (may_K | added_K) & held
     changed = tl.sum((held & (may_K == 0)).to(tl.int32)) > 0
 
     # what takes the place of the others
-    if ASSIGN == "keep" or ASSIGN == "merge":
-        whole_K = mix(weights_E, ids_K, held, slots, scale_E, RENORMALIZE, EPS, SCALING, DTYPE)
-        if ASSIGN == "keep":
-            new_K, mixed_K = in_front(ids_K, whole_K, may_K, held)
+    new_K, mixed_K = ids_K, tl.zeros([BLOCK_K], tl.float32)
+    stood_K, stood_in_K = ids_K, tl.zeros([BLOCK_K], tl.float32)
+    if changed:
+        if ASSIGN == "keep" or ASSIGN == "merge":
+            whole_K = mix(weights_E, ids_K, held, slots, scale_E, RENORMALIZE, EPS, SCALING, DTYPE)
+            if ASSIGN == "keep":
+                new_K, mixed_K = in_front(ids_K, whole_K, may_K)
+            else:
+                new_K, mixed_K = merged(tl.where(may_K, ids_K, targets_K), whole_K, held, DTYPE)
         else:
-            new_K, mixed_K = merged(tl.where(may_K, ids_K, targets_K), whole_K, held, DTYPE)
-    else:
-        if RULE == "coreset" or RULE == "list":
-            may_E = (may_E & (native_E == 0)) | (tl.sum((native_KE & may_K[:, None]).to(tl.int32), 0) > 0)
-        else:
-            may_E = tl.sum((native_KE & may_K[:, None]).to(tl.int32), 0) > 0
-        keys_E = preference(scores_E, experts, inside, EXPERTS, GROUPS, KEPT, TOP2, BLOCK_G, BLOCK_S)
-        keys_E = tl.where(native_E, keys_E | NATIVE_BIT, keys_E)
-        taken_E, none = may_E, False
-        if ASSIGN == "drop":
-            none = tl.sum(may_K.to(tl.int32)) == 0
-            taken_E = may_E & (native_E | none)
-        elif ASSIGN == "leave":
-            taken_E = may_E | (native_E & (tl.load(left_E + experts, mask=inside, other=0) != 0))
-        new_K, kept_K = take(tl.where(taken_E, keys_E, -1), none, slots, TOP_K)
-        mixed_K = mix(weights_E, new_K, kept_K, slots, scale_E, RENORMALIZE, EPS, SCALING, DTYPE)
+            kept_E = tl.sum((native_KE & may_K[:, None]).to(tl.int32), 0) > 0
+            may_E = kept_E | (may_E & (native_E == 0)) if RULE == "coreset" or RULE == "list" else kept_E
+            keys_E = preference(scores_E, experts, inside, EXPERTS, GROUPS, KEPT, TOP2, SCORES, BLOCK_G, BLOCK_S)
+            keys_E = tl.where(native_E, keys_E | NATIVE_BIT, keys_E)
+            taken_E, none = may_E, False
+            if ASSIGN == "drop":
+                none = tl.sum(may_K.to(tl.int32)) == 0
+                taken_E = may_E & (native_E | none)
+            elif ASSIGN == "leave":
+                taken_E = may_E | (native_E & (tl.load(left_E + experts, mask=inside, other=0) != 0))
+            new_K, kept_K = take(tl.where(taken_E, keys_E, -1), none, slots, TOP_K)
+            mixed_K = mix(weights_E, new_K, kept_K, slots, scale_E, RENORMALIZE, EPS, SCALING, DTYPE)
+            if ASSIGN == "leave":
+                own_K = tl.sum(((new_K[:, None] == experts[None, :]) & may_E[None, :]).to(tl.int32), 1) > 0
+                best = expert_of(tl.max(tl.where(may_E, keys_E, -1))).to(tl.int32)
+                stood_K, stood_in_K = new_K, tl.where(own_K, 0.0, mixed_K)
+                new_K, mixed_K = tl.where(own_K, new_K, best), tl.where(own_K, mixed_K, 0.0)
 
-    stood_K, stood_in_K = new_K, tl.zeros_like(mixed_K)
+    changed = changed & own
+    host_K = tl.load(native_NK + row * TOP_K + slots, mask=held, other=0.0)
+    final_K = tl.where(changed, rounded(mixed_K, host_K.dtype).to(host_K.dtype), host_K)
+    skipped_K = tl.load(ids_NK + row * TOP_K + slots, mask=held, other=0).to(tl.int32)
+    shown_K = tl.where(skipped_K < 0, skipped_K, new_K)  # the experts' kernel knows such padding
+    tl.store(out_ids_NK + row * TOP_K + slots, shown_K.to(out_ids_NK.dtype.element_ty), mask=held)
+    tl.store(out_NK + row * TOP_K + slots, final_K, mask=held)
     if ASSIGN == "leave":
-        own_K = tl.sum(((new_K[:, None] == experts[None, :]) & may_E[None, :]).to(tl.int32), 1) > 0
-        best = expert_of(tl.max(tl.where(may_E, keys_E, -1))).to(tl.int32)
-        stood_in_K = tl.where(own_K, 0.0, mixed_K)
-        new_K, mixed_K = tl.where(own_K, new_K, best), tl.where(own_K, mixed_K, 0.0)
         stood_in_K = tl.where(changed, stood_in_K, 0.0)
         tl.store(left_ids_NK + row * TOP_K + slots, stood_K, mask=held)
         tl.store(left_NK + row * TOP_K + slots, stood_in_K, mask=held)
 
-    host_K = tl.load(native_NK + row * TOP_K + slots, mask=held, other=0.0)
-    new_K = tl.where(changed, new_K, ids_K)
-    final_K = tl.where(changed & (source == row), rounded(mixed_K, host_K.dtype).to(host_K.dtype), host_K)
-    skipped_K = tl.load(ids_NK + row * TOP_K + slots, mask=held, other=0).to(tl.int32)
-    shown_K = tl.where(skipped_K < 0, skipped_K, new_K)
-    tl.store(out_ids_NK + row * TOP_K + slots, shown_K.to(out_ids_NK.dtype.element_ty), mask=held)
-    tl.store(out_NK + row * TOP_K + slots, final_K, mask=held)
-
     # count, and leave the buffers as they were found
-    own = source == row
     real, read = own & ((state & REAL) != 0), own & ((state & READ) != 0)
     nonfinite = own & ((state & NONFINITE) != 0)
     step_E = steps_SE + tl.load(step_N + row) * EXPERTS
@@ -223,30 +182,30 @@ def decide(
 
     values = tl.zeros([LANES], tl.int64)
     values = lane(values, ROWS, read)
-    values = lane(values, ROWS_EXEMPT, real & ((state & EXEMPT) != 0))
-    values = lane(values, ROWS_CHANGED, changed & own)
+    values = lane(values, ROWS_EXEMPT, real & exempt)
+    values = lane(values, ROWS_CHANGED, changed)
     values = lane(values, ROWS_NONFINITE, nonfinite & read)
     values = lane(values, NATURAL_UNION, natural)
     values = lane(values, UNION, union)
     values = lane(values, PAIRS, tl.sum((read & held & (final_K != 0)).to(tl.int32)))
-    lost_K = tl.where(may_K | (read == 0), 0.0, raw_K)
+    lost_K = tl.where(may_K | (changed == 0), 0.0, raw_K)
     displaced = share(lost_K, raw_K)
     values = lane(values, DISPLACED, displaced)
     if loss_E is not None:
         displaced = share(lost_K * tl.load(loss_E + ids_K, mask=held, other=0.0).to(tl.float64), raw_K)
     values = lane(values, EXPECTED, displaced)
     if ASSIGN == "leave":
-        left_K = held & own & (stood_in_K != 0)
+        left_K = held & (stood_in_K != 0)
         values = lane(values, SURROGATES, set_first(step_E, stood_K, tl.where(left_K, STOOD_IN, 0), STOOD_IN, held))
         values = lane(values, SURROGATE_PAIRS, tl.sum(left_K.to(tl.int32)))
+    if ((state & VOTER) != 0) & own:
+        first = tl.atomic_add(members_4 + 3, 1, sem="relaxed") == 0  # of its group: all of it have one coreset
+        values = lane(values, CORESET, tl.where(first, tl.sum(core_E.to(tl.int32)), 0))
 
     tl.debug_barrier()
-    if tl.atomic_add(members_G3 + group * 3 + 2, 1, sem="acq_rel") == rows - 1:
-        clear_group(
-            sums_GE + group * EXPERTS, flags_GE + group * EXPERTS, members_G3 + group * 3, EXPERTS, BLOCK_E
-        )  # fmt: skip
-        values = lane(values, CORESET, tl.where(voters > 0, tl.sum(core_E.to(tl.int32)), 0))
+    if tl.atomic_add(members_4 + 2, 1, sem="acq_rel") == rows - 1:
+        clear_group(sums_GE + group * EXPERTS, flags_GE + group * EXPERTS, members_4, EXPERTS, BLOCK_E)
     tl.atomic_add(counts + tl.arange(0, LANES), values, mask=values != 0, sem="relaxed")
     tl.debug_barrier()
     if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        add_up(counts, totals, ticket, sharing, steps_SE, num_steps, EXPERTS, BLOCK_E, FOLLOW)
+        add_up(counts, totals, ticket, sharing, steps_SE, num_steps, shares, EXPERTS, BLOCK_E, FOLLOW)

@@ -70,18 +70,19 @@ def rounded(values, DTYPE: tl.constexpr):
 
 @triton.jit
 def in_kept_groups(scores_E, experts, EXPERTS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
-                   TOP2: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
+                   TOP2: tl.constexpr, SCORES: tl.constexpr, BLOCK_G: tl.constexpr,
+                   BLOCK_S: tl.constexpr):  # fmt: skip
     """`RouteSpec.in_kept_groups` for these experts of the row whose scores begin at `scores_E`, int64 0 or 1."""
     SIZE: tl.constexpr = EXPERTS // GROUPS
     groups, members = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_S)
     inside = (groups < GROUPS)[:, None] & (members < SIZE)[None, :]
-    found = tl.load(scores_E + groups[:, None] * SIZE + members[None, :], mask=inside, other=-float("inf"))
-    scores = found.to(tl.float32)
+    scores = tl.load(scores_E + groups[:, None] * SIZE + members[None, :], mask=inside, other=-float("inf"))
+    scores = scores.to(tl.float32)
     best = tl.max(scores, 1)
     if TOP2:
         first = tl.min(tl.where(scores == best[:, None], members[None, :], BLOCK_S), 1)
         second = tl.max(tl.where(members[None, :] == first[:, None], -float("inf"), scores), 1)
-        best = rounded(best + second, found.dtype)  # the router adds in the dtype of its scores
+        best = rounded(best + second, SCORES)  # the router adds in the dtype of its scores
     best = tl.where(groups < GROUPS, best, -float("inf"))
     earlier = (best[None, :] == best[:, None]) & (groups[None, :] < groups[:, None])
     ahead = ((best[None, :] > best[:, None]) | earlier) & (groups < GROUPS)[None, :]
@@ -92,11 +93,12 @@ def in_kept_groups(scores_E, experts, EXPERTS: tl.constexpr, GROUPS: tl.constexp
 
 @triton.jit
 def preference(scores_E, experts, inside, EXPERTS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
-               TOP2: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
+               TOP2: tl.constexpr, SCORES: tl.constexpr, BLOCK_G: tl.constexpr,
+               BLOCK_S: tl.constexpr):  # fmt: skip
     """`Inputs.preference_NE` for these experts of one row, without the bit of native ones."""
     key = ordered(tl.load(scores_E + experts, mask=inside, other=0.0))
     if KEPT < GROUPS:
-        key = key | (in_kept_groups(scores_E, experts, EXPERTS, GROUPS, KEPT, TOP2, BLOCK_G, BLOCK_S) << 32)
+        key = key | (in_kept_groups(scores_E, experts, EXPERTS, GROUPS, KEPT, TOP2, SCORES, BLOCK_G, BLOCK_S) << 32)
     return (key << TIES) | tie(experts)
 
 

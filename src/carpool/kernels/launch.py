@@ -18,6 +18,7 @@ from carpool.kernels.traits import Traits, coreset_guards, traits_of, uncovered
 from carpool.kernels.voting import vote
 from carpool.plans.grammar import Plan
 from carpool.plans.guards import DecodeOnly, Floor, MinBatch, Protect
+from carpool.plans.pipeline import scored
 from carpool.policies import AllowList
 from carpool.policies.base import Number
 from carpool.routing.batch import Batch
@@ -43,8 +44,9 @@ class Scratch:
         self.max_rows, self.max_groups, self.max_steps = max_rows, max_groups, max_steps
         self.sums_GE = zeros(max_groups, num_experts, dtype=torch.int64)
         self.flags_GE = zeros(max_groups, num_experts)
-        self.members_G3 = zeros(max_groups, 3)
+        self.members_G4 = zeros(max_groups, 4)
         self.state_N = zeros(max_rows)
+        self.scores_NE, self.weights_NE = zeros(2, max_rows, num_experts, dtype=torch.float32)
         self.sharing, self.ticket = zeros(1), zeros(1)
         self.steps_SE = zeros(max_steps, num_experts)
         self.counts = zeros(LANES.value, dtype=torch.int64)
@@ -92,17 +94,19 @@ class Fused:
         self.traits = traits_of(plan.policy, num_experts, spec.top_k)
         self.device = scratch.counts.device
         self.tables = self._tables(self.traits)
-        self.shape, self.rule = self._shape(), self._rule()
+        self.shape = self._shape()
+        self.rule = self._rule()
         self.decode_only = any(isinstance(guard, DecodeOnly) for guard in plan.guards)
 
     def __call__(
-        self, logits_NE: Tensor, scores_NE: Tensor, weights_NE: Tensor, native: Routing, batch: Batch, totals_F: Tensor,
-        *, energy_NE: Tensor | None = None, follow: bool = False,
+        self, logits_NE: Tensor, native: Routing, batch: Batch, totals_F: Tensor, *,
+        scores: tuple[Tensor, Tensor] | None = None, energy_NE: Tensor | None = None, follow: bool = False,
     ) -> Routing:  # fmt: skip
-        """The routing of one call, `plans.pipeline.decide`'s; the counters grow by what `measured` says.
+        """The routing of one call, as `plans.pipeline.decide` gives it. Tensors `[N, E]` and `[N, K]` are contiguous.
 
         Args:
-            totals_F: float64, the layer's counters.
+            totals_F: float64, the layer's counters, which grow by what `plans.counters.measured` says.
+            scores: what the router ranks and mixes by (`plans.pipeline.scored`); None: the first launch computes them.
             energy_NE: for `base`, what its predictor gives.
             follow: rows that are not real take the first row's experts, and nothing is counted where no row votes.
         """
@@ -114,24 +118,36 @@ class Fused:
         if self.traits.assign == "leave":
             dtype = self.spec.weight_dtype or torch.float32
             left = torch.empty_like(native.ids_NK, dtype=torch.int32), torch.empty_like(weights_NK, dtype=dtype)
-        tables, stats, scratch, scale_E = self.tables, self.stats, self.scratch, self.spec.per_expert_scale_E
-        buffers = (scratch.sums_GE, scratch.flags_GE, scratch.members_G3, scratch.state_N, scratch.sharing)
-        how: dict[str, Any] = {"FOLLOW": follow, "num_warps": self.warps, "enable_fp_fusion": False}
+        tables, stats, scratch, spec = self.tables, self.stats, self.scratch, self.spec
+        if scores is None and self._needs_scores(logits_NE):
+            scores = scored(spec, logits_NE)
+        scoring = spec.scoring if scores is None else "given"
+        narrow = logits_NE.dtype if spec.score_in_logits_dtype else torch.float32
+        dtype = narrow if scores is None else scores[0].dtype
+        scores_NE, weights_NE = scores or (scratch.scores_NE, scratch.weights_NE)
+        buffers = (scratch.sums_GE, scratch.flags_GE, scratch.members_G4, scratch.state_N, scratch.sharing)
+        how = self.shape | {"SCORES": DTYPES[dtype], "FOLLOW": follow}
+        options: dict[str, Any] = {"num_warps": self.warps, "enable_fp_fusion": False}
         vote[(count,)](
             logits_NE, scores_NE, weights_NE, native.ids_NK, energy_NE,
             batch.group_N, batch.step_N, batch.real_N, batch.voter_N, batch.exempt_N,
-            batch.prefill_N if self.decode_only else None, scale_E, stats.get("cost"), tables.warm, *buffers,
-            **self.shape, UTILITY=self.traits.utility, WARMUP=self.traits.warm is not None, **how,
+            batch.prefill_N if self.decode_only else None, spec.bias_E, spec.per_expert_scale_E, stats.get("cost"),
+            tables.warm, *buffers, **how, SCORING=scoring, UTILITY=self.traits.utility,
+            WARMUP=self.traits.warm is not None, **options,
         )  # fmt: skip
         decide[(count,)](
             scores_NE, weights_NE, native.ids_NK, native.weights_NK,
-            batch.group_N, batch.step_N, batch.real_N, scale_E,
+            batch.group_N, batch.step_N, batch.real_N, spec.per_expert_scale_E,
             tables.size, tables.number, tables.tau, stats.get("sensitivity"), tables.allow_E, tables.protected_E,
             stats.get("similarity"), stats.get("keys"), stats.get("expected_loss"), stats.get("left"), *buffers,
             scratch.steps_SE, batch.num_steps, scratch.counts, scratch.ticket, totals_F,
-            ids_NK, weights_NK, *left, **self.shape, CHUNK=min(CHUNK, self.shape["BLOCK_E"]), **self.rule, **how,
+            ids_NK, weights_NK, *left, **how, **self.rule, **options,
         )  # fmt: skip
         return Routing(ids_NK, weights_NK, *left)
+
+    def _needs_scores(self, logits_NE: Tensor) -> bool:
+        """Whether the model scores as the kernels do not: a bias beside 16 bits."""
+        return self.spec.score_in_logits_dtype and self.spec.bias_E is not None and logits_NE.dtype != torch.float32
 
     @property
     def warps(self) -> int:
@@ -189,6 +205,7 @@ class Fused:
             "UTILITY": traits.utility,
             "WARMUP": traits.warm is not None,
             "SEED": traits.seed,
+            "CHUNK": min(CHUNK, self.shape["BLOCK_E"]),
             "FIRST": first,
             "SECOND": second,
             "THIRD": third,

@@ -47,7 +47,7 @@ def mix(weights_E, ids, kept, slots, scale_E, RENORMALIZE: tl.constexpr, EPS: tl
 
 
 @triton.jit
-def in_front(ids, weights, kept, held):
+def in_front(ids, weights, kept):
     """What is kept in front, in its order, freed slots after it (`policies.skipping.skip`)."""
     slots = tl.arange(0, ids.shape[0])
     before = slots[None, :] < slots[:, None]
