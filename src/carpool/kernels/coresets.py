@@ -7,16 +7,28 @@ import triton.language as tl
 
 from carpool.kernels.keys import FREE, NATURAL, TIES, WARM, tie
 from carpool.policies.base import TIER_BITS
+from carpool.policies.controls import DRAW
 
 TIER = tl.constexpr(TIER_BITS)
+DRAWN = tl.constexpr(DRAW)
+
+
+@triton.jit
+def mixed(sums, experts, MIX: tl.constexpr):
+    """The first half of `RandomCoreset`'s hash."""
+    own = (sums | (experts.to(tl.int64) << 51)) * MIX
+    return own ^ (own >> 32)
 
 
 @triton.jit
 def utility_key(sums_E, flags_E, total, experts, inside, UTILITY: tl.constexpr, WARMUP: tl.constexpr,
-                SEED: tl.constexpr):  # fmt: skip
+                MIX: tl.constexpr, STIR: tl.constexpr):  # fmt: skip
     """Distinct keys of these experts in the order in which a budget takes them; -1 outside."""
     utility = tl.load(sums_E + experts, mask=inside, other=0)
     flags = tl.load(flags_E + experts, mask=inside, other=0)
+    if UTILITY == "draw":
+        drawn = ((mixed(utility, experts, MIX) ^ total) * STIR) >> 24
+        utility = tl.where((flags & NATURAL) != 0, drawn & DRAWN, 0)
     costly = (flags & FREE) == 0
     tier = costly.to(tl.int64)
     if WARMUP:
@@ -26,24 +38,28 @@ def utility_key(sums_E, flags_E, total, experts, inside, UTILITY: tl.constexpr, 
 
 @triton.jit
 def utility_rank(sums_E, flags_E, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
-                 UTILITY: tl.constexpr, WARMUP: tl.constexpr, SEED: tl.constexpr):  # fmt: skip
+                 UTILITY: tl.constexpr, WARMUP: tl.constexpr, MIX: tl.constexpr, STIR: tl.constexpr):  # fmt: skip
     """`Inputs.utility_rank`, by counting what comes before, a few experts at a time."""
     experts = tl.arange(0, BLOCK_E)
     inside = experts < EXPERTS
     total = 0
-    mine = utility_key(sums_E, flags_E, total, experts, inside, UTILITY, WARMUP, SEED)
+    if UTILITY == "draw":
+        sums = tl.load(sums_E + experts, mask=inside, other=0)
+        total = tl.sum(tl.where(inside, mixed(sums, experts, MIX), 0))
+    mine = utility_key(sums_E, flags_E, total, experts, inside, UTILITY, WARMUP, MIX, STIR)
     rank = tl.zeros([BLOCK_E], tl.int32)
     for start in range(0, EXPERTS, CHUNK):
         others = start + tl.arange(0, CHUNK)
-        theirs = utility_key(sums_E, flags_E, total, others, others < EXPERTS, UTILITY, WARMUP, SEED)
+        theirs = utility_key(sums_E, flags_E, total, others, others < EXPERTS, UTILITY, WARMUP, MIX, STIR)
         rank += tl.sum((theirs[None, :] > mine[:, None]).to(tl.int32), 1)
     return rank
 
 
 @triton.jit
 def coreset(sums_E, flags_E, voters, size, list_E, protected_E, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
-            CHUNK: tl.constexpr, RULE: tl.constexpr, UTILITY: tl.constexpr, WARMUP: tl.constexpr, SEED: tl.constexpr,
-            FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr, LEAST: tl.constexpr):  # fmt: skip
+            CHUNK: tl.constexpr, RULE: tl.constexpr, UTILITY: tl.constexpr, WARMUP: tl.constexpr, MIX: tl.constexpr,
+            STIR: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr,
+            LEAST: tl.constexpr):  # fmt: skip
     """The coreset of the group whose sums begin at `sums_E`, guards applied; bool over experts, False outside.
 
     Args:
@@ -55,7 +71,7 @@ def coreset(sums_E, flags_E, voters, size, list_E, protected_E, EXPERTS: tl.cons
     flags = tl.load(flags_E + experts, mask=inside, other=0)
     free = (flags & FREE) != 0
     if UTILITY != "":
-        chosen = utility_rank(sums_E, flags_E, EXPERTS, BLOCK_E, CHUNK, UTILITY, WARMUP, SEED) < tl.load(size)
+        chosen = utility_rank(sums_E, flags_E, EXPERTS, BLOCK_E, CHUNK, UTILITY, WARMUP, MIX, STIR) < tl.load(size)
         if WARMUP:
             chosen = chosen | ((flags & WARM) != 0)
     elif WARMUP:

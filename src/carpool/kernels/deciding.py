@@ -58,7 +58,8 @@ def decide(
     GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr, SCORES: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
     RENORMALIZE: tl.constexpr, EPS: tl.constexpr, SCALING: tl.constexpr, DTYPE: tl.constexpr,
-    RULE: tl.constexpr, ASSIGN: tl.constexpr, UTILITY: tl.constexpr, WARMUP: tl.constexpr, SEED: tl.constexpr,
+    RULE: tl.constexpr, ASSIGN: tl.constexpr, UTILITY: tl.constexpr, WARMUP: tl.constexpr,
+    MIX: tl.constexpr, STIR: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr, LEAST: tl.constexpr, FOLLOW: tl.constexpr,
 ):  # fmt: skip
     """The routing of one row.
@@ -95,7 +96,7 @@ def decide(
     if exempt == 0:
         core_E = coreset(
             sums_GE + group * EXPERTS, flags_GE + group * EXPERTS, voters, size, list_E, protected_E,
-            EXPERTS, BLOCK_E, CHUNK, RULE, UTILITY, WARMUP, SEED, FIRST, SECOND, THIRD, LEAST,
+            EXPERTS, BLOCK_E, CHUNK, RULE, UTILITY, WARMUP, MIX, STIR, FIRST, SECOND, THIRD, LEAST,
         )  # fmt: skip
 
     # which native experts the row keeps, by slot

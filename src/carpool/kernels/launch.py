@@ -21,6 +21,7 @@ from carpool.plans.guards import DecodeOnly, Floor, MinBatch, Protect
 from carpool.plans.pipeline import scored
 from carpool.policies import AllowList
 from carpool.policies.base import Number
+from carpool.policies.controls import odd
 from carpool.routing.batch import Batch
 from carpool.routing.spec import RouteSpec, Routing
 
@@ -204,7 +205,8 @@ class Fused:
             "ASSIGN": traits.assign,
             "UTILITY": traits.utility,
             "WARMUP": traits.warm is not None,
-            "SEED": traits.seed,
+            "MIX": odd(2 * traits.seed),
+            "STIR": odd(2 * traits.seed + 1),
             "CHUNK": min(CHUNK, self.shape["BLOCK_E"]),
             "FIRST": first,
             "SECOND": second,

@@ -18,6 +18,7 @@ from carpool.policies import (
     LayerThreshold,
     Lynx,
     Policy,
+    RandomCoreset,
     Surrogate,
     TailMass,
     TopK,
@@ -83,6 +84,9 @@ TRAITS: dict[type[Policy], Callable[[Any, int, int], Traits]] = {
     Lynx: _sized("count", warm=1),
     BASE: _sized("energy"),
     Surrogate: _surrogate,
+    RandomCoreset: lambda policy, E, K: Traits(
+        utility="draw", size=policy.limit(E, K), warm=policy.warmup, seed=policy.seed
+    ),
     SERE: lambda policy, E, K: Traits("similar", "merge", warm=policy.top, number=policy.threshold),
     TopK: lambda policy, E, K: Traits("rank", "drop", number=policy.k),
     TopP: lambda policy, E, K: _skipping(policy, "top_p", policy.p),

@@ -96,12 +96,12 @@ DRAW = (1 << 40) - 1  # bits of a draw
 def _draw(sums_GE: Tensor, experts_E: Tensor, seed: int) -> Tensor:
     """For every group and expert a number whose lowest 40 bits look random: a hash of all sums of the group, the
     expert's number and the seed. Products wrap at 64 bits; none is of a range, which compilers do not wrap."""
-    own_GE = (sums_GE | (experts_E << 51)) * _odd(2 * seed)
+    own_GE = (sums_GE | (experts_E << 51)) * odd(2 * seed)
     own_GE = own_GE ^ (own_GE >> 32)
-    return ((own_GE ^ own_GE.sum(-1, keepdim=True)) * _odd(2 * seed + 1)) >> 24
+    return ((own_GE ^ own_GE.sum(-1, keepdim=True)) * odd(2 * seed + 1)) >> 24
 
 
-def _odd(number: int) -> int:
+def odd(number: int) -> int:
     """An odd multiplier that a number stands for, as a signed 64-bit integer: SplitMix64's finaliser."""
     bits = (number + 1) * 0x9E3779B97F4A7C15 % 2**64
     bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % 2**64
