@@ -61,6 +61,31 @@ def test_another_number_of_experts_a_token_is_refused(tmp_path: Path) -> None:
         engine(tiny.qwen3(), path)
 
 
+def test_weights_that_are_loaded_later_are_compared_too(tmp_path: Path) -> None:
+    """Sharing is off from then on, and can be on again once the right ones are back. (What the CPU build computes after
+    a reload is another matter: without the plugin it is not what it was either.)"""
+    llm = engine(tiny.qwen3(), statistics(tiny.qwen3(), tmp_path / "stats.safetensors"))
+
+    def changed() -> int:
+        llm.collective_rpc("carpool_report", kwargs={"reset": True})
+        tiny.generate(llm, tiny.prompts(6))
+        [report] = llm.collective_rpc("carpool_report")
+        return sum(layer["rows_changed"] for layer in report["layers"])
+
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tiny.qwen3())})
+    assert changed() > 0
+    other = negated(tiny.qwen3(), tmp_path / "model")
+    with pytest.raises(CarpoolError, match=r"other weights were loaded, so sharing stays off: .* the same routers"):
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+    assert changed() == 0
+    for change in ({"enabled": True}, {"policy": "oea(k0=1)"}):
+        with pytest.raises(CarpoolError, match="carpool_set: other weights were loaded"):
+            llm.collective_rpc("carpool_set", kwargs=change)
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tiny.qwen3())})
+    llm.collective_rpc("carpool_set", kwargs={"enabled": True})
+    assert changed() > 0
+
+
 def test_what_was_packed_before_anybody_looked_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Here of an engine that was started without statistics."""
     from carpool.hosts.vllm.layers import build_layers

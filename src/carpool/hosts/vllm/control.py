@@ -36,7 +36,8 @@ class Control:
 
         Raises:
             CarpoolError: a text that cannot be read, a policy that does not fit the model, its isolation or lacks
-                statistics, or, where CUDA graphs were recorded, another kind of policy. Nothing has changed then.
+                statistics, weights that are not those of its files, or, where CUDA graphs were recorded, another
+                kind of policy. Nothing has changed then.
         """
         host = self._host
         try:
@@ -44,6 +45,8 @@ class Control:
                 raise CarpoolError(f"carpool_set: enabled={enabled!r}; give true or false")
             if host.step is None or host.metrics is None:
                 raise CarpoolError("carpool_set: the model is not loaded yet")
+            if host.foreign and (enabled or policy is not None):
+                raise CarpoolError(f"carpool_set: {host.foreign}")
             if policy is not None:
                 plan = parse(policy).for_serving()
                 require_isolated(plan, host.settings, host.worker.vllm_config)

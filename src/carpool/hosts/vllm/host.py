@@ -19,7 +19,7 @@ from carpool.hosts.vllm.expert_samples import sampling
 from carpool.hosts.vllm.follow import drafter, follow
 from carpool.hosts.vllm.knobs import Knobs
 from carpool.hosts.vllm.layer import Layer, Step
-from carpool.hosts.vllm.layers import build_layers
+from carpool.hosts.vllm.layers import build_layers, check_weights
 from carpool.hosts.vllm.metrics import Metrics
 from carpool.hosts.vllm.router import define_op, shared_class
 from carpool.hosts.vllm.settings import Settings
@@ -34,7 +34,7 @@ class Host:
 
     Attributes:
         worker: vLLM's worker. settings: the user's. step: what all layers share, once the model is loaded.
-        layers: the MoE layers of this worker.
+        layers: the MoE layers of this worker. foreign: why no policy may run on the weights that it has now, or empty.
     """
 
     def __init__(self, worker: Any, settings: Settings) -> None:
@@ -43,6 +43,7 @@ class Host:
         self.compiler = Compiler(settings.group.kind, _on_all_ranks)
         self.step: Step | None = None
         self.metrics: Metrics | None = None
+        self.foreign = ""
         self._proved = False
 
     @classmethod
@@ -61,7 +62,32 @@ class Host:
             return result
 
         worker.load_model = loaded
+        reload_weights = worker.reload_weights
+
+        def reloaded(*args: Any, **kwargs: Any) -> Any:
+            result = reload_weights(*args, **kwargs)
+            host.check_weights()
+            return result
+
+        worker.reload_weights = reloaded
         return host
+
+    def check_weights(self) -> None:
+        """After other weights were loaded: what the files describe must be these.
+
+        Raises:
+            CarpoolError: it is another model; every row keeps its native routing from now on.
+        """
+        if self.step is None or self.metrics is None or not self.layers:
+            return
+        self.foreign = ""
+        try:
+            check_weights(self.worker.model_runner.get_model(), self.settings.policies, self.layers)
+        except CarpoolError as error:
+            self.step.enabled = False
+            self.metrics.enabled(False)
+            self.foreign = f"other weights were loaded, so sharing stays off: {error}"
+            raise CarpoolError(self.foreign) from None
 
     @contextlib.contextmanager
     def _collecting(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from carpool.artefacts.statistics import Statistics
 from carpool.errors import CarpoolError
 from carpool.hosts.vllm.knobs import Knobs
 from carpool.hosts.vllm.resident import Resident
@@ -46,7 +47,8 @@ class Layer:
         name: vLLM's name of the layer. index: its number in that name. position: its row in the counters.
         router: vLLM's router object. spec: how it routes. num_experts, hidden_size: `E` and `H`.
         runner: vLLM's object that runs router and experts.
-        plan: policy and guards. statistics: the file's tensors of this layer. stats: what the policy made of them.
+        plan: policy and guards. source: the statistics file; statistics: its tensors of this layer; stats: what the
+            policy made of them.
         knobs: the plan's numbers as device tensors.
         graph: the compiled form of this plan's kind; None where routing runs operation by operation.
         calls: times Python ran the router, for the proof that nothing bypasses it.
@@ -63,6 +65,7 @@ class Layer:
     hidden_size: int
     device: torch.device
     position: int = 0
+    source: Statistics | None = None
     statistics: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
     knobs: Knobs | None = None

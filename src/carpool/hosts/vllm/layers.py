@@ -56,6 +56,7 @@ def build_layers(model: torch.nn.Module, settings: Settings, config: Any, device
         layer.position = position
     statistics = load_statistics(settings.policies, layers, gates)
     for layer in layers:
+        layer.source = statistics
         layer.statistics = {} if statistics is None else statistics.for_layer(layer.index)
         layer.stats = prepare(layer, layer.plan)
     return layers
@@ -100,6 +101,27 @@ def load_statistics(policies: PolicyFile, layers: list[Layer], gates: dict[str, 
     policies.check_layers([layer.index for layer in layers])
     if policies.statistics is None and not policies.model:
         return None
+    statistics = None if policies.statistics is None else Statistics.load(policies.statistics)
+    _check_model(policies, statistics, layers, gates)
+    return statistics
+
+
+def check_weights(model: torch.nn.Module, policies: PolicyFile, layers: list[Layer]) -> None:
+    """The files once more, after other weights were loaded into the model.
+
+    Raises:
+        CarpoolError: they were made for other weights than those that the model has now.
+    """
+    modules = dict(model.named_modules())
+    paths = {id(module): path for path, module in modules.items()}
+    gates = {layer.name: _gate(modules, paths[id(layer.runner)], layer.runner) for layer in layers}
+    if policies.model or layers[0].source is not None:
+        _check_model(policies, layers[0].source, layers, gates)
+
+
+def _check_model(
+    policies: PolicyFile, statistics: Statistics | None, layers: list[Layer], gates: dict[str, Tensor | None]
+) -> None:
     weights = [(layer.index, gate) for layer in layers if (gate := gates[layer.name]) is not None]
     if len(weights) < len(layers):
         raise CarpoolError("the gates of this model cannot be read, so statistics and policy files cannot be checked")
@@ -113,12 +135,8 @@ def load_statistics(policies: PolicyFile, layers: list[Layer], gates: dict[str, 
         samples={layer.index: taken(layer.runner.routed_experts) for layer in layers},
     )
     policies.check_model(mine)
-    if policies.statistics is None:
-        return None
-    statistics = Statistics.load(policies.statistics)
-    if caveat := statistics.check(mine):
+    if statistics is not None and (caveat := statistics.check(mine)):
         logging.getLogger("vllm.carpool").warning(caveat)
-    return statistics
 
 
 def _layer(runner: Any, gate_EH: Tensor | None, settings: Settings, device: torch.device) -> Layer:
