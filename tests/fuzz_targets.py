@@ -1,5 +1,5 @@
-"""Bad input of every kind, made from a seed: policy texts, files, configurations and logits. `TARGETS` try one each and
-say whether it was read; a refusal has to be one readable line."""
+"""Bad input of every kind, made from a seed: policy texts, files, configurations, logits and results. `TARGETS` try one
+each and say whether it was read; a refusal has to be one readable line."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from policies_under_test import ROWS
+from report_files import blocks, broken_somewhere, evaluation
 from safetensors.torch import save
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from carpool import Batch, CarpoolError, RouteSpec, parse, route
 from carpool.artefacts.statistics import Statistics
 from carpool.hosts.vllm.settings import Settings
 from carpool.plans.policy_file import PolicyFile
+from carpool.report.load import load
+from carpool.report.page import page
 
 VALID = [text for row in ROWS for text in row.texts(16, 4)]
 GUARDS = ["floor(0.3)", "min_batch(2)", "decode_only", "short_circuit", "protect([3, 7])"]
@@ -239,7 +242,19 @@ def fuzz_logits(rng: random.Random, folder: Path) -> bool:
     return True
 
 
+def fuzz_results(rng: random.Random, folder: Path) -> bool:
+    """Files of results whose numbers, lists and names are not what they were, and the page of what is read."""
+    content = broken_somewhere(rng.choice([evaluation, blocks])(), rng)
+    path = folder / "results.json"
+    path.write_text(json.dumps(content))
+
+    def act() -> None:
+        page(*load([path]))
+
+    return allowed(act)
+
+
 TARGETS: dict[str, Callable[[random.Random, Path], bool]] = {
     "text": fuzz_text, "policy_file": fuzz_policy_file, "statistics": fuzz_statistics, "settings": fuzz_settings,
-    "logits": fuzz_logits,
+    "logits": fuzz_logits, "results": fuzz_results,
 }  # fmt: skip

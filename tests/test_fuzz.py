@@ -22,7 +22,7 @@ from carpool import CarpoolError, parse
 SECONDS = float(os.environ.get("CARPOOL_FUZZ_SECONDS", "600"))
 SEED = int(os.environ.get("CARPOOL_FUZZ_SEED", str(time.time_ns() % 2**32)))
 REPORT = Path(os.environ["CARPOOL_FUZZ_REPORT"]).absolute() if "CARPOOL_FUZZ_REPORT" in os.environ else None
-FAST = {"text": 600, "policy_file": 250, "statistics": 120, "settings": 400, "logits": 150}
+FAST = {"text": 600, "policy_file": 250, "statistics": 120, "settings": 400, "logits": 150, "results": 50}
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def test_interference_beside_an_evaluation(results, tmp_path):
     out.unlink()
     assert "beside those of" in invoke(path, "-o", out).output
     path.write_text(json.dumps(content | {"histogram_edges": [1]}))
-    assert "lacks results" in invoke(results[0], path, "-o", out).output
+    assert "is [1, 2, 3], not a list of 2" in invoke(results[0], path, "-o", out).output
     assert not out.exists()
 
 
@@ -122,7 +122,7 @@ def test_block_diffusion(results, tmp_path):
     assert "make a report of each" in invoke(path, results[1], "-o", out).output
     del content["results"][1]["decoding"]["agreement"]
     path.write_text(json.dumps(content))
-    assert "lacks results" in invoke(path, "-o", out).output
+    assert "lacks 'agreement' of the decoding of oea(k0=1)" in invoke(path, "-o", out).output
 
 
 def test_ticks_are_written_in_full():
@@ -169,7 +169,10 @@ def test_what_is_no_result(results, tmp_path):
         "another schema": (json.dumps(content | {"schema": 99}), "schema 99"),
         "empty": (json.dumps(content | {"results": []}), "holds no results"),
         "no stock": (json.dumps(content | {"results": content["results"][1:2]}), "lacks results"),
-        "half a row": (json.dumps(content | {"results": [{"policy": "stock", "batch": 4}]}), "lacks results"),
+        "half a row": (
+            json.dumps(content | {"results": [{"policy": one, "batch": 4} for one in ("stock", "a(1)")]}),
+            "lacks 'union_share'",
+        ),
     }
     for name, (text, message) in cases.items():
         other.unlink(missing_ok=True)

@@ -230,7 +230,7 @@ def _shown(rows: Sequence[Row], name: str) -> list[float]:
 
 
 def _bars(rows: Sequence[Row], name: str) -> dict[str, Any]:
-    ends = [(row.value(name), *row.ends(name)) for row in rows]
+    ends = [(row.value(name), *(row.interval(name) or 2 * (row.value(name),))) for row in rows]
     return {
         "type": "data", "symmetric": False, "thickness": 1, "width": 0,
         "array": [high - value for value, _, high in ends], "arrayminus": [value - low for value, low, _ in ends],
@@ -238,11 +238,12 @@ def _bars(rows: Sequence[Row], name: str) -> dict[str, Any]:
 
 
 def _hover(row: Row) -> str:
-    low, high = row.ends("kl")
+    ends = row.interval("kl")
+    sure = "" if ends is None else f" ({ends[0]:.4f}–{ends[1]:.4f})"
     return (
         f"<b>{row.policy}</b><br>{row.value('union'):.1f} experts ({row.value('union_share'):.0%} of stock), "
         f"{row.value('bytes_share'):.0%} of its bytes<br>"
-        f"KL {row.value('kl'):.4f} ({low:.4f}–{high:.4f})<br>perplexity × {row.value('perplexity_ratio'):.4f}<br>"
+        f"KL {row.value('kl'):.4f}{sure}<br>perplexity × {row.value('perplexity_ratio'):.4f}<br>"
         f"displaced mass {row.value('displaced_mass'):.1%}, {row.value('pairs'):.2f} experts a token"
     )
 

@@ -12,9 +12,9 @@ from carpool.errors import CarpoolError
 from carpool.evaluate.results import SCHEMA
 from carpool.evaluate.table import CONTROLS
 from carpool.plans.grammar import parse
+from carpool.report.checked import METRICS, SHARE, Place, require_decoding, require_row
 
 KIND, BLOCKS, INTERFERENCE = "carpool evaluation", "carpool block diffusion", "carpool interference"
-DECODED = ("union", "union_share", "tokens_per_forward", "agreement")  # of block diffusion, always there
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Row:
         found = self.data[name]
         return float(found["value"] if isinstance(found, dict) else found)
 
-    def ends(self, name: str) -> tuple[float, float]:
-        """A metric's interval; the value itself where there is none."""
-        found, value = self.data[name], self.value(name)
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """A metric's interval, where there is one."""
+        found = self.data[name]
         low, high = (found.get("low"), found.get("high")) if isinstance(found, dict) else (None, None)
-        return value if low is None else float(low), value if high is None else float(high)
+        return None if low is None or high is None else (float(low), float(high))
 
 
 @dataclass(frozen=True)
@@ -158,46 +158,60 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _interference(path: Path, label: str, content: dict[str, Any]) -> Interference:
-    try:
-        rows = tuple(content.pop("results"))
-        for row in rows:
-            for name in ("kl", "kl_between_co_batches"):
-                found = row[name]
-                if len(found["histogram"]) != len(content["histogram_edges"]) + 1:
-                    raise ValueError
-                float(found["mean"]), float(found["quantiles"]["p99"]), float(found["quantiles"]["p100"])
-            for name in ("flipped_greedy", "unstable_greedy", "worst_displaced_mass"):
-                float(row[name])
-            str(row["policy"]), row["worst_token"]
-    except (KeyError, TypeError, ValueError):
-        raise CarpoolError(f"{path} lacks results that a report needs; evaluate again with this version") from None
-    return Interference(label, content, rows)
+    file = Place(path, "the file", content)
+    edges = file.numbers("histogram_edges")
+    rows = file.objects("results")
+    for row in rows:
+        row = replace(row, of=row.text("policy"))
+        for name in ("kl", "kl_between_co_batches"):
+            spread = row.inside(name)
+            spread.numbers("histogram", len(edges) + 1)
+            spread.number("mean", METRICS["kl"])
+            for quantile in ("p99", "p100"):
+                spread.inside("quantiles").number(quantile, METRICS["kl"])
+        for name in ("flipped_greedy", "unstable_greedy", "worst_displaced_mass"):
+            row.number(name, SHARE)
+        if row.get("worst_token") is not None and row.inside("worst_token").get("text") is not None:
+            row.inside("worst_token").text("text")
+    return Interference(label, _facts(file), tuple(row.data for row in rows))
 
 
 def _evaluation(path: Path, label: str, content: dict[str, Any]) -> Evaluation:
-    try:
-        rows = tuple(_row(label, entry) for entry in content.pop("results"))
-        made = Evaluation(label, content, rows)
-        for batch in made.batches:
-            made.stock(batch)
+    file = Place(path, "the file", content)
+    found: list[tuple[Place, int]] = []
+    for row in file.objects("results"):
+        policy, batch = row.text("policy"), row.count("batch", 1)
+        found.append((Place(path, f"{policy} at batch {batch}", row.data), batch))
+    if all(row.data["policy"] == "stock" for row, _ in found):
+        raise CarpoolError(f"{path} holds no results of a policy; evaluate again")
+    names = [row.of for row, _ in found]
+    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    if twice is not None:
+        raise CarpoolError(f"{path} holds {twice} twice; write the file anew with this version")
+    stocks = {batch: row for row, batch in reversed(found) if row.data["policy"] == "stock"}
+    for row, batch in found:
+        if batch not in stocks:
+            raise CarpoolError(f"{path} lacks results of stock at batch {batch}; evaluate again with this version")
+        # before there were surrogates, experts were all that is read
+        row.data.setdefault("bytes_share", row.get("union_share"))
+        require_row(row, stocks[batch])
         if content["kind"] == BLOCKS:
-            for row in rows:
-                for name in DECODED:
-                    row.decoded.ends(name)
-    except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
-        raise CarpoolError(f"{path} lacks results that a report needs; evaluate again with this version") from None
-    if not rows:
-        raise CarpoolError(f"{path} holds no results; evaluate again")
-    return made
+            require_decoding(row)
+    rows = tuple(Row(label, *method_of(row.data["policy"]), row.data) for row, _ in found)
+    return Evaluation(label, _facts(file), rows)
 
 
-def _row(label: str, entry: dict[str, Any]) -> Row:
-    method, control = method_of(entry["policy"])
-    entry.setdefault("bytes_share", entry["union_share"])  # before there were surrogates, experts were all that is read
-    row = Row(label, method, control, entry)
-    for name in ("union", "union_share", "bytes_share", "kl", "perplexity_ratio", "displaced_mass", "pairs"):
-        row.ends(name)
-    return row
+def _facts(file: Place) -> dict[str, Any]:
+    """Everything but the results."""
+    facts = {name: value for name, value in file.data.items() if name != "results"}
+    if "model" in facts:
+        file.inside("model")
+    if "texts" in facts:
+        for one in file.objects("texts"):
+            one.text("name")
+    if facts.get("findings") and not all(isinstance(one, str) for one in file.items("findings")):
+        file.refuse("findings", facts["findings"], "a list of texts")
+    return facts
 
 
 def method_of(policy: str) -> tuple[str, bool]:

@@ -78,9 +78,10 @@ def _headline(evaluation: Evaluation) -> str:
         return f"{len(evaluation.rows)} results at batch {', '.join(map(str, evaluation.batches))}"
     best = min(rows, key=lambda row: (abs(row.value("bytes_share") - 0.5) > 0.15, row.value("kl")))
     cost = 100 * (best.value("perplexity_ratio") - 1)
+    unsure = "" if best.interval("kl") else " That is from too few batches to say how sure it is."
     return (
         f"{best.policy} reads {best.value('bytes_share'):.0%} of what stock reads at batch {batch}, at "
-        f"a KL of {best.value('kl'):.4f} nats a token and perplexity {cost:+.1f} %."
+        f"a KL of {best.value('kl'):.4f} nats a token and perplexity {cost:+.1f} %.{unsure}"
     )
 
 
@@ -88,11 +89,13 @@ def _facts(evaluation: Evaluation) -> str:
     model, facts = evaluation.facts.get("model", {}), evaluation.facts
     counted = "masked" if facts["kind"] == BLOCKS else "decoded"
     tokens = max(int(row.data.get(f"{counted}_tokens", 0)) for row in evaluation.rows)
+    counts = [int(row.data["batches"]) for row in evaluation.rows if "batches" in row.data]
     items = [
         ("model", f"{model.get('name', '?')} ({model.get('architecture', '?')})"),
         ("experts", f"{model.get('experts', '?')} in each of {model.get('layers', '?')} layers, "
                     f"{model.get('top_k', '?')} a token"),
         (f"{counted} tokens", f"{tokens:,} a batch size"),
+        ("batches", " to ".join(map(str, sorted({min(counts), max(counts)}))) if counts else "?"),
         ("texts", ", ".join(text["name"] for text in facts.get("texts", [])) or "?"),
         ("seed", facts.get("seed", "?")),
     ]  # fmt: skip
@@ -114,8 +117,10 @@ def _frontiers(evaluations: Sequence[Evaluation]) -> list[str]:
         here = [one for one in evaluations if batch in one.batches]
         if any(row.method != "stock" for one in here for row in one.at(batch)):
             panes.append((f"batch {batch}", _draw(figures.frontier(here, batch))))
+    sure = any(row.interval("kl") for one in evaluations for row in one.rows if row.method != "stock")
+    bars = "Bars are 95 % intervals over batches" if sure else "Too few batches were decoded for intervals"
     note = (
-        "Further left reads fewer experts, lower stays closer to the model. Bars are 95 % intervals over batches; "
+        f"Further left reads fewer experts, lower stays closer to the model. {bars}; "
         "dotted grey lines are controls that every method has to beat. Click a name to hide it, twice to see it alone."
     )
     if evaluations[0].facts["kind"] == BLOCKS:

@@ -8,7 +8,7 @@ from html import escape
 from carpool.report.load import Evaluation, Row
 
 MEASUREMENTS = (
-    "policy", "experts", "of stock", "bytes, of stock", "pairs", "displaced", "KL", "95 %", "top-1",
+    "policy", "experts", "of stock", "bytes, of stock", "pairs", "displaced", "expected loss", "KL", "95 %", "top-1",
     "perplexity ratio", "95 %",
 )  # fmt: skip
 DECODED = (
@@ -23,9 +23,10 @@ def measurements(rows: Sequence[Row]) -> str:
         (
             (row, (
                 f"{row.value('union'):.1f}", f"{row.value('union_share'):.0%}", f"{row.value('bytes_share'):.0%}",
-                f"{row.value('pairs'):.2f}", f"{row.value('displaced_mass'):.1%}", f"{row.value('kl'):.4f}",
-                _interval(row.ends("kl")), f"{row.value('top1_agreement'):.1%}",
-                f"{row.value('perplexity_ratio'):.4f}", _interval(row.ends("perplexity_ratio")),
+                f"{row.value('pairs'):.2f}", f"{row.value('displaced_mass'):.1%}",
+                _perhaps(row, "expected_loss", ".1%"), f"{row.value('kl'):.4f}", _interval(row.interval("kl")),
+                f"{row.value('top1_agreement'):.1%}",
+                f"{row.value('perplexity_ratio'):.4f}", _interval(row.interval("perplexity_ratio")),
             ))
             for row in rows
         ),
@@ -35,17 +36,14 @@ def measurements(rows: Sequence[Row]) -> str:
 def decoded(rows: Sequence[Row]) -> str:
     """What block diffusion decodes under every policy at one batch size."""
 
-    def share(made: Row, name: str, form: str) -> str:
-        return "–" if made.data.get(name) is None else f"{made.value(name):{form}}"
-
     return _table(
         DECODED,
         (
             (row, (
                 f"{made.value('union'):.1f}", f"{made.value('union_share'):.0%}",
-                f"{made.value('tokens_per_forward'):.2f}", _interval(made.ends("tokens_per_forward")),
-                f"{made.value('agreement'):.1%}", _interval(made.ends("agreement")),
-                share(made, "followed_agreement", ".1%"), share(made, "perplexity_ratio", ".3f"),
+                f"{made.value('tokens_per_forward'):.2f}", _interval(made.interval("tokens_per_forward")),
+                f"{made.value('agreement'):.1%}", _interval(made.interval("agreement")),
+                _perhaps(made, "followed_agreement", ".1%"), _perhaps(made, "perplexity_ratio", ".3f"),
             ))
             for row in rows
             for made in (row.decoded,)
@@ -76,7 +74,7 @@ def comparison(evaluations: Sequence[Evaluation]) -> str:
     body = "".join(
         f"<tr><td>{escape(policy)}</td><td>{batch}</td>"
         + "".join(
-            f"<td>{row.value('bytes_share'):.0%}</td><td>{row.value('kl'):.4f}</td><td>{_interval(row.ends('kl'))}</td>"
+            f"<td>{row.value('bytes_share'):.0%}</td><td>{row.value('kl'):.4f}</td><td>{_interval(row.interval('kl'))}</td>"
             for row in (rows[policy, batch] for rows in found)
         )
         + "</tr>"
@@ -97,6 +95,9 @@ def _table(heads: Sequence[str], lines: Iterable[tuple[Row, Sequence[str]]]) -> 
     return f"<div class='scroll'><table class='sorts'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _interval(ends: tuple[float, float]) -> str:
-    low, high = ends
-    return "–" if low == high else f"{low:.4f}–{high:.4f}"
+def _interval(ends: tuple[float, float] | None) -> str:
+    return "–" if ends is None or ends[0] == ends[1] else f"{ends[0]:.4f}–{ends[1]:.4f}"
+
+
+def _perhaps(row: Row, name: str, form: str) -> str:
+    return "–" if row.data.get(name) is None else f"{row.value(name):{form}}"
