@@ -109,16 +109,16 @@ def speculative_coreset(world: World, group: int, policy: Any) -> set[int]:
 # -- skipping ------------------------------------------------------------------------------------------------------
 
 
-def by_weight(world: World, row: int) -> list[tuple[int, int]]:
+def by_weight(world: World, row: int, scaled: bool = True) -> list[tuple[int, int]]:
     """The row's native experts, heaviest first (the host's order among equals), with fixed-point weights."""
-    pairs = [(expert, fixed(world.weights[row][expert])) for expert in world.native[row]]
-    return sorted(pairs, key=lambda pair: -pair[1])
+    weight = {e: world.native_weight(row, e) if scaled else world.weights[row][e] for e in world.native[row]}
+    return [(expert, fixed(single(weight[expert]))) for expert in sorted(weight, key=lambda e: -weight[e])]
 
 
 def top_p_allowed(world: World, row: int, policy: Any, coreset: set[int]) -> set[int]:
     """Dynamic routing: the smallest t with p_1 + ... + p_t > p."""
     total, reached, kept = sum(fixed(w) for w in world.weights[row]), 0, set()
-    for expert, weight in by_weight(world, row):
+    for expert, weight in by_weight(world, row, scaled=False):
         if kept and reached > float(policy.p) * total:
             break
         kept.add(expert)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import Case, cases
 from test_by_hand import NATIVE, chosen, routed
 
-from carpool import Outcome, parse, route
+from carpool import Batch, Outcome, RouteSpec, parse, route
 from carpool.errors import CarpoolError
 
 HALF = {"sensitivity": torch.tensor(0.5)}
@@ -56,10 +58,30 @@ def test_a_stricter_setting_skips_more_and_from_the_end(name: str, case: Case, l
     kept_NE = fewer.allowed_NE & fewer.inputs.native_NE
     assert (kept_NE <= more.allowed_NE).all()
     assert kept_NE.any(-1).all()
-    weight_NE = fewer.inputs.weights_NE
+    weight_NE = fewer.inputs.weights_NE if name == "top_p(p" else fewer.inputs.native_weight_NE
     lightest_N = weight_NE.masked_fill(~kept_NE, torch.inf).amin(-1)
     skipped_NE = fewer.inputs.native_NE & ~kept_NE
     assert (weight_NE.masked_fill(~skipped_NE, 0).amax(-1) <= lightest_N).all()
+
+
+@given(case=cases(patterns=("normal", "quantised"), dtypes=(torch.float32,)), beta=st.floats(0, 1))
+def test_tail_mass_displaces_less_than_beta(case: Case, beta: float) -> None:
+    """Also where a model scales the weight of each expert (Gemma)."""
+    scale_E = torch.rand(case.experts, generator=case.generator()) * 4
+    for spec in (replace(case.spec, per_expert_scale_E=None), replace(case.spec, per_expert_scale_E=scale_E)):
+        outcome = routed_case(f"tail_mass(beta={beta})", replace(case, spec=spec))
+        assert (outcome.displaced_N <= beta + 1e-5).all()
+
+
+def test_an_experts_scale_is_part_of_its_weight() -> None:
+    """Expert 1 is picked second, and weighs three times as much as the best: nobody skips it."""
+    spec = RouteSpec(top_k=2, per_expert_scale_E=torch.tensor([0.5, 2.0, 1.0, 1.0]))
+    logits_NE = torch.tensor([[0.5, 0.375, 0.0625, 0.0625]]).log()  # native weights 0.25 and 0.75
+    for text in ("tail_mass(0.3)", "layer_threshold(0.2)"):
+        plan = parse(text)
+        outcome = route(plan, spec, logits_NE, Batch.of(1), stats=plan.policy.prepare(HALF))
+        assert set(outcome.routing.ids_NK[0].tolist()) == {1}, text
+        assert outcome.displaced_N.tolist() == pytest.approx([0.25])
 
 
 @pytest.mark.parametrize("text", ["top_p(1.1)", "top_p(-0.1)", "tail_mass('a')", "tail_mass(2)", "layer_threshold(-1)"])

@@ -114,6 +114,8 @@ def test_knobs_carry_shares_and_taus() -> None:
     knobs.set(other)
     assert int(policy.budget) == 16
     assert int(policy.warmup) == 2
+    speculative: Any = Knobs(parse("xshare_speculative(0.5, 0.25)").for_serving(), 32, torch.device("cpu")).plan.policy
+    assert (int(speculative.budget), int(speculative.request_budget)) == (16, 8)
     for kind in ("oea(k0=2) | floor(0.1)", "xshare(budget=8)", "xshare(budget=8, utility='squared') | floor(0.1)"):
         with pytest.raises(CarpoolError, match="hold the kind"):
             knobs.check(parse(kind).for_serving())

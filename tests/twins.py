@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 Choice = dict[int, float]  # expert -> weight, of one row
@@ -95,8 +96,8 @@ def top_by(values: dict[int, int], size: int) -> set[int]:
 
 
 def count(budget: float | int, num_experts: int) -> int:
-    """A budget as a number of experts."""
-    return int(budget * num_experts // 1) if isinstance(budget, float) else budget
+    """A budget as a number of experts; a share is the simple fraction that its binary form stands for."""
+    return int(Fraction(budget).limit_denominator(10**6) * num_experts) if isinstance(budget, float) else budget
 
 
 # -- the three functions of a twin, with their defaults ----------------------------------------------------------
@@ -157,8 +158,8 @@ def xshare_coreset(world: World, group: int, policy: Any) -> set[int]:
             g = world.weights[row][expert]
             if policy.utility == "squared":
                 g = single(g * g)
-            if policy.utility == "topk_mass" and expert not in world.native[row]:
-                g = 0.0
+            if policy.utility == "topk_mass":
+                g = single(world.native_weight(row, expert)) if expert in world.native[row] else 0.0
             mass[expert] += fixed(g)
     while len(chosen - free) < count(policy.budget, world.num_experts):
         left = {expert: u for expert, u in mass.items() if expert not in chosen | free}
@@ -182,7 +183,7 @@ def des_vote_coreset(world: World, group: int, policy: Any) -> set[int]:
     for row in world.voters(group):
         for expert in world.native[row]:
             if expert in votes:
-                votes[expert] += fixed(world.weights[row][expert])
+                votes[expert] += fixed(single(world.native_weight(row, expert)))
     return top_by(votes, des_vote_limit(world, policy))
 
 

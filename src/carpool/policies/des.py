@@ -78,5 +78,5 @@ class DESVote(Policy):
 
     def coreset(self, inputs: Inputs) -> Tensor:
         """Bool `[G, E]`."""
-        votes_GE = inputs.utility(inputs.weights_NE * inputs.native_NE)
+        votes_GE = inputs.utility(inputs.native_weight_NE)
         return inputs.top_by_utility(votes_GE, self.limit(inputs.num_experts, inputs.top_k))

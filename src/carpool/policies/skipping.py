@@ -43,11 +43,12 @@ class Front:
         return torch.zeros_like(inputs.native_NE).scatter(-1, self.ids_NK, kept_NK)
 
 
-def front_of(inputs: Inputs) -> Front:
+def front_of(inputs: Inputs, weight_NK: Tensor) -> Front:
+    """The native experts in the order of their weights."""
     ids_NK = inputs.native_ids_NK.long()
-    sorted_NK = to_fixed(inputs.weights_NE.gather(-1, ids_NK)).sort(dim=-1, descending=True, stable=True)
-    before_NK = sorted_NK.values.cumsum(-1) - sorted_NK.values
-    return Front(ids_NK.gather(-1, sorted_NK.indices), sorted_NK.values, before_NK)
+    sorted_NK = weight_NK.sort(dim=-1, descending=True, stable=True)
+    fixed_NK = to_fixed(sorted_NK.values)
+    return Front(ids_NK.gather(-1, sorted_NK.indices), fixed_NK, fixed_NK.cumsum(-1) - fixed_NK)
 
 
 def skip(inputs: Inputs, allowed_NE: Tensor, renormalize: bool) -> Routing:
@@ -83,7 +84,7 @@ class TopP(Policy):
         renormalize: mix what is kept by the model's rule instead of with its native weights.
 
     Reading of the paper: probabilities are over all experts; where scores do not sum to one (sigmoid routers) they
-    are divided by their sum. The paper mixes with raw probabilities, hence no renormalisation by default.
+    are divided by their sum. A factor by expert that a model puts on the weight later (Gemma) is none of them. The paper mixes with raw probabilities, hence no renormalisation by default.
 
     Identity: `p=1.0`.
     """
@@ -100,7 +101,7 @@ class TopP(Policy):
 
     def allowed(self, inputs: Inputs, coreset_GE: Tensor) -> Tensor:
         """Bool `[N, E]`."""
-        front = front_of(inputs)
+        front = front_of(inputs, inputs.weights_NE.gather(-1, inputs.native_ids_NK.long()))
         total_N1 = to_fixed(inputs.weights_NE).sum(-1, keepdim=True).double()
         return front.keeping(inputs, front.before_NK <= self.p * total_N1)
 
@@ -137,7 +138,7 @@ class TailMass(Policy):
 
     def allowed(self, inputs: Inputs, coreset_GE: Tensor) -> Tensor:
         """Bool `[N, E]`."""
-        front = front_of(inputs)
+        front = front_of(inputs, inputs.native_weight_NK)
         tail_NK = front.total_N1 - front.before_NK
         return front.keeping(inputs, tail_NK >= self.beta * front.total_N1)
 
@@ -186,7 +187,7 @@ class LayerThreshold(Policy):
 
     def allowed(self, inputs: Inputs, coreset_GE: Tensor) -> Tensor:
         """Bool `[N, E]`."""
-        front = front_of(inputs)
+        front = front_of(inputs, inputs.native_weight_NK)
         value_NK = inputs.stats["sensitivity"] * front.weights_NK
         return front.keeping(inputs, value_NK >= self.tau * front.total_N1)
 

@@ -60,7 +60,7 @@ class XShare(Policy):
         if self.utility == "squared":
             values_NE = values_NE.square()
         elif self.utility == "topk_mass":
-            values_NE = values_NE * inputs.native_NE
+            values_NE = inputs.native_weight_NE
         size = resolve_budget("budget", self.budget, inputs.num_experts)
         warm_GE = inputs.votes(inputs.rank_NE < self.warmup)
         return inputs.top_by_utility(inputs.utility(values_NE), size, warm_GE)

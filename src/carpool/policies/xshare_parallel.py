@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from carpool.errors import CarpoolError
-from carpool.policies.base import Inputs, Policy, require, require_count, require_within, resolve_budget
+from carpool.policies.base import A_HAIR, Inputs, Policy, require, require_count, require_within, resolve_budget
 from carpool.policies.registry import register
 
 
@@ -64,7 +64,7 @@ class XShareExpertParallel(Policy):
         cap: int | Tensor
         if isinstance(self.budget_per_device, float):
             same_EE = device_E.unsqueeze(0) == device_E.unsqueeze(1)
-            cap = (same_EE.sum(-1) * self.budget_per_device).long().clamp_min(1)
+            cap = (same_EE.sum(-1).double() * self.budget_per_device + A_HAIR).long().clamp_min(1)
         else:
             cap = self.budget_per_device
         warm_GE = inputs.votes(inputs.rank_NE < self.warmup)

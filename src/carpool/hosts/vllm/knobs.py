@@ -13,7 +13,7 @@ from carpool.errors import CarpoolError
 from carpool.plans.grammar import Plan
 from carpool.policies.base import resolve_budget
 
-SHARES = ("budget", "size")  # parameters where a float is a share of the experts
+SHARES = ("budget", "request_budget", "size")  # parameters where a float is a share of the experts
 
 
 class Knobs:
