@@ -74,9 +74,13 @@ SHARE, HALF = torch.tensor(0.5), torch.tensor(8.0)
 @pytest.mark.parametrize("number", [SHARE, HALF, torch.tensor([4]), torch.tensor(True)], ids=str)
 def test_a_tensor_is_a_number_of_experts(make, number: torch.Tensor) -> None:  # type: ignore[no-untyped-def]
     """A share in a tensor was compared with ranks: a coreset of one expert, in silence."""
-    with pytest.raises(CarpoolError, match="a tensor holds a number of experts"):
+
+    def checked() -> None:
         policy: Policy = make(number)
         policy.check(16, 4)
+
+    with pytest.raises(CarpoolError, match="a tensor holds a number of experts"):
+        checked()
 
 
 def test_a_tensor_that_nobody_checked_is_refused_where_it_is_used() -> None:

@@ -84,7 +84,8 @@ class TopP(Policy):
         renormalize: mix what is kept by the model's rule instead of with its native weights.
 
     Reading of the paper: probabilities are over all experts; where scores do not sum to one (sigmoid routers) they
-    are divided by their sum. A factor by expert that a model puts on the weight later (Gemma) is none of them. The paper mixes with raw probabilities, hence no renormalisation by default.
+    are divided by their sum. A factor by expert that a model puts on the weight later (Gemma) is none of them. The
+    paper mixes with raw probabilities, hence no renormalisation by default.
 
     Identity: `p=1.0`.
     """
