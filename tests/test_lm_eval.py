@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    folder: Path, *tasks: str, model: str = "carpool", use_cache: str | None = None, **given: Any
+    folder: Path, *tasks: str, model: str = "carpool", use_cache: str | None = None, batch_size: int = 4, **given: Any
 ) -> dict[str, Any]:
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -84,7 +84,7 @@ def run(
 
     found = lm_eval.simple_evaluate(
         model=model, model_args={"pretrained": str(folder / "model"), "dtype": "float32", **given}, tasks=list(tasks),
-        batch_size=4, device="cpu", bootstrap_iters=0, log_samples=True, use_cache=use_cache,
+        batch_size=batch_size, device="cpu", bootstrap_iters=0, log_samples=True, use_cache=use_cache,
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
     )  # fmt: skip
     return dict(found)
@@ -97,6 +97,7 @@ def test_log_likelihoods_are_scored_in_lockstep(folder: Path) -> None:
     assert 0 < facts["changed_rows"] <= facts["rows"]
     assert facts["experts_read"] < facts["experts_natively"]
     assert 0 < facts["displaced_mass"] < 1
+    assert facts["expected_loss"] == pytest.approx(facts["displaced_mass"])  # nothing is left to surrogates
     samples = sorted(found["samples"]["choices"], key=lambda sample: sample["doc_id"])
     choices = [("w5", "w6"), ("w7", "w8", "w9"), ("w10",)]
     asked = [
@@ -112,6 +113,30 @@ def test_log_likelihoods_are_scored_in_lockstep(folder: Path) -> None:
     answers = [float(answer[0]) for sample in samples for answer in sample["filtered_resps"]]
     assert answers == pytest.approx([expected[place][0] for place in range(len(asked))], abs=1e-4)
     json.dumps(facts)
+
+
+def test_scores_that_depend_on_the_batch_say_so(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def scored(batch_size: int, **given: Any) -> tuple[list[float], dict[str, Any], str]:
+        caplog.clear()
+        found = run(folder, "choices", batch_size=batch_size, **given)
+        samples = sorted(found["samples"]["choices"], key=lambda sample: sample["doc_id"])
+        answers = [float(answer[0]) for sample in samples for answer in sample["filtered_resps"]]
+        return answers, found["config"]["carpool"], caplog.text
+
+    small, few, said = scored(2, policy="oea(k0=1)")
+    large, many, _ = scored(8, policy="oea(k0=1)")
+    assert small != pytest.approx(large, abs=1e-4)
+    assert [(one["group"], one["requests_together"]) for one in (few, many)] == [("batch", 2), ("batch", 8)]
+    assert few["depends"] == (
+        "scores depend on the requests that decode together (2, grouped by batch): compare them with results of the "
+        "same number and group alone"
+    )
+    assert few["depends"] in said
+    for given in ({"policy": "topk(k=1)"}, {"policy": "oea(k0=1)", "group": "request"}):
+        small, alone, _ = scored(2, allow_unchanged=True, **given)
+        large, _, _ = scored(8, allow_unchanged=True, **given)
+        assert small == pytest.approx(large, abs=1e-4)
+        assert alone["depends"] == "scores do not depend on the requests that decode together"
 
 
 def test_a_policy_file_generates(folder: Path, tmp_path: Path) -> None:
@@ -177,9 +202,18 @@ def test_vllm_counts_every_task(monkeypatch: pytest.MonkeyPatch) -> None:
 
     configured: dict[str, Any] = {}
     layer = {"rows": 10, "rows_exempt": 4, "rows_changed": 3, "steps": 2, "union": 9, "natural_union": 12,
-             "displaced_mass": 0.6}  # fmt: skip
+             "displaced_mass": 0.6, "expected_loss": 0.3}  # fmt: skip
     answers = iter([[layer] * 2, [layer] * 2, [layer], [layer | {"rows_changed": 0}]])
-    monkeypatch.setattr(VLLM, "__init__", lambda self, pretrained, **given: configured.update(given))
+    scheduler = SimpleNamespace(max_num_seqs=7)
+    engine = SimpleNamespace(vllm_config=SimpleNamespace(scheduler_config=scheduler))
+
+    def start(self: Any, pretrained: str, **given: Any) -> None:
+        configured.update(given)
+        self.model = SimpleNamespace(
+            collective_rpc=lambda name, kwargs: [{"layers": next(answers)}] * 2, llm_engine=engine
+        )
+
+    monkeypatch.setattr(VLLM, "__init__", start)
     monkeypatch.setattr(VLLM, "generate_until", lambda self, requests, disable_tqdm: ["text"] * len(requests))
     more = {"other": 1, "carpool": {"compile": False}}
     made = CarpoolVLLM("model", policy="oea(k0=1)", stats="s.safetensors", additional_config=more)
@@ -190,12 +224,14 @@ def test_vllm_counts_every_task(monkeypatch: pytest.MonkeyPatch) -> None:
             "stats": str(Path("s.safetensors").resolve()),
         },
     }  # fmt: skip
-    made.model = SimpleNamespace(collective_rpc=lambda name, kwargs: [{"layers": next(answers)}] * 2)
     requests = [SimpleNamespace(task_name="one"), SimpleNamespace(task_name="one")]
     assert made.generate_until(requests) == ["text", "text"]
     facts = made.get_model_info()["carpool"]
     assert (facts["rows"], facts["changed_rows"], facts["experts_read"]) == (12, 6, 4.5)
     assert facts["displaced_mass"] == pytest.approx(0.1)
+    assert facts["expected_loss"] == pytest.approx(0.05)
+    assert (facts["group"], facts["requests_together"]) == ("batch", 7)
+    assert "(7, grouped by batch)" in facts["depends"]
     with pytest.raises(CarpoolError, match="changed no row of the task two"):
         made.generate_until([SimpleNamespace(task_name="two")])
 
@@ -216,7 +252,7 @@ def test_vllm_generates(folder: Path, tmp_path: Path) -> None:
         additional_config={"carpool": {"compile": False}},
     )  # fmt: skip
     facts = found["config"]["carpool"]
-    assert (facts["policy"], facts["group"]) == ("oea(k0=1)", "batch")
+    assert (facts["policy"], facts["group"], facts["requests_together"]) == ("oea(k0=1)", "batch", 4)
     assert 0 < facts["changed_rows"] <= facts["rows"]
     assert facts["experts_read"] < facts["experts_natively"]
 

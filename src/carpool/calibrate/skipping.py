@@ -25,7 +25,7 @@ KNOBS: Mapping[str, str] = {"layer_threshold": "tau", "tail_mass": "beta", "top_
 
 
 @dataclass(frozen=True)
-class Found:
+class Skipping:
     """A policy that skips at least what was asked for.
 
     Attributes:
@@ -47,7 +47,7 @@ def find_threshold(
     *,
     stats: Statistics | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
-) -> Found:
+) -> Skipping:
     """The threshold that skips the least share of pairs that is at least `target`, on native prompts and tokens alike.
 
     Every threshold that is tried is a pass over the text, since skipping in one layer changes the routing of the
@@ -80,7 +80,7 @@ def find_threshold(
 
     best = threshold_for(skipped, target, grid)
     tried = sorted((getattr(plan(one).policy, KNOBS[policy]), share) for one, share in measured.items())
-    return Found(plan(best), measured[best], tuple(sorted(tried, key=lambda pair: pair[1])))
+    return Skipping(plan(best), measured[best], tuple(sorted(tried, key=lambda pair: pair[1])))
 
 
 def skipped_by(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from carpool.evaluate.answers import Question, deal, score
 from carpool.evaluate.study import describe
 from carpool.hosts.transformers import share
 from carpool.hosts.transformers.loading import source_of
-from carpool.lm_eval.sums import Sums, by_task, facts, require_company, require_no_cache
+from carpool.lm_eval.sums import Sums, by_task, depends, facts, require_company, require_no_cache
 from carpool.plans.policy_file import plan_or_file, stats_for
 from carpool.routing.batch import Grouping
 
@@ -64,6 +65,7 @@ class CarpoolLM(HFLM):
             raise CarpoolError(f"{self.world_size} processes would each decode a batch of their own: start one")
         self.moe, self.seed, self.allow_unchanged, self.sums = describe(self.model), seed, allow_unchanged, Sums()
         self.plan.check(self.moe.experts, self.moe.top_k)
+        logging.getLogger(__name__).warning(depends(self.plan, str(self.grouping), self.batch_size))
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         require_no_cache(cache_hook)
@@ -126,5 +128,5 @@ class CarpoolLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """The harness puts this into its results, after the tasks."""
-        given = {"group": str(self.grouping), "requests_together": self.batch_size, "seed": self.seed}
-        return super().get_model_info() | {"carpool": facts(self.plan, self.sums, **given)}
+        mine = facts(self.plan, self.sums, str(self.grouping), self.batch_size, seed=self.seed)
+        return super().get_model_info() | {"carpool": mine}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lm_eval.models.vllm_causallms import VLLM
 
 from carpool.errors import CarpoolError
-from carpool.lm_eval.sums import Sums, by_task, facts, require_no_cache
+from carpool.lm_eval.sums import Sums, by_task, depends, facts, require_no_cache
 from carpool.plans.policy_file import PolicyFile, plan_or_file
 
 PROMPTS = (
@@ -54,6 +55,12 @@ class CarpoolVLLM(VLLM):
         configured = dict(others.pop("additional_config", None) or {})
         configured["carpool"] = {**configured.get("carpool", {}), **chosen}
         super().__init__(pretrained, additional_config=configured, **others)
+        logging.getLogger(__name__).warning(depends(self.plan, self.group, self.together))
+
+    @property
+    def together(self) -> int:
+        """The most requests that decode together."""
+        return int(self.model.llm_engine.vllm_config.scheduler_config.max_num_seqs)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         require_no_cache(cache_hook)
@@ -77,7 +84,7 @@ class CarpoolVLLM(VLLM):
             self.sums.add(
                 rows=layer["rows"] - layer["rows_exempt"], changed_rows=layer["rows_changed"], steps=layer["steps"],
                 experts_read=layer["union"], experts_natively=layer["natural_union"],
-                displaced_mass=layer["displaced_mass"],
+                displaced_mass=layer["displaced_mass"], expected_loss=layer["expected_loss"],
             )  # fmt: skip
         return made
 
@@ -88,4 +95,4 @@ class CarpoolVLLM(VLLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """The harness puts this into its results, after the tasks."""
-        return {"carpool": facts(self.plan, self.sums, group=self.group)}
+        return {"carpool": facts(self.plan, self.sums, self.group, self.together)}

@@ -14,7 +14,7 @@ from carpool.plans.pipeline import Outcome
 from carpool.plans.policy_file import AnyPlan, PolicyFile
 from carpool.routing.batch import Batch, Grouping
 
-FIELDS = ("rows", "changed_rows", "steps", "experts_read", "experts_natively", "displaced_mass")
+FIELDS = ("rows", "changed_rows", "steps", "experts_read", "experts_natively", "displaced_mass", "expected_loss")
 
 
 class Sums:
@@ -30,7 +30,7 @@ class Sums:
         values = (
             decoded_N.sum(), (outcome.changed_N & decoded_N).sum(), decoded_S1.sum(),
             (outcome.union_SE & decoded_S1).sum(), (outcome.natural_SE & decoded_S1).sum(),
-            (outcome.displaced_N * decoded_N).sum(),
+            (outcome.displaced_N * decoded_N).sum(), (outcome.expected_loss_N * decoded_N).sum(),
         )  # fmt: skip
         self._add(torch.stack([value.double() for value in values]))
 
@@ -69,8 +69,19 @@ def by_task(
     return [answers[place] for place in range(len(requests))]
 
 
-def facts(plan: AnyPlan, sums: Sums, **given: Any) -> dict[str, Any]:
-    """For results: the policy, counts over layers, and means a layer and step (experts) or a row (displaced mass)."""
+def depends(plan: AnyPlan, group: str, together: int) -> str:
+    """What scores depend on beside model, policy and request, in one sentence for results and their readers."""
+    if plan.policy.kind == "token" or group.startswith(("request", "block")):
+        return "scores do not depend on the requests that decode together"
+    return (
+        f"scores depend on the requests that decode together ({together}, grouped by {group}): compare them with "
+        "results of the same number and group alone"
+    )
+
+
+def facts(plan: AnyPlan, sums: Sums, group: str, together: int, **given: Any) -> dict[str, Any]:
+    """For results: the policy, who shares, counts over layers, and means a layer and step (experts) or a row (displaced
+    mass, expected loss)."""
     total = sums.totals()
     steps, rows = max(total["steps"], 1), max(total["rows"], 1)
     layers = {"layers": {str(index): own for index, own in plan.layers.items()}} if isinstance(plan, PolicyFile) else {}
@@ -78,12 +89,16 @@ def facts(plan: AnyPlan, sums: Sums, **given: Any) -> dict[str, Any]:
         "version": carpool.__version__,
         "policy": str(plan),
         **layers,
+        "group": group,
+        "requests_together": together,
+        "depends": depends(plan, group, together),
         **given,
         "rows": int(total["rows"]),
         "changed_rows": int(total["changed_rows"]),
         "experts_read": total["experts_read"] / steps,
         "experts_natively": total["experts_natively"] / steps,
         "displaced_mass": total["displaced_mass"] / rows,
+        "expected_loss": total["expected_loss"] / rows,
     }
 
 

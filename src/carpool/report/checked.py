@@ -123,7 +123,7 @@ def require_row(row: Place, stock: Place) -> None:
     for name, limits in METRICS.items():
         row.metric(name, limits)
     if "expected_loss" in row.data:
-        row.metric("expected_loss", SHARE)
+        row.metric("expected_loss", AMOUNT)
     row.numbers("union_by_layer", len(stock.numbers("union_by_layer")))
     for name in ("decoded_tokens", "masked_tokens", "batches"):
         if name in row.data:
