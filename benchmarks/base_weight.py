@@ -54,7 +54,7 @@ def main() -> None:
     )  # fmt: skip
     require_possible(model, settings, stats)
     sequences = sequences_for(settings, load_texts(paths), tokenizer)
-    with progress("evaluating", settings.num_rows) as advance:
+    with progress("evaluating", settings.num_rows(sequences)) as advance:
         (results,) = study(model, settings, sequences, stats=stats, advance=advance)
 
     def row(kind: type[BASE], result: Result) -> dict[str, object]:

@@ -99,7 +99,7 @@ def main() -> None:
     judge, _, _ = load(options.judge, None)
     documents = load_texts(embedded_texts())
     facts = {"model": model_facts(model, source), "judge": model_facts(judge, options.judge), "seed": options.seed}
-    sequences = draw(documents, tokenizer, count=TEXTS, length=PROMPT + NEW, seed=options.seed)
+    sequences = draw(documents, tokenizer, count=TEXTS, batches=TEXTS, length=PROMPT + NEW, seed=options.seed)
     moe = describe(model)
     denoised: dict[tuple[Any, ...], list[Denoised]] = {}
     order = list(cells())[:: -1 if options.reverse else 1]
@@ -116,9 +116,9 @@ def main() -> None:
             rows_of = 1 if cell.group == "request" else BATCH  # a request of its own group needs no neighbours
             settings = BlockSettings(
                 plans, Grouping.parse(cell.group), (rows_of,), decoding, prompt=PROMPT, seed=options.seed,
-                batches=TEXTS // rows_of, share_commits=cell.share_commits, allow_unchanged=True,
+                share_commits=cell.share_commits, allow_unchanged=True,
             )  # fmt: skip
-            [(layout, batches)] = settings.layouts()
+            (layout,), batches = settings.layouts(), TEXTS // rows_of
             key = (cell.block, cell.group, cell.policies)
             if key not in denoised:
                 denoised[key] = denoise(

@@ -84,7 +84,9 @@ def main() -> None:
     given: dict[str, Any] = {} if options.block is None else {"block": options.block}
     texts = load_texts(options.text or embedded_texts())
     count, length = options.prompts, options.prompt + 1
-    prompts = prompts_of(draw(texts, tokenizer, count=count, length=length, seed=SEED), count, options.prompt)
+    apart = count // options.batch
+    drawn = draw(texts, tokenizer, count=count, batches=apart, length=length, seed=SEED)
+    prompts = prompts_of(drawn, count, options.prompt)
     chosen = configurations(moe.top_k)
     if options.only:
         chosen = [one for one in chosen if one[0] in options.only]

@@ -129,7 +129,7 @@ def main() -> None:
     held_out, evaluated_on = documents(options.evaluate)
     require_possible(model, settings, stats)
     sequences = sequences_for(settings, held_out, tokenizer)
-    with progress("evaluating", settings.num_rows) as advance:
+    with progress("evaluating", settings.num_rows(sequences)) as advance:
         (results,) = study(model, settings, sequences, stats=stats, advance=advance)
     table = [
         {
@@ -150,7 +150,7 @@ def main() -> None:
             "experts": measured.num_experts, "top_k": measured.top_k,
         },
         "settings": {
-            "kept": size, "fill": options.fill, "tokens": measured.tokens, "sequences": settings.num_sequences,
+            "kept": size, "fill": options.fill, "tokens": measured.tokens, "sequences": len(sequences[0].ids_ST),
             "sequence": options.sequence, "prefill": options.prefill, "seed": options.seed,
         },
         "calibrated_on": calibrated_on,

@@ -25,14 +25,13 @@ from carpool.errors import CarpoolError
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.measure import measure
 from carpool.evaluate.results import provenance, text_facts
-from carpool.evaluate.sequences import draw
 from carpool.evaluate.study import describe
 from carpool.plans.policy_file import PolicyFile
 from carpool.routing.batch import Grouping
 
 LEADERBOARD = Path(__file__).parent.parent / "leaderboard"
 sys.path.insert(0, str(LEADERBOARD))
-from run import LONGEST, MIXED, dump, sums
+from run import LONGEST, MIXED, dump, sequences_of, sums
 
 
 def tuned(path: Path, settings: dict[str, Any]) -> PolicyFile:
@@ -85,9 +84,8 @@ def main() -> None:
     for cell in cells:
         layout = Layout(**cell["layout"] | {"grouping": Grouping(**cell["layout"]["grouping"])})
         count = len(cell["rows"][0]["kl"])
-        sequences = draw(
-            documents, tokenizer, count=layout.batch_size * count, length=layout.positions, seed=cell["seed"]
-        )
+        own = [document for document in documents if cell["domain"] in (MIXED, document.domain)]
+        sequences = sequences_of(own, tokenizer, layout, count, cell["seed"])
         found = measure(model, describe(model), files, sequences, layout, count, stats=stats)
         rows = [sums(label, one) for label, one in zip(["stock", *(one.name for one in files)], found, strict=True)]
         if rows[0]["union"] != cell["rows"][0]["union"]:

@@ -63,12 +63,13 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def pooled(content: dict[str, Any], batch: int, domain: str) -> dict[str, list[dict[str, Array]]]:
-    """Sums by batch of every setting, by label; batches of all seeds in a row."""
+    """Sums by batch of every setting, by label. Batches of several seeds hold the same documents: they count as one."""
     seeds = [cell for cell in content["cells"] if (cell["batch"], cell["domain"]) == (batch, domain)]
     found: dict[str, list[dict[str, Array]]] = {}
     for same in zip(*(cell["rows"] for cell in seeds), strict=True):
         names = ("bytes", "union", "pairs", "kl", "nll", "tokens", "agree")
         joined = {name: np.concatenate([np.array(row[name], dtype=float) for row in same]) for name in names}
+        joined = joined if len(same) == 1 else {name: sums_M.sum(keepdims=True) for name, sums_M in joined.items()}
         facts: dict[str, Any] = {"policy": same[0]["policy"], "changed_rows": sum(row["changed_rows"] for row in same)}
         found.setdefault(same[0]["label"], []).append(joined | facts)
     return found
@@ -200,8 +201,7 @@ def settings_table(content: dict[str, Any], batch: int, domain: str = "all") -> 
         "| | setting | experts read | bytes, of stock | pairs a token | KL, nats/token | perplexity ratio |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
-    layout = next(cell["layout"] for cell in content["cells"] if cell["batch"] == batch)
-    steps = (layout["positions"] - layout["prefill"]) * content["model"]["layers"] * len(stock["kl"])
+    steps = stock["tokens"].sum() / batch * content["model"]["layers"]
     for label, settings in rows.items():
         for one in settings:
             shares = f"{one['union'].sum() / steps:.1f} | {one['bytes'].sum() / stock['bytes'].sum():.0%}"

@@ -1,12 +1,12 @@
 """Runs the experiments of `leaderboard/experiments/`: policies over a grid of settings, batch sizes, domains and seeds.
 
     carpool calibrate --text TRAIN.jsonl --energy --surrogates 16 -o stats.safetensors
-    python leaderboard/run.py --stats stats.safetensors                 # embedded held-out text
+    python leaderboard/run.py                                           # the reference model, embedded held-out text
     python leaderboard/run.py --model MODEL --stats stats.safetensors --text FILE.jsonl --output FOLDER frontier
 
-A cell is one batch size, one domain (or all of them mixed) and one seed of the batches' composition. Cells are written
-as soon as they are measured; a second run does what is missing. Sums by batch are kept, so that `compare.py` can
-resample them.
+A cell is one batch size and one domain (or all of them mixed); no two of its batches share a document. Cells are
+written as soon as they are measured; a second run does what is missing. Sums by batch are kept, so that `compare.py`
+can leave batches out.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from carpool.artefacts.files import sha256_file, write_text
 from carpool.artefacts.statistics import Statistics
 from carpool.artefacts.texts import Document, load_texts
 from carpool.cli.common import embedded_texts, load, model_facts, shipped_statistics
+from carpool.evaluate.intervals import FEWEST
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.measure import measure
 from carpool.evaluate.measured import Measured
 from carpool.evaluate.results import provenance, text_facts
-from carpool.evaluate.sequences import draw
+from carpool.evaluate.sequences import Sequences, draw
 from carpool.evaluate.study import describe
 from carpool.plans.grammar import Plan, parse
 from carpool.routing.batch import Grouping
 
 HERE = Path(__file__).parent
+DEFAULT = ("frontier", "domains", "ablation")  # `checkpoints` is for other models
 MIXED = "all"
 LONGEST = 4000  # characters of a document that are tokenized; a batch takes few windows of each
 
@@ -56,13 +58,18 @@ def plans_at(experiment: dict[str, Any], batch: int) -> list[tuple[str, Plan]]:
     return found
 
 
-def cells(experiment: dict[str, Any], domains: list[str]) -> Iterator[tuple[int, str, int, int]]:
-    """Batch size, domain, seed and number of batches of every cell."""
+def cells(experiment: dict[str, Any], domains: list[str]) -> Iterator[tuple[int, str, int]]:
+    """Batch size, domain and number of batches of every cell."""
     for key, texts in (("batches", [MIXED]), ("batches_by_domain", domains)):
         for batch, count in experiment.get(key, {}).items():
             for domain in texts:
-                for seed in experiment["seeds"]:
-                    yield int(batch), domain, seed, count
+                yield int(batch), domain, count
+
+
+def sequences_of(documents: list[Document], tokenizer: Any, layout: Layout, batches: int, seed: int) -> Sequences:
+    """The sequences of a cell."""
+    count = layout.batch_size * batches
+    return draw(documents, tokenizer, count=count, batches=batches, length=layout.positions, seed=seed)
 
 
 def training(model: str | None) -> dict[str, Any]:
@@ -103,11 +110,13 @@ def sums(label: str, one: Measured) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiments", nargs="*", help="names in leaderboard/experiments; default: all")
+    parser.add_argument(
+        "experiments", nargs="*", help=f"names in leaderboard/experiments; default: {' '.join(DEFAULT)}"
+    )
     parser.add_argument("--model", help="default: the reference model")
     parser.add_argument("--text", type=Path, action="append", help="default: the reference model's held-out text")
     parser.add_argument("--stats", type=Path, help="default: the reference model's")
-    parser.add_argument("--reduced", action="store_true", help="only batch 16, domains mixed, the first seed")
+    parser.add_argument("--reduced", action="store_true", help="only batch 16, domains mixed")
     parser.add_argument("--output", type=Path, default=HERE / "results")
     given = parser.parse_args()
     model, tokenizer, stats = load(given.model, given.stats)
@@ -120,10 +129,10 @@ def main() -> None:
         "stats": None if used is None else sha256_file(used),
         "explained": {} if stats is None else explained(stats),
     }
-    for name in given.experiments or sorted(path.stem for path in (HERE / "experiments").glob("*.toml")):
+    for name in given.experiments or DEFAULT:
         experiment = read(name)
         if given.reduced:
-            experiment |= {"batches": {"16": 2}, "batches_by_domain": {}, "seeds": experiment["seeds"][:1]}
+            experiment |= {"batches": {"16": experiment.get("batches", {}).get("16", FEWEST)}, "batches_by_domain": {}}
         facts |= {"settings": experiment}
         run(experiment, given.output / f"{name}.json", facts, (model, tokenizer, stats), documents)
 
@@ -140,26 +149,25 @@ def run(
     done = json.loads(output.read_text()) if output.exists() else {}
     if {key: done.get(key) for key in facts} != facts:
         done = {"kind": "carpool leaderboard", "name": output.stem, **facts, "cells": []}
-    known = {(cell["batch"], cell["domain"], cell["seed"]) for cell in done["cells"]}
+    known = {(cell["batch"], cell["domain"]) for cell in done["cells"]}
     domains = sorted({document.domain for document in documents})
-    for batch, domain, seed, count in cells(experiment, domains):
-        if (batch, domain, seed) in known:
+    for batch, domain, count in cells(experiment, domains):
+        if (batch, domain) in known:
             continue
         layout = Layout(batch, experiment["sequence"], experiment["prefill"], Grouping.parse("batch"))
         own = [document for document in documents if domain in (MIXED, document.domain)]
-        sequences = draw(own, tokenizer, count=batch * count, length=layout.positions, seed=seed)
+        sequences = sequences_of(own, tokenizer, layout, count, experiment["seed"])
         labelled = plans_at(experiment, batch)
         plans = [plan for _, plan in labelled]
         found = measure(model, describe(model), plans, sequences, layout, count, stats=stats, allow_unchanged=True)
         rows = [
             sums(label, one) for label, one in zip(["stock", *(label for label, _ in labelled)], found, strict=True)
         ]
-        done["cells"].append(
-            {"batch": batch, "domain": domain, "seed": seed, "layout": asdict(layout), **provenance(), "rows": rows}
-        )
+        facts_of = {"batch": batch, "domain": domain, "seed": experiment["seed"], "layout": asdict(layout)}
+        done["cells"].append({**facts_of, **provenance(), "rows": rows})
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, dump(done))
-        print(f"{output.stem}: batch {batch}, {domain}, seed {seed}: {len(rows)} rows", flush=True)
+        print(f"{output.stem}: batch {batch}, {domain}: {len(rows)} rows", flush=True)
 
 
 def dump(content: dict[str, Any]) -> str:

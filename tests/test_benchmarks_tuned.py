@@ -37,7 +37,7 @@ def benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleTy
     monkeypatch.setattr(tuned, "load", lambda *given: (model, NumberTokenizer(), None))
     monkeypatch.setattr(tuned, "embedded_texts", lambda: paths)
     layout = Layout(4, 9, 3, Grouping.parse("batch"))
-    sequences = draw(load_texts(paths), NumberTokenizer(), count=8, length=9, seed=5)
+    sequences = draw(load_texts(paths), NumberTokenizer(), count=8, batches=2, length=9, seed=5)
     found = measure(model, describe(model), [parse("xshare(3)"), parse("xshare(6)")], sequences, layout, 2)
     rows = [tuned.sums(label, one) for label, one in zip(("stock", "xshare", "xshare"), found, strict=True)]
     grid = {

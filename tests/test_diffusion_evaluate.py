@@ -33,7 +33,7 @@ def model() -> Any:
 
 def some_sequences(count: int) -> Sequences:
     ids = torch.randint(3, MASK, (count, P + D + 1), generator=torch.Generator().manual_seed(3))
-    return Sequences(ids, torch.arange(count) % 2, ("code", "prose"))
+    return Sequences(ids, torch.arange(count) % 2, ("code", "prose"), count // 2)
 
 
 def layout_of(rows: int, group: str = "request") -> BlockLayout:
@@ -205,7 +205,7 @@ def test_agreement_counts_what_is_missing() -> None:
 
 
 def test_a_study_as_a_table_and_as_json(model: Any) -> None:
-    [rows] = block_study(model, settings(), some_sequences(4), judge=model)
+    [rows] = block_study(model, settings(), [some_sequences(4)], judge=model)
     assert [row.name for row in rows] == ["stock", "des_seq(k0=1)"]
     content = json.loads(json.dumps([as_dict(row) for row in rows], allow_nan=False))
     assert content[1]["decoding"]["union"]["value"] < content[0]["decoding"]["union"]["value"]
@@ -219,8 +219,8 @@ def test_a_study_as_a_table_and_as_json(model: Any) -> None:
 
 def test_studies_that_cannot_be(model: Any) -> None:
     with pytest.raises(CarpoolError, match="changed no row"):
-        block_study(model, settings(plans=(parse("topk(k=2)"),)), some_sequences(4))
-    block_study(model, settings(plans=(parse("topk(k=2)"),), allow_unchanged=True), some_sequences(4))
+        block_study(model, settings(plans=(parse("topk(k=2)"),)), [some_sequences(4)])
+    block_study(model, settings(plans=(parse("topk(k=2)"),), allow_unchanged=True), [some_sequences(4)])
     with pytest.raises(CarpoolError, match="do not split into blocks of 4"):
         settings(prompt=6)
     with pytest.raises(CarpoolError, match="do not split into blocks of 8"):
@@ -232,4 +232,4 @@ def test_studies_that_cannot_be(model: Any) -> None:
     with pytest.raises(CarpoolError, match="--batches 0"):
         settings(batches=0)
     with pytest.raises(CarpoolError, match="asks for 9 of 8"):
-        block_study(model, settings(plans=(parse("des_vote(size=9)"),)), some_sequences(4))
+        block_study(model, settings(plans=(parse("des_vote(size=9)"),)), [some_sequences(4)])

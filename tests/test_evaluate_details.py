@@ -22,9 +22,9 @@ def remember(seen):
 
 
 def test_details_against_loops():
-    sequences = sequences_for(CHOSEN, TEXTS, NumberTokenizer())
-    stock, shared = (result.measured.details for result in study(MODEL, CHOSEN, sequences)[0])
-    (layout, batches), moe = CHOSEN.layouts()[0], describe(MODEL)
+    (sequences,) = sequences_for(CHOSEN, TEXTS, NumberTokenizer())
+    stock, shared = (result.measured.details for result in study(MODEL, CHOSEN, [sequences])[0])
+    (layout,), batches, moe = CHOSEN.layouts(), 3, describe(MODEL)
     use, bins, rows = Counter(), Counter(), []
     for batch in range(batches):
         ids = sequences.ids_ST[batch * 4 : batch * 4 + 4, :-1]

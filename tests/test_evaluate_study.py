@@ -27,9 +27,9 @@ def run(chosen):
 def test_metrics_against_single_passes():
     """Stacking batches into one pass changes nothing, and the metrics are what the passes say."""
     chosen = settings("oea(k0=1)", batches=12)
-    sequences = sequences_for(chosen, TEXTS, NumberTokenizer())
-    stock, oea = study(MODEL, chosen, sequences)[0]
-    (layout, batches), moe = chosen.layouts()[0], describe(MODEL)
+    (sequences,) = sequences_for(chosen, TEXTS, NumberTokenizer())
+    stock, oea = study(MODEL, chosen, [sequences])[0]
+    (layout,), batches, moe = chosen.layouts(), 12, describe(MODEL)
     kl, union, tokens, nll = 0.0, 0.0, 0, 0.0
     for batch in range(batches):
         ids = sequences.ids_ST[batch * 4 : batch * 4 + 4]

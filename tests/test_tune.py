@@ -33,9 +33,10 @@ def trials(seed, **given):
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for seed, path in enumerate(paths):
-        path.write_text(noise(path.stem, 400, seed).text)
+        documents = [noise(path.stem, 40, 100 * seed + place) for place in range(14)]
+        path.write_text("".join(json.dumps({"text": one.text}) + "\n" for one in documents))
     monkeypatch.setattr("carpool.hosts.transformers.open_model", opening(MODEL, NumberTokenizer()))
     monkeypatch.setattr(tune_command, "embedded_texts", lambda: paths)
     monkeypatch.setattr(tune_command, "shipped_statistics", lambda: None)
@@ -103,7 +104,7 @@ def test_a_policy_file_comes_out(command):
     head = loaded.curve[0]
     assert head["target"] == {"max_kl": 0.2}
     assert (head["batch"], head["sequence"], head["prefill"]) == (4, 9, 3)
-    assert [name for name, _ in head["texts"]] == ["a.txt", "b.txt"]
+    assert [name for name, _ in head["texts"]] == ["a.jsonl", "b.jsonl"]
     unseen = [one for one in loaded.curve if one.get("text") == "unseen"][-1]
     assert unseen["kl"] <= 0.2
     assert not list(out.parent.glob("*.progress"))

@@ -17,8 +17,8 @@ def test_points_are_what_an_evaluation_measures():
     """KL, perplexity over stock's and bytes over stock's; at a tight budget all differ from what stock gives."""
     plans = (parse("xshare(budget=2)"), parse("oea(k0=1)"))
     settings = Settings(plans, LAYOUT.grouping, (4,), sequence=9, prefill=3, batches=4)
-    sequences = sequences_for(settings, [noise("a", 400, 0)], NumberTokenizer())
-    _, *expected = study(MODEL, settings, sequences)[0]
+    (sequences,) = sequences_for(settings, [noise("a", 100, seed) for seed in range(4)], NumberTokenizer())
+    _, *expected = study(MODEL, settings, [sequences])[0]
     trials = Trials(MODEL, describe(MODEL), sequences, LAYOUT, 4)
     for point, result in zip(trials.measure([PolicyFile(plan) for plan in plans]), expected, strict=True):
         assert point.policy == result.measured.name
@@ -40,6 +40,6 @@ def test_statistics_are_calibrated_on_the_searched_text(command, tmp_path, monke
     monkeypatch.setattr("carpool.calibrate.token_sequences", spy)
     done, _ = command("--max-kl", 0.2, "-p", "surrogate")
     assert "seen" in done.output
-    halves = split(load_texts([tmp_path / "a.txt", tmp_path / "b.txt"]))
+    halves = split(load_texts([tmp_path / "a.jsonl", tmp_path / "b.jsonl"]))
     assert calibrated == [one.text for one in halves.search]
     assert not {one.text for one in halves.verify} & set(calibrated)

@@ -62,8 +62,7 @@ def evaluate_blocks(console: Console, options: Options) -> None:
     from carpool.artefacts.files import require_writable
     from carpool.artefacts.texts import load_texts
     from carpool.diffusion import Decoding
-    from carpool.evaluate.block_study import BlockSettings, block_study
-    from carpool.evaluate.sequences import draw
+    from carpool.evaluate.block_study import BlockSettings, block_sequences, block_study
 
     plans, sequence, prefill = options.plans, options.sequence, options.prefill
     if options.json_path is not None:
@@ -79,17 +78,15 @@ def evaluate_blocks(console: Console, options: Options) -> None:
         max_new=sequence - prefill, steps=options.steps, end_tokens=(),
     )  # fmt: skip
     settings = BlockSettings(
-        plans, options.grouping, options.batch_sizes, decoding, prompt=prefill, tokens=options.decoded_tokens,
+        plans, options.grouping, options.batch_sizes, decoding, prompt=prefill, tokens=options.tokens,
         batches=options.batches, seed=options.seed, allow_unchanged=options.allow_unchanged,
     )  # fmt: skip
     judge = judge_for(options.model, options.judge)
     if judge is not None:
         require_same_tokens(judge, loaded, decoding.mask_token)
     with progress("tokenizing", sum(len(document.text) for document in documents)) as advance:
-        sequences = draw(
-            documents, tokenizer, count=settings.num_sequences, length=sequence, seed=options.seed, progress=advance
-        )
-    with progress("decoding blocks", settings.work) as advance:
+        sequences = block_sequences(settings, documents, tokenizer, advance)
+    with progress("decoding blocks", settings.work(sequences)) as advance:
         by_batch = block_study(loaded, settings, sequences, judge=judge, stats=statistics, advance=advance)
     _show(console, by_batch)
     if options.json_path is not None:

@@ -49,7 +49,7 @@ def demo(
     sequences = sequences_for(settings, documents, tokenizer, fewer="lower --batches")
     model = opened.weights()
     require_possible(model, settings, statistics)
-    with progress("decoding in lockstep", settings.num_rows) as advance:
+    with progress("decoding in lockstep", settings.num_rows(sequences)) as advance:
         (results,) = study(model, settings, sequences, stats=statistics, advance=advance)
     curves = [Curve.of(one, results) for one in series]
     said = findings(curves)
@@ -68,7 +68,7 @@ def demo(
         curves,
         picture_path,
         f"Carpool's reference model (4 layers, 64 experts, 8 a token), batch {numbers['batch']}, {decoded:,} decoded "
-        f"tokens of {', '.join(sequences.domains)}",
+        f"tokens of {', '.join(sequences[0].domains)}",
     )
     write(
         json_path, results, decode=tokenizer.decode,

@@ -61,7 +61,7 @@ def check(options: Options) -> Settings:
 
     settings = Settings(
         plans=options.plans, grouping=options.grouping, batch_sizes=options.batch_sizes, sequence=options.sequence,
-        prefill=options.prefill, tokens=options.decoded_tokens, batches=options.batches, seed=options.seed,
+        prefill=options.prefill, tokens=options.tokens, batches=options.batches, seed=options.seed,
         allow_unchanged=options.allow_unchanged,
     )  # fmt: skip
     if options.interference:
@@ -95,7 +95,7 @@ def measure(ready: Prepared, settings: Settings) -> list[list[Result]]:
     """Results by batch size, stock first in each."""
     from carpool.evaluate.study import study
 
-    with progress("evaluating", settings.num_rows) as advance:
+    with progress("evaluating", settings.num_rows(ready.sequences)) as advance:
         return study(ready.model, settings, ready.sequences, stats=ready.statistics, advance=advance)
 
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from carpool.routing.batch import Grouping
 
 LOCKSTEP, BLOCKS = "lockstep", "block-diffusion"
-TOKENS = {LOCKSTEP: 24_576, BLOCKS: 2_048}
 GROUP = {LOCKSTEP: "batch", BLOCKS: "request"}
 ONLY = {
     LOCKSTEP: ("check_lockstep", "interference"),
@@ -45,7 +44,10 @@ class Options:
     prefill: Prefill = PREFILL
     tokens: Annotated[
         int | None,
-        typer.Option(help="Decoded tokens to measure at every batch size; default: 24,576, of blocks 2,048."),
+        typer.Option(
+            help="Decoded tokens to measure at every batch size; default: 24,576, of blocks 2,048, or what the text "
+            "holds: no two batches share a document, and ten give an interval."
+        ),
     ] = None
     batches: Annotated[int | None, typer.Option(help="Batches at every batch size, in place of --tokens.")] = None
     seed: Seed = 0
@@ -76,7 +78,7 @@ class Options:
 
     def require_one_way(self) -> None:
         """Raises CarpoolError for an unknown way to decode, and for options of the other one."""
-        if self.decode not in TOKENS:
+        if self.decode not in (LOCKSTEP, BLOCKS):
             raise CarpoolError(f"--decode {self.decode!r}: use {LOCKSTEP} or {BLOCKS}")
         other = LOCKSTEP if self.blocks else BLOCKS
         given = [name for name in ONLY[other] if getattr(self, name) not in (None, False)]
@@ -122,11 +124,6 @@ class Options:
             raise CarpoolError(f"--batch {self.batch!r}: give batch sizes of 1 or more, each once")
         return sizes
 
-    @property
-    def decoded_tokens(self) -> int:
-        """Tokens to measure at every batch size, unless `batches` says how many."""
-        return TOKENS[self.decode] if self.tokens is None else self.tokens
-
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
@@ -134,11 +131,11 @@ class Prepared:
 
     Attributes:
         model, tokenizer: loaded. statistics: for policies that need some, or None.
-        sequences: drawn from the texts. texts: their files.
+        sequences: drawn from the texts, by batch size. texts: their files.
     """
 
     model: Any
     tokenizer: Any
     statistics: Any
-    sequences: Sequences
+    sequences: list[Sequences]
     texts: list[Path]

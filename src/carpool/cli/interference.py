@@ -41,8 +41,10 @@ def for_interference(settings: Settings, co_batches: int) -> Settings:
         raise CarpoolError(f"--co-batches {co_batches}: give 2 or more")
     if len(settings.batch_sizes) > 1 or settings.batch_sizes[0] < 2:
         raise CarpoolError("--interference takes one batch size of 2 or more, such as --batch 16")
-    [(layout, _)] = settings.layouts()
-    wanted = settings.batches or round(settings.tokens / (layout.batch_size * layout.decoded * co_batches))
+    from carpool.evaluate.study import TOKENS
+
+    (layout,) = settings.layouts()
+    wanted = settings.batches or round((settings.tokens or TOKENS) / (layout.batch_size * layout.decoded * co_batches))
     return replace(settings, batches=max(2, wanted))
 
 
@@ -51,11 +53,12 @@ def report_interference(console: Console, ready: Prepared, settings: Settings, o
     from carpool.evaluate.interference import interference
     from carpool.evaluate.study import describe
 
-    [(layout, _)] = settings.layouts()
-    rows = settings.num_sequences * layout.positions * (1 + options.co_batches * (1 + len(settings.plans)))
+    (layout,) = settings.layouts()
+    (sequences,) = ready.sequences
+    rows = len(sequences.ids_ST) * layout.positions * (1 + options.co_batches * (1 + len(settings.plans)))
     with progress("evaluating", rows) as advance:
         found = interference(
-            ready.model, describe(ready.model), settings.plans, ready.sequences, layout, options.co_batches,
+            ready.model, describe(ready.model), settings.plans, sequences, layout, options.co_batches,
             seed=settings.seed, stats=ready.statistics, advance=advance,
         )  # fmt: skip
     console.print(table(found))

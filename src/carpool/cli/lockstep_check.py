@@ -23,14 +23,16 @@ def report_check(console: Console, ready: Prepared, settings: Settings, json_pat
     from carpool.evaluate.check import check_lockstep, in_float64
     from carpool.evaluate.results import provenance
 
-    ids_ST = ready.sequences.ids_ST[:, :-1].to(ready.model.device)
     found: list[Agreement] = []
-    runs = [(layout, plan) for layout, _ in settings.layouts() for plan in settings.plans]
+    runs = [
+        (layout, plan, own.ids_ST[: layout.batch_size, :-1].to(ready.model.device))
+        for layout, own in zip(settings.layouts(), ready.sequences, strict=True)
+        for plan in settings.plans
+    ]
     with progress("decoding", 2 * len(runs)) as advance:
 
         def compare() -> None:
-            for layout, plan in runs:
-                ids_BT = ids_ST[: layout.batch_size]
+            for layout, plan, ids_BT in runs:
                 found.append(check_lockstep(ready.model, plan, ids_BT, layout, stats=ready.statistics))
                 advance(1)
 

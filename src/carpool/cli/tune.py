@@ -86,7 +86,7 @@ def tune(
     fewer = "lower --sequence, --tokens or --batch"
     both = (halves.search, halves.verify)
     with progress("tokenizing", sum(len(document.text) for half in both for document in half)) as advance:
-        parts = [sequences_for(settings, half, opened.tokenizer, advance, fewer=fewer) for half in both]
+        parts = [sequences_for(settings, half, opened.tokenizer, advance, fewer=fewer)[0] for half in both]
     source = stats or (shipped_statistics() if model is None else None)
     windows = None
     if source is None and any(one.required_stats for one in families):
@@ -98,7 +98,7 @@ def tune(
     if statistics is not None and not policy:
         families = measurable(families, statistics.for_layer(opened.layers[0].index))
     facts = model_facts(loaded, model)
-    ((layout, batches),) = settings.layouts()
+    (layout,) = settings.layouts()
     memory = output.with_name(f".{output.name}.progress")
     depends = {
         "model": facts["fingerprint"], "texts": data, "group": group, "batch": batch,
@@ -108,7 +108,7 @@ def tune(
     with progress("tuning", _expected(families, moe), "trials") as bar:
         search, verify = (
             Trials(
-                loaded, moe, part, layout, batches,
+                loaded, moe, part, layout, part.batches,
                 stats=statistics, seed=seed, memory=kept, settings=depends, advance=lambda policy: bar(1),
             )
             for part, kept in zip(parts, (memory, None), strict=True)

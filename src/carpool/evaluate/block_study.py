@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,12 +16,13 @@ from carpool.evaluate.generations import Generated, decode
 from carpool.evaluate.loop import explaining_memory
 from carpool.evaluate.metrics import Result, results
 from carpool.evaluate.results import as_dict as result_as_dict
-from carpool.evaluate.sequences import Sequences
+from carpool.evaluate.sequences import FEWER, Cut, Document, Sequences, amount
 from carpool.evaluate.study import describe
 from carpool.plans.policy_file import AnyPlan
 from carpool.routing.batch import Grouping
 
 Advance = Callable[[int], None]
+TOKENS = 2048  # decoded at every batch size unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,11 @@ class BlockSettings:
     Attributes:
         plans: policies, bare or with guards.
         grouping: `request` (a coreset for each sequence, as in DES) or `batch`.
-        batch_sizes: sequences that decode together; every size uses the same sequences as far as it needs them.
+        batch_sizes: sequences that decode together; every size draws its own from the same texts.
         decoding: block, threshold, steps, mask token and `max_new`, the tokens denoised and decoded of each sequence.
         prompt: tokens before them.
-        tokens: decoded tokens at every batch size, rounded to whole batches, two at least.
+        tokens: decoded tokens at every batch size, rounded to whole batches; ten for an interval if the texts hold
+            them. None: `TOKENS`, or what the texts hold. No two batches share a document.
         batches: number of batches instead.
         seed: of the sequences and the masks.
         share_commits: the forwards that write finished blocks to the cache run under the policy, too.
@@ -47,7 +49,7 @@ class BlockSettings:
     batch_sizes: tuple[int, ...]
     decoding: Decoding
     prompt: int = 32
-    tokens: int = 2048
+    tokens: int | None = None
     batches: int | None = None
     seed: int = 0
     share_commits: bool = False
@@ -63,21 +65,18 @@ class BlockSettings:
                 raise CarpoolError(f"--{name} {value}: give 1 or more")
         self.layouts()
 
-    def layouts(self) -> list[tuple[BlockLayout, int]]:
-        """Layout and number of batches of every batch size."""
+    def layouts(self) -> list[BlockLayout]:
+        """Of every batch size."""
         new, block = self.decoding.max_new, self.decoding.block
-        made = [BlockLayout.of(rows, self.prompt, new, block, self.grouping) for rows in self.batch_sizes]
-        return [(layout, self.batches or max(2, round(self.tokens / (layout.batch_size * new)))) for layout in made]
+        return [BlockLayout.of(size, self.prompt, new, block, self.grouping) for size in self.batch_sizes]
 
-    @property
-    def num_sequences(self) -> int:
-        return max(layout.batch_size * batches for layout, batches in self.layouts())
+    def amount(self, layout: BlockLayout) -> tuple[int, int]:
+        """The fewest batches that will do and how many are wanted."""
+        return amount(self.tokens, self.batches, TOKENS, layout.batch_size * layout.decoded)
 
-    @property
-    def work(self) -> int:
+    def work(self, sequences: Iterable[Sequences]) -> int:
         """Requests to decode and sequences to denoise over all plans, for a progress bar."""
-        sequences = sum(layout.batch_size * batches for layout, batches in self.layouts())
-        return sequences * 2 * (1 + len(self.plans))
+        return sum(len(one.ids_ST) for one in sequences) * 2 * (1 + len(self.plans))
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,10 +99,10 @@ class BlockResult:
 
 
 def block_study(
-    model: Any, settings: BlockSettings, sequences: Sequences, *, judge: Any = None, stats: Any = None,
+    model: Any, settings: BlockSettings, sequences: Sequence[Sequences], *, judge: Any = None, stats: Any = None,
     advance: Advance = lambda done: None,
 ) -> list[list[BlockResult]]:  # fmt: skip
-    """Results by batch size, stock first in each.
+    """Results by batch size, each over its own sequences, stock first.
 
     Raises:
         CarpoolError: plans that do not fit the model, did not run, or should act and changed no row; logits that are
@@ -113,11 +112,11 @@ def block_study(
     for plan in settings.plans:
         plan.check(moe.experts, moe.top_k)
     found = []
-    for layout, batches in settings.layouts():
-        prompts = prompts_of(sequences, layout.batch_size * batches, settings.prompt)
+    for layout, own in zip(settings.layouts(), sequences, strict=True):
+        prompts = prompts_of(own, len(own.ids_ST), settings.prompt)
         with explaining_memory(layout):
             sums = denoise(
-                model, moe, settings.plans, sequences, layout, batches, settings.decoding.mask_token,
+                model, moe, settings.plans, own, layout, own.batches, settings.decoding.mask_token,
                 seed=settings.seed, stats=stats, allow_unchanged=settings.allow_unchanged, advance=advance,
             )  # fmt: skip
             generated = decode(
@@ -144,6 +143,23 @@ def combined(sums: list[Denoised], generated: list[Generated], settings: BlockSe
                 "setting or did nothing; pass --allow-unchanged if that is what you want to measure"
             )
     return [BlockResult(*row, settings) for row in zip(one, other, sums, generated, strict=True)]
+
+
+def block_sequences(
+    settings: BlockSettings,
+    documents: Iterable[Document],
+    tokenizer: Any,
+    progress: Advance | None = None,
+    *,
+    fewer: str = FEWER,
+) -> list[Sequences]:
+    """The sequences of every batch size; raises CarpoolError where the texts do not hold them."""
+    length = settings.prompt + settings.decoding.max_new
+    cut = Cut.of(documents, tokenizer, length=length, seed=settings.seed, progress=progress)
+    return [
+        cut.draw_within(*settings.amount(layout), layout.batch_size, seed=settings.seed, fewer=fewer)
+        for layout in settings.layouts()
+    ]
 
 
 def prompts_of(sequences: Sequences, count: int, length: int) -> list[Tensor]:

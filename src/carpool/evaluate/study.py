@@ -11,7 +11,7 @@ from carpool.evaluate.layout import Layout
 from carpool.evaluate.loop import MoE
 from carpool.evaluate.measure import measure
 from carpool.evaluate.metrics import Result, results
-from carpool.evaluate.sequences import FEWER, Document, Sequences, draw
+from carpool.evaluate.sequences import FEWER, Cut, Document, Sequences, amount
 from carpool.plans.policy_file import AnyPlan, stats_for
 from carpool.routing.batch import Grouping
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from carpool.hosts.transformers import MoELayer
 
 Advance = Callable[[int], None]
+TOKENS = 24_576  # decoded at every batch size unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,10 @@ class Settings:
     Attributes:
         plans: policies, bare or with guards, or policy files.
         grouping: which rows share a coreset.
-        batch_sizes: sequences that decode together; every size uses the same sequences as far as it needs them.
+        batch_sizes: sequences that decode together; every size draws its own from the same texts.
         sequence: inputs of a sequence, prompt included. prefill: of these, the prompt.
-        tokens: decoded tokens to measure at every batch size, rounded to whole batches, two at least.
+        tokens: decoded tokens to measure at every batch size, rounded to whole batches; ten for an interval if the
+            texts hold them. None: `TOKENS`, or what the texts hold. No two batches share a document.
         batches: number of batches instead.
         seed: of the sequences.
         allow_unchanged: a plan may change no row.
@@ -41,7 +43,7 @@ class Settings:
     batch_sizes: tuple[int, ...]
     sequence: int = 128
     prefill: int = 32
-    tokens: int = 24_576
+    tokens: int | None = None
     batches: int | None = None
     seed: int = 0
     allow_unchanged: bool = False
@@ -59,23 +61,17 @@ class Settings:
             raise CarpoolError(f"--seed {self.seed}: give 0 or more")
         self.layouts()
 
-    def layouts(self) -> list[tuple[Layout, int]]:
-        """Layout and number of batches of every batch size."""
-        made = [Layout(rows, self.sequence, self.prefill, self.grouping) for rows in self.batch_sizes]
-        return [
-            (layout, self.batches or max(2, round(self.tokens / (layout.batch_size * layout.decoded))))
-            for layout in made
-        ]
+    def layouts(self) -> list[Layout]:
+        """Of every batch size."""
+        return [Layout(size, self.sequence, self.prefill, self.grouping) for size in self.batch_sizes]
 
-    @property
-    def num_sequences(self) -> int:
-        return max(layout.batch_size * batches for layout, batches in self.layouts())
+    def amount(self, layout: Layout) -> tuple[int, int]:
+        """The fewest batches that will do and how many are wanted."""
+        return amount(self.tokens, self.batches, TOKENS, layout.batch_size * layout.decoded)
 
-    @property
-    def num_rows(self) -> int:
-        """Rows of all forward passes, for a progress bar."""
-        rows = sum(layout.batch_size * layout.positions * batches for layout, batches in self.layouts())
-        return rows * (1 + len(self.plans))
+    def num_rows(self, sequences: Iterable[Sequences]) -> int:
+        """Rows of all forward passes over these sequences, for a progress bar."""
+        return sum(len(one.ids_ST) for one in sequences) * self.sequence * (1 + len(self.plans))
 
 
 def describe(model: Any) -> MoE:
@@ -123,25 +119,35 @@ def sequences_for(
     progress: Advance | None = None,
     *,
     fewer: str = FEWER,
-) -> Sequences:
-    """The sequences that the largest batch size needs (others use the first of them); raises as `draw` does."""
-    return draw(
-        documents, tokenizer, count=settings.num_sequences, length=settings.sequence, seed=settings.seed,
-        progress=progress, fewer=fewer,
-    )  # fmt: skip
+) -> list[Sequences]:
+    """The sequences of every batch size.
+
+    Raises:
+        CarpoolError: the texts do not hold what was asked for, or not even one batch.
+    """
+    cut = Cut.of(documents, tokenizer, length=settings.sequence, seed=settings.seed, progress=progress)
+    return [
+        cut.draw_within(*settings.amount(layout), layout.batch_size, seed=settings.seed, fewer=fewer)
+        for layout in settings.layouts()
+    ]
 
 
 def study(
-    model: Any, settings: Settings, sequences: Sequences, *, stats: Any = None, advance: Advance = lambda rows: None
+    model: Any,
+    settings: Settings,
+    sequences: Sequence[Sequences],
+    *,
+    stats: Any = None,
+    advance: Advance = lambda rows: None,
 ) -> list[list[Result]]:
-    """Results by batch size, stock first in each; raises as `measure` does."""
+    """Results by batch size, each over its own sequences, stock first; raises as `measure` does."""
     moe = describe(model)
     return [
         results(
             measure(
-                model, moe, settings.plans, sequences, layout, batches,
+                model, moe, settings.plans, own, layout, own.batches,
                 stats=stats, allow_unchanged=settings.allow_unchanged, advance=advance,
             )
         )
-        for layout, batches in settings.layouts()
+        for layout, own in zip(settings.layouts(), sequences, strict=True)
     ]  # fmt: skip
