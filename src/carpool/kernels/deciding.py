@@ -99,6 +99,11 @@ def decide(
             EXPERTS, BLOCK_E, CHUNK, RULE, UTILITY, WARMUP, MIX, STIR, FIRST, SECOND, THIRD, LEAST,
         )  # fmt: skip
 
+    raw_K = tl.load(weights_E + ids_K, mask=held, other=0.0).to(tl.float64)
+    own_K = raw_K
+    if scale_E is not None:
+        own_K = raw_K * tl.load(scale_E + ids_K, mask=held, other=0.0).to(tl.float64)
+
     # which native experts the row keeps, by slot
     may_E, targets_K = core_E, ids_K
     if RULE == "list":
@@ -115,16 +120,14 @@ def decide(
         keys_K = preference(scores_E, ids_K, held, EXPERTS, GROUPS, KEPT, TOP2, SCORES, BLOCK_G, BLOCK_S) | NATIVE_BIT
         may_K = rank_of(keys_K, held) < tl.load(number)
     else:
-        may_K = front(weights_E, ids_K, held, tl.load(number).to(tl.float64), sensitivity, RULE, EXPERTS, BLOCK_E)
+        front_K = raw_K if RULE == "top_p" else own_K
+        may_K = front(front_K, weights_E, held, tl.load(number).to(tl.float64), sensitivity, RULE, EXPERTS, BLOCK_E)
     may_K = may_K | exempt | (voters < LEAST)
     if protected_E is not None:
         may_K = may_K | (tl.load(protected_E + ids_K, mask=held, other=0) != 0)
-    raw_K = tl.load(weights_E + ids_K, mask=held, other=0.0).to(tl.float64)
-    if scale_E is not None:
-        raw_K = raw_K * tl.load(scale_E + ids_K, mask=held, other=0.0).to(tl.float64)
     added_K = tl.zeros_like(held)
     if tau is not None:
-        added_K = floored(raw_K, may_K, held, tl.load(tau).to(tl.float64))
+        added_K = floored(own_K, may_K, held, tl.load(tau).to(tl.float64))
     may_K = (may_K | added_K) & held
     changed = tl.sum((held & (may_K == 0)).to(tl.int32)) > 0
 
@@ -189,11 +192,11 @@ def decide(
     values = lane(values, NATURAL_UNION, natural)
     values = lane(values, UNION, union)
     values = lane(values, PAIRS, tl.sum((read & held & (final_K != 0)).to(tl.int32)))
-    lost_K = tl.where(may_K | (changed == 0), 0.0, raw_K)
-    displaced = share(lost_K, raw_K)
+    lost_K = tl.where(may_K | (changed == 0), 0.0, own_K)
+    displaced = share(lost_K, own_K)
     values = lane(values, DISPLACED, displaced)
     if loss_E is not None:
-        displaced = share(lost_K * tl.load(loss_E + ids_K, mask=held, other=0.0).to(tl.float64), raw_K)
+        displaced = share(lost_K * tl.load(loss_E + ids_K, mask=held, other=0.0).to(tl.float64), own_K)
     values = lane(values, EXPECTED, displaced)
     if ASSIGN == "leave":
         left_K = held & (stood_in_K != 0)

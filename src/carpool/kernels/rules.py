@@ -9,12 +9,13 @@ from carpool.kernels.keys import expert_of, fixed
 
 
 @triton.jit
-def front(weights_E, ids, held, number, sensitivity, RULE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Native slots that a skipping rule keeps (`policies.skipping`)."""
-    slots = tl.arange(0, ids.shape[0])
-    weights = tl.where(held, fixed(tl.load(weights_E + ids, mask=held, other=0.0)), 0)
-    earlier = (weights[None, :] == weights[:, None]) & (slots[None, :] < slots[:, None])
-    ahead = ((weights[None, :] > weights[:, None]) | earlier) & held[None, :]
+def front(exact, weights_E, held, number, sensitivity, RULE: tl.constexpr, EXPERTS: tl.constexpr,
+          BLOCK_E: tl.constexpr):  # fmt: skip
+    """Native slots that a skipping rule keeps, from their weights in float64 (`policies.skipping`)."""
+    slots = tl.arange(0, exact.shape[0])
+    weights = tl.where(held, fixed(exact), 0)
+    earlier = (exact[None, :] == exact[:, None]) & (slots[None, :] < slots[:, None])
+    ahead = ((exact[None, :] > exact[:, None]) | earlier) & held[None, :]
     before = tl.sum(tl.where(ahead, weights[None, :], 0), 1)
     if RULE == "top_p":
         experts = tl.arange(0, BLOCK_E)

@@ -102,7 +102,7 @@ def pair_votes(weights_E, ids, held, energy_NE, start, scale_E, cost_E, UTILITY:
     weights = tl.load(weights_E + ids, mask=held, other=0.0)
     if UTILITY == "count":
         return fixed(weights) * 0 + 1
-    if (UTILITY == "share" or UTILITY == "energy") and scale_E is not None:
+    if scale_E is not None:
         scale = tl.load(scale_E + ids, mask=held, other=0.0)
         weights = (weights.to(tl.float64) * scale.to(tl.float64)).to(tl.float32)  # exact in a double
     if UTILITY == "share":
