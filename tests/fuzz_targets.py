@@ -97,7 +97,7 @@ def odd_json(rng: random.Random, depth: int = 0) -> Any:
     if kind == 2:
         return rng.choice(VALID)
     if kind < 6:
-        return rng.choice(["batch", "tenant", "request", 1, 0.5, 3, "0", [], {}])
+        return rng.choice(["batch", "tenant", "prompt", "request", 1, 0.5, 3, "0", [], {}])
     if kind < 8:
         return {rng.choice([*KEYS, "0", "-1", "x"]): odd_json(rng, depth + 1) for _ in range(rng.randrange(4))}
     return [odd_json(rng, depth + 1) for _ in range(rng.randrange(4))]

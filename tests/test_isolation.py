@@ -16,6 +16,7 @@ from policies_under_test import ROWS, Row
 from torch import Tensor
 
 from carpool import Batch, Outcome, RouteSpec, parse, route
+from carpool.hosts.vllm.request_keys import OPT_OUT, PROMPT, SAMPLES
 from carpool.hosts.vllm.step_rows import Requests, Rows
 from carpool.policies import policy_class
 
@@ -68,16 +69,20 @@ def captured() -> Tensor:
 
 @dataclass(frozen=True)
 class Request:
-    """A request of an engine's batch: its tenant, its rows, and whether they are a prompt or opted out."""
+    """A request of an engine's batch: its tenant, whose sample it is, its rows, and whether they are a prompt or opted
+    out. `named`: the prompt's name that the caller gives."""
 
     logits_NE: Tensor
     tenant: Any = None
     prompt: bool = False
     off: bool = False
+    sample_of: str | None = None
+    named: str | None = None
 
     def extra_args(self) -> dict[str, Any] | None:
-        given = {} if self.tenant is None else {"carpool_tenant": self.tenant}
-        return given | ({"carpool": "off"} if self.off else {}) or None
+        given = {"carpool_tenant": self.tenant, SAMPLES: self.sample_of, PROMPT: self.named}
+        given |= {OPT_OUT: "off"} if self.off else {}
+        return {name: value for name, value in given.items() if value is not None} or None
 
 
 def engine_batch(requests: list[Request], group: str, padding: int = 0) -> tuple[Tensor, Batch]:
@@ -110,7 +115,12 @@ def strangers(rng: random.Random, count: int) -> list[Request]:
         start, length = rng.randrange(len(captured()) - 8), rng.choice((1, 1, 1, 2, 4))
         logits_NE = trouble(captured()[start : start + length], rng)
         tenant = rng.choice((None, "other", "another", 5, 1.5, ""))
-        made.append(Request(logits_NE, tenant, prompt=rng.random() < 0.2, off=rng.random() < 0.1))
+        made.append(
+            Request(
+                logits_NE, tenant, prompt=rng.random() < 0.2, off=rng.random() < 0.1,
+                sample_of=rng.choice((None, "theirs", "others")), named=rng.choice((None, "mine", "name")),
+            )
+        )  # fmt: skip
     return made
 
 
@@ -152,6 +162,11 @@ def replay(row: Row, group: str, co_batches: int, at_once: int = 1) -> int:
         mine = [Request(captured()[start : start + 3], "mine")]
         if group == "tenant":
             mine += [Request(captured()[start + 4 + i : start + 6 + i], "mine", prompt=i == 2) for i in range(3)]
+        if group == "prompt":  # three samples, with one row each but for drafts, and the prompt of a fourth
+            lengths = (1, 1, rng.choice((1, 3)), 2)
+            mine = [Request(captured()[start + 4 * i : start + 4 * i + length], rng.choice((None, "mine")),
+                            prompt=i == 3, sample_of="mine", named="mine")
+                    for i, length in enumerate(lengths)]  # fmt: skip
         if group == "batch":  # token-local policies: a single row
             mine = [Request(captured()[start : start + 1])]
         expected = run(row, text, *engine_batch(mine, group))
@@ -176,7 +191,7 @@ def index(order: list[Request], request: Request) -> int:
     return next(i for i, other in enumerate(order) if other is request)
 
 
-CASES = [(row, group) for row in ROWS for group in ("batch", "tenant", "request")
+CASES = [(row, group) for row in ROWS for group in ("batch", "tenant", "prompt", "request")
          if group != "batch" or policy_class(row.name).kind == "token"]  # fmt: skip
 CASES = [(row, group) for row, group in CASES if (row.name, group) != ("xshare_speculative", "request")]
 
@@ -203,9 +218,22 @@ def test_the_replay_notices_a_batch_wide_run(row: Row) -> None:
         replay(row, "batch", 80, at_once=20)
 
 
+def test_siblings_share_and_strangers_do_not() -> None:
+    """Strangers who know the name of the prompt, or have the same tenant, do not join."""
+    one = captured()[:1]
+    whose = ["a", "b", "a", None, None, "b"]
+    _, batch = engine_batch([Request(one, "same", sample_of=key, named="name") for key in whose], "prompt")
+    assert batch.group_N.tolist() == [0, 1, 0, 3, 4, 1]
+    _, by_request = engine_batch([Request(one, "same", sample_of=key, named="name") for key in whose], "request")
+    assert by_request.group_N.tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_a_tenants_requests_share_and_others_do_not() -> None:
     one = captured()[:1]
     tenants = ["a", "b", "a", None, None, 7, "7", 7, "", 1.5]
     _, batch = engine_batch([Request(one, tenant) for tenant in tenants], "tenant")
     assert batch.group_N.tolist() == [0, 1, 0, 3, 4, 5, 6, 5, 8, 9]
     assert batch.num_groups == 10
+    mixed = [("a", None), (None, "x"), ("a", "x"), (None, "x"), (None, None)]  # who has no tenant has siblings
+    _, batch = engine_batch([Request(one, tenant, sample_of=key) for tenant, key in mixed], "tenant")
+    assert batch.group_N.tolist() == [0, 1, 0, 1, 4]

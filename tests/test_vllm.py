@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,12 +35,10 @@ def shared() -> Iterator[Any]:
 
 
 def test_loaded_but_not_configured_is_stock(stock: Any) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.worker.worker_base import WorkerBase
+    from carpool.hosts.vllm.arm import PLACES
 
-    places: list[tuple[Any, str]] = [(EngineArgs, "create_model_config"), (EngineArgs, "create_engine_config")]
-    places += [(Scheduler, "__init__"), (WorkerBase, "__init__")]
+    places = [(getattr(importlib.import_module(module), owner), name) for module, owner, name, _ in PLACES]
+    assert len(places) == 5
     armed = [getattr(owner, name) for owner, name in places]
     for (owner, name), function in zip(places, armed, strict=True):
         setattr(owner, name, function.carpool_original)

@@ -63,7 +63,7 @@ def fill(rows: Rows, count: int) -> None:
     rows.expected = count
     requests_N = (torch.arange(count) // 3).clamp_max(MAX_REQUESTS - 1)
     rows._request_N[:count] = requests_N
-    rows._tenant_N[:count] = requests_N // 2
+    rows._keyed_N[:count] = requests_N // 2
     rows._real_N[: max(1, count - 1)] = True
     rows._exempt_N[: count - count // 3] = False
     rows._voter_N.copy_(rows._real_N & ~rows._exempt_N)

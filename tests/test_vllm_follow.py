@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from carpool.hosts.vllm.follow import drafter, follow
+from carpool.hosts.vllm.request_keys import SAMPLES
 from carpool.hosts.vllm.step_rows import Rows
 
 OFF = SimpleNamespace(extra_args={"carpool": "off"})
@@ -42,6 +43,7 @@ class Runner:
         rows = self.rows.batch(size)
         self.seen.append(
             {
+                "group": rows.group_N.tolist(),
                 "request": rows.request_N.tolist(),
                 "real": rows.real_N.tolist(),
                 "voter": rows.voter_N.tolist(),
@@ -116,6 +118,20 @@ def test_parameters_are_kept_while_a_request_lives(followed: tuple[Runner, Rows,
     runner.execute_model(a_step({}, 0, finished=("a",)))
     with pytest.raises(KeyError):
         runner.execute_model(a_step(one, 1))
+
+
+def test_siblings_are_known_by_the_parameters_that_they_came_with() -> None:
+    rows = Rows(32, 8, "prompt", torch.device("cpu"))
+    runner = Runner(rows)
+    follow(runner, rows, lambda: True, lambda: None)
+    one, other = (SimpleNamespace(extra_args={SAMPLES: key}) for key in ("one", "other"))
+    new = {"0_a": one, "b": ON, "1_a": one, "0_c": other}
+    runner.execute_model(a_step({"0_a": (2, True, 0), "b": (1, True, 0), "1_a": (2, True, 0)}, 5, new=new))
+    runner.execute_model(
+        a_step({"b": (1, False, 0), "0_c": (1, False, 0), "1_a": (3, False, 2), "0_a": (1, False, 0)}, 8)
+    )
+    assert [seen["group"] for seen in runner.seen] == [[0, 0, 1, 0, 0], [0, 1, 2, 2, 2, 2, 0, 0]]
+    assert runner.seen[1]["voter"] == [True] * 6 + [False] * 2
 
 
 def test_dummy_runs_failures_and_the_switch_leave_padding(followed: tuple[Runner, Rows, dict[str, Any]]) -> None:

@@ -140,7 +140,7 @@ def test_batch_invariance_excludes_group_wide_policies(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", True, raising=False)
     drafting = engine_config(speculative_config=object())
-    for isolation in ("request", "tenant", "batch"):
+    for isolation in ("request", "prompt", "tenant", "batch"):
         group, token = (
             Settings.of({"carpool": {"policy": policy, "isolation": isolation}}) for policy in (POLICY, "topk(k=2)")
         )
@@ -167,7 +167,8 @@ def test_exact_log_probabilities_exclude_sharing_between_requests(mode: str, val
 
     config = engine_config(**{mode: value})
     for policy, isolation, fits in (
-        (POLICY, "batch", False), (POLICY, "tenant", False), (POLICY, "request", True), ("topk(k=2)", "batch", True),
+        (POLICY, "batch", False), (POLICY, "tenant", False), (POLICY, "prompt", False), (POLICY, "request", True),
+        ("topk(k=2)", "batch", True),
     ):  # fmt: skip
         settings = Settings.of({"carpool": {"policy": policy, "isolation": isolation}})
         assert settings is not None

@@ -12,8 +12,8 @@ import vllm_models as tiny
 
 from carpool import CarpoolError, parse
 from carpool.hosts.vllm.knobs import Knobs
+from carpool.hosts.vllm.request_keys import opted_out, tenant_of
 from carpool.hosts.vllm.settings import Settings
-from carpool.hosts.vllm.step_rows import opted_out, tenant_of
 
 tiny.set_environment()
 pytest.importorskip("vllm", reason="vLLM is an extra")
@@ -44,7 +44,10 @@ def test_no_key_no_settings() -> None:
         ({"policy": POLICY, "group": "batch", "isolation": "request"}, 'write "isolation": "batch"'),
         ({"policy": POLICY, "group": "batch", "isolation": "tenant"}, 'write "isolation": "batch"'),
         ({"policy": POLICY, "group": "tenant"}, 'write "isolation": "tenant"'),
-        ({"policy": POLICY, "isolation": "none"}, "use one of request, tenant, batch"),
+        ({"policy": POLICY}, '"group": "prompt" to share among the samples of one request only'),
+        ({"policy": POLICY, "group": "tenant", "isolation": "prompt"}, 'write "isolation": "tenant"'),
+        ({"policy": POLICY, "group": "prompt", "isolation": "request"}, "rows of a prompt's samples choose .*: write"),
+        ({"policy": POLICY, "isolation": "none"}, "use one of request, prompt, tenant, batch"),
         ({"policy": POLICY, "isolation": True}, "give a str"),
         ({"policy": POLICY, "group": "everyone"}, "unknown grouping"),
         ({"policy": POLICY, "allow_untested_engine": 1}, "give a bool"),
@@ -73,6 +76,8 @@ def test_a_policy_file_and_the_defaults_of_serving(tmp_path: Path) -> None:
     [
         ({"isolation": "batch"}, "batch"), ({"isolation": "tenant"}, "tenant"), ({"isolation": "request"}, "request"),
         ({"isolation": "batch", "group": "tenant"}, "tenant"), ({"group": "request"}, "request"),
+        ({"group": "prompt"}, "prompt"), ({"isolation": "prompt"}, "prompt"),
+        ({"isolation": "tenant", "group": "prompt"}, "prompt"),
     ],
 )  # fmt: skip
 def test_the_grouping_follows_the_isolation(given: dict[str, Any], group: str) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 from carpool import __version__
 from carpool.errors import CarpoolError
-from carpool.hosts.vllm.settings import Settings
+from carpool.hosts.vllm.request_keys import mark_samples
+from carpool.hosts.vllm.settings import Settings, configured
 
 KILL_SWITCH = "CARPOOL_DISABLE"
 MARK = "carpool_version"
@@ -23,7 +24,7 @@ _missing: list[str] = []  # of `PLACES`, in this process
 
 
 def arm() -> None:
-    """Arm what builds configuration (front end), scheduler (engine core) and worker; once per process.
+    """Arm what builds configuration and requests (front end), scheduler (engine core) and worker; once per process.
 
     A vLLM that has moved one of them still runs, as long as it is not asked to share.
     """
@@ -77,6 +78,12 @@ def _configured(arguments: Any, config: Any) -> None:
         collect_from_workers()
 
 
+def _request_processed(processor: Any, request: Any) -> None:
+    """In the front end, for every request: its samples are known there, and what a client wrote can be dropped."""
+    if configured(processor.vllm_config.additional_config):
+        mark_samples(request)
+
+
 def _scheduler_built(scheduler: Any, _: None) -> None:
     if Settings.of(scheduler.vllm_config.additional_config) is None:
         return
@@ -113,6 +120,7 @@ def _refuse_if_missing() -> None:
 PLACES: tuple[tuple[str, str, str, Callable[..., None]], ...] = (
     ("vllm.engine.arg_utils", "EngineArgs", "create_model_config", _model_known),
     ("vllm.engine.arg_utils", "EngineArgs", "create_engine_config", _configured),
+    ("vllm.v1.engine.input_processor", "InputProcessor", "process_inputs", _request_processed),
     ("vllm.v1.core.sched.scheduler", "Scheduler", "__init__", _scheduler_built),
     ("vllm.v1.worker.worker_base", "WorkerBase", "__init__", _worker_built),
 )

@@ -142,6 +142,7 @@ class Host:
             config.scheduler_config.max_num_seqs,
             self.settings.group.kind,
             device,
+            self.settings.isolation,
         )
         self.layers = build_layers(runner.get_model(), self.settings, config, device)
         self.step = Step(rows, Counters([layer.name for layer in self.layers], device), graphs)

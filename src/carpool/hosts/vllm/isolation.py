@@ -28,7 +28,8 @@ def require_isolated(plan: Plan, settings: Settings, config: Any) -> None:
 
     Raises:
         CarpoolError: a group-wide policy whose grouping is wider than the isolation, or wider than a request while
-            the engine promises batch invariance or exact log-probabilities.
+            the engine promises batch invariance or exact log-probabilities: how many of a prompt's samples run in a
+            step depends on how full the engine is.
     """
     if plan.policy.kind == "token":
         return

@@ -18,7 +18,13 @@ TYPES: dict[str, type] = {
     "policy": str, "file": str, "stats": str, "group": str, "isolation": str, "allow_untested_engine": bool,
     "compile": bool,
 }  # fmt: skip
-GROUPINGS = ("request", "tenant", "batch")  # from narrow to wide; as isolation: the widest that is allowed
+GROUPINGS = ("request", "prompt", "tenant", "batch")  # from narrow to wide; as isolation: the widest that is allowed
+ISOLATION = "prompt"  # the widest that needs nobody else's consent
+
+
+def configured(additional_config: Any) -> bool:
+    """Whether there is a key `carpool`."""
+    return isinstance(additional_config, dict) and KEY in additional_config
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Settings:
 
     policies: PolicyFile
     group: Grouping
-    isolation: str = GROUPINGS[0]
+    isolation: str = ISOLATION
     allow_untested_engine: bool = False
     compile: bool | None = None
 
@@ -48,10 +54,14 @@ class Settings:
         group = self.group.kind
         if policy.kind == "token" or GROUPINGS.index(group) <= GROUPINGS.index(self.isolation):
             return
-        whose = {"batch": "of all requests of a batch", "tenant": "of a tenant's requests"}[group]
+        whose = {
+            "batch": "all requests of a batch", "tenant": "a tenant's requests", "prompt": "a prompt's samples",
+        }[group]  # fmt: skip
+        narrower = ', or "group": "prompt" to share among the samples of one request only' if group == "batch" else ""
         raise CarpoolError(
-            f"{policy} with group={group!r} lets the rows {whose} choose experts for each other, so what one request "
-            f'receives depends on the others: write "isolation": "{group}" to accept that, or use a token-local policy'
+            f"{policy} with group={group!r} lets the rows of {whose} choose experts for each other, so what one "
+            f'receives depends on the others: write "isolation": "{group}" to accept that{narrower}, or use a '
+            "token-local policy"
         )
 
     @classmethod
@@ -63,7 +73,7 @@ class Settings:
                 read, a file that cannot be read, a grouping that an engine does not have or that is wider than
                 the isolation.
         """
-        if not isinstance(additional_config, dict) or KEY not in additional_config:
+        if not configured(additional_config):
             return None
         given = additional_config[KEY]
         if not isinstance(given, dict):
@@ -93,7 +103,7 @@ def _policies(given: dict[str, Any]) -> PolicyFile:
 
 
 def _isolation(given: dict[str, Any]) -> str:
-    isolation: str = given.get("isolation", GROUPINGS[0])
+    isolation: str = given.get("isolation", ISOLATION)
     if isolation not in GROUPINGS:
         raise CarpoolError(f"{KEY}: isolation={isolation!r}; use one of {', '.join(GROUPINGS)}")
     return isolation

@@ -5,6 +5,7 @@ The buffers live as long as the engine, so a recorded CUDA graph reads the rows 
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from carpool.hosts.vllm.request_keys import group_key, opted_out
 from carpool.routing.batch import Batch
 
-OPT_OUT = "carpool"  # keys in `SamplingParams.extra_args`
-TENANT = "carpool_tenant"
+KEYED = ("tenant", "prompt")  # groupings by what requests say of themselves
 MAX_VIEWS = 512  # numbers of rows whose views are kept
 
 
@@ -37,14 +38,23 @@ class Requests:
 class Rows:
     """Request and phase of each row.
 
+    Args:
+        size: rows that the buffers hold. max_requests: of a step.
+        group: rows that share a coreset.
+        isolation: the widest grouping in which requests may depend on each other; None: the group's.
+        device: of the model.
+
     Attributes:
         size: rows the buffers hold.
         expected: rows of the running forward pass, padding included; 0 outside of one.
         sharing: rows of the running forward pass that a policy may change.
     """
 
-    def __init__(self, size: int, max_requests: int, group: str, device: torch.device) -> None:
+    def __init__(
+        self, size: int, max_requests: int, group: str, device: torch.device, isolation: str | None = None
+    ) -> None:
         self.size, self.max_requests, self.group = size, max_requests, group
+        self._isolation = isolation or group
         self.expected = self.sharing = 0
         # written here and sent at once; on a CPU the tensors are this very memory
         self._numbers_2N = np.zeros((2, size), np.int64)
@@ -53,7 +63,7 @@ class Rows:
         self._padding_3N = torch.tensor(self._flags_3N, device=device)
         self._sent_2N = torch.from_numpy(self._numbers_2N).to(device)
         self._sent_3N = torch.from_numpy(self._flags_3N).to(device)
-        self._request_N, self._tenant_N = self._sent_2N
+        self._request_N, self._keyed_N = self._sent_2N
         self._real_N, self._voter_N, self._exempt_N = self._sent_3N
         self._zero_N = torch.zeros(size, dtype=torch.int64, device=device)
         self._slots_R = torch.zeros(max(2, max_requests), dtype=torch.int64, device=device)
@@ -72,10 +82,11 @@ class Rows:
         count = len(shares)
         self.expected, self.sharing = num_rows, int(shares.sum())
         self._shares, self._places_M = shares, None
-        request_N, tenant_N = self._numbers_2N[:, : num_rows + 1]  # a lone row may get one of padding
+        request_N, keyed_N = self._numbers_2N[:, : num_rows + 1]  # a lone row may get one of padding
         request_N[:count], request_N[count:] = np.repeat(np.arange(len(lengths)), lengths), 0
-        if self.group == "tenant":
-            tenant_N[:count], tenant_N[count:] = np.repeat(_tenants(requests.parameters), lengths), 0
+        if self.group in KEYED:
+            keys = (group_key(parameters, self.group, self._isolation) for parameters in requests.parameters)
+            keyed_N[:count], keyed_N[count:] = np.repeat(_numbers(keys, len(lengths)), lengths), 0
         real_N, voter_N, exempt_N = self._flags_3N
         real_N[:count], real_N[count:] = True, False
         voter_N[:count], voter_N[count:] = shares, False
@@ -113,7 +124,7 @@ class Rows:
         if num_rows not in self._views:
             if len(self._views) >= MAX_VIEWS:
                 self._views.clear()
-            group_N = {"batch": self._zero_N, "request": self._request_N, "tenant": self._tenant_N}[self.group]
+            group_N = {"batch": self._zero_N, "request": self._request_N}.get(self.group, self._keyed_N)
             buffers = (group_N, self._real_N, self._voter_N, self._exempt_N, self._zero_N, self._request_N)
             views = {
                 id(buffer): buffer[:num_rows] for buffer in buffers
@@ -126,7 +137,7 @@ class Rows:
         """Rows that a graph can be compiled with: two a request, the last ones exempt."""
         numbers_N = torch.arange(self.size, device=self._zero_N.device)
         self._request_N.copy_((numbers_N // 2).clamp_max(self.max_requests - 1))
-        self._tenant_N.copy_(self._request_N // 2)
+        self._keyed_N.copy_(self._request_N // 2)
         self._real_N[:-1] = True
         self._exempt_N.copy_(numbers_N >= self.size - 3)
         self._voter_N.copy_(~self._exempt_N)
@@ -138,29 +149,8 @@ def _sendable(array: NDArray[Any], device: torch.device) -> Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory()
 
 
-def _tenants(parameters: list[Any]) -> NDArray[np.int64]:
-    """Each request's group, the number of its tenant's first request; without a tenant it is alone."""
-    first: dict[Any, int] = {}
-    tenants = map(tenant_of, parameters)
-    numbers = (i if tenant is None else first.setdefault(tenant, i) for i, tenant in enumerate(tenants))
-    return np.fromiter(numbers, np.int64, len(parameters))
-
-
-def opted_out(sampling_params: Any) -> bool:
-    """Whether a request asked for native routing with `extra_args={"carpool": "off"}`.
-
-    Any other value but "on" counts as off too: what we do not understand must not change a user's result.
-    """
-    extra = getattr(sampling_params, "extra_args", None) or {}
-    return extra.get(OPT_OUT, "on") != "on"
-
-
-def tenant_of(sampling_params: Any) -> tuple[type, str | int] | None:
-    """Whose request it is, by `extra_args={"carpool_tenant": "name"}`; None without a text or whole number there.
-
-    What cannot be a key makes the request a group of its own: nobody shares with a stranger by mistake.
-    """
-    tenant = (getattr(sampling_params, "extra_args", None) or {}).get(TENANT)
-    if isinstance(tenant, bool) or not isinstance(tenant, str | int) or tenant == "":
-        return None
-    return type(tenant), tenant
+def _numbers(keys: Iterable[Hashable | None], count: int) -> NDArray[np.int64]:
+    """Each request's group, the number of the first request with its key; without a key it is alone."""
+    first: dict[Hashable, int] = {}
+    numbers = (i if key is None else first.setdefault(key, i) for i, key in enumerate(keys))
+    return np.fromiter(numbers, np.int64, count)

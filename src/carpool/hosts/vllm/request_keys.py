@@ -1,0 +1,79 @@
+"""What a request says of itself in `SamplingParams.extra_args`: whether it shares at all, and with whom.
+
+A client writes the first three keys. The fourth is the plugin's own: the front end, where the samples of one request
+are still one request, gives them a random key in common and drops whatever a client wrote there. So siblings are known
+by who asked for them: equal text makes none, and neither does a request's id, which clients may choose.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Hashable
+from typing import Any
+
+OPT_OUT = "carpool"
+TENANT = "carpool_tenant"
+PROMPT = "carpool_prompt"
+SAMPLES = "_carpool_samples"
+
+
+def opted_out(sampling_params: Any) -> bool:
+    """Whether a request asked for native routing with `extra_args={"carpool": "off"}`.
+
+    Any other value but "on" counts as off too: what we do not understand must not change a user's result.
+    """
+    return _extra(sampling_params).get(OPT_OUT, "on") != "on"
+
+
+def tenant_of(sampling_params: Any) -> tuple[type, str | int] | None:
+    """Whose request it is, by `extra_args={"carpool_tenant": "name"}`; None without a text or whole number there.
+
+    What cannot be a key makes the request nobody's: it shares with no stranger by mistake.
+    """
+    return _key(_extra(sampling_params).get(TENANT))
+
+
+def samples_of(sampling_params: Any, isolation: str) -> Hashable | None:
+    """What the samples of one prompt have in common; None for a request without siblings.
+
+    A caller who asks for samples one by one names the prompt, `extra_args={"carpool_prompt": "name"}`. Who guesses the
+    name joins, so it counts only among requests that may depend on each other anyway: a tenant's own where the
+    isolation is `tenant`, all where it is `batch`, and none where it is narrower.
+    """
+    prompt, tenant = _key(_extra(sampling_params).get(PROMPT)), tenant_of(sampling_params)
+    if prompt is not None and (isolation == "batch" or (isolation == "tenant" and tenant is not None)):
+        return tenant, prompt
+    return _key(_extra(sampling_params).get(SAMPLES))
+
+
+def group_key(sampling_params: Any, group: str, isolation: str) -> Hashable | None:
+    """What the requests of one group have in common, grouped by `tenant` or `prompt`; None for one that is alone.
+
+    Without a tenant a request is grouped by its prompt: the narrower group.
+    """
+    tenant = tenant_of(sampling_params) if group == "tenant" else None
+    return ("tenant", tenant) if tenant is not None else samples_of(sampling_params, isolation)
+
+
+def mark_samples(request: Any) -> None:
+    """Give the samples of a request of vLLM's front end their key, or drop what a client wrote in its place.
+
+    Args:
+        request: an `EngineCoreRequest` before it is split into one a sample; each of them inherits its parameters.
+    """
+    parameters = request.sampling_params  # the request's own copy
+    given = _extra(parameters)
+    if parameters is None or (parameters.n == 1 and SAMPLES not in given):
+        return
+    kept = {name: value for name, value in given.items() if name != SAMPLES}
+    parameters.extra_args = kept | ({SAMPLES: secrets.token_hex(16)} if parameters.n > 1 else {}) or None
+
+
+def _extra(sampling_params: Any) -> dict[str, Any]:
+    return getattr(sampling_params, "extra_args", None) or {}
+
+
+def _key(value: Any) -> tuple[type, str | int] | None:
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        return None
+    return type(value), value
