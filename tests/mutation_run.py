@@ -137,11 +137,32 @@ def named_mutants() -> list[Mutant]:
     return made
 
 
+# a process that has imported all but the package, and forks for every run of the tests: imports take longer than most
+SERVER = """
+import json, os, signal, sys
+import hypothesis, numpy, pytest, rich.console, torch, transformers, typer.testing
+import transformers.models.qwen3_moe.modeling_qwen3_moe
+print("ready", flush=True)
+for line in sys.stdin:
+    arguments, limit, said = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(limit)
+        output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1), os.dup2(output, 2)
+        code = int(pytest.main(arguments))
+        sys.stdout.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
 class Copy:
     """A working copy of the repository in a temporary folder, and the tests that run in it."""
 
     def __init__(self, folder: Path, python: Path) -> None:
-        self.root, self.python = folder, python
+        self.root = folder
         for path in ROOT.iterdir():
             if path.name in COPIED and path.is_dir():
                 shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -150,8 +171,18 @@ class Copy:
             elif path.name != ".git":
                 (folder / path.name).symlink_to(path)
         paths = os.pathsep.join(str(folder / part) for part in ("src", "demo/src"))
-        self.environment = os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        self.server = subprocess.Popen(
+            [str(python), "-c", SERVER], cwd=folder, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        self._answer()
         self.usual: dict[str, list[float]] = {}
+
+    def _answer(self) -> str:
+        assert self.server.stdout is not None
+        answer = self.server.stdout.readline().strip()
+        return answer or sys.exit("the process that runs the tests has ended")
 
     def files(self, room: Room) -> list[list[str]]:
         """Test files by stage, each once."""
@@ -175,20 +206,17 @@ class Copy:
     def run(self, files: Sequence[str], limit: float) -> tuple[str, str]:
         """`killed`, `survived` or `timed out`, and the first test that failed."""
         options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-m", "not slow and not vllm"]
-        process = subprocess.Popen(
-            [str(self.python), "-m", "pytest", *options, *files], cwd=self.root, env=self.environment, text=True,
-            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        try:
-            output, _ = process.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        said = self.root / "output.txt"
+        assert self.server.stdin is not None
+        self.server.stdin.write(json.dumps([[*options, *files], round(limit), str(said)]) + "\n")
+        self.server.stdin.flush()
+        code = int(self._answer())
+        if code == -signal.SIGALRM:
             return "timed out", ""
-        if process.returncode == 0:
+        if code == 0:
             return "survived", ""
-        told = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        return "killed", told[0][:200] if told else output[-500:]
+        told = [line for line in said.read_text().splitlines() if line.startswith(("FAILED", "ERROR"))]
+        return "killed", told[0][:200] if told else said.read_text()[-500:]
 
     def judge(self, mutant: Mutant) -> tuple[str, str]:
         path = self.root / mutant.file

@@ -43,6 +43,12 @@ def test_layers_differ_only_in_what_they_set(tmp_path):
     assert str(loaded.plan_for(5)) == "xshare(budget=8) | floor(0.25)"
 
 
+def test_the_settings_of_every_layer_must_fit_the_model():
+    PolicyFile(parse("xshare(budget=8)"), {3: {"budget": 16}}).check(16, 2)
+    with pytest.raises(CarpoolError, match="asks for 16 of 8 experts"):
+        PolicyFile(parse("xshare(budget=8)"), {0: {"budget": 4}, 3: {"budget": 16}}).check(8, 2)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
