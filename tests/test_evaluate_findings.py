@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from synthetic_sums import BATCHES, measured
 
-from carpool.evaluate.findings import best_at, findings
+from carpool.evaluate.findings import best_at, findings, over_controls
 from carpool.evaluate.measured import Measured
 from carpool.evaluate.metrics import results
+from carpool.evaluate.plot import headline
 from carpool.evaluate.series import Curve, Series, worse
 
 # at half: 0.04, 0.1, 0.2 (geometric means, the settings lie around it evenly)
@@ -20,7 +23,8 @@ CONTROLS = ("random", "topk")
 
 def curves(**series: list[Measured]) -> list[Curve]:
     """By label, all measured on the same batches."""
-    found = results([measured(), *(one for settings in series.values() for one in settings)])
+    every = [one for settings in series.values() for one in settings]
+    found = results([first_of(measured(), every[0].batches), *every])
     return [
         Curve.of(Series(label, tuple(one.plan for one in settings), label in CONTROLS), found)  # type: ignore[misc]
         for label, settings in series.items()
@@ -89,6 +93,35 @@ def test_who_loses_to_a_control() -> None:
     # worse on average only: the scatter between batches is larger than the difference
     doubtful = [measured("lynx(budget=2)", 0.4, 0.30, spread=0.9), measured("lynx(budget=4)", 0.6, 0.05)]
     assert findings(curves(bad=doubtful, random=CONTROL))[-1].startswith("No method loses")
+
+
+def test_settings_beside_controls_at_equal_bytes() -> None:
+    """A control's first and last settings stand for what lies a hair outside of them."""
+    own = [measured("oea(k0=1)", 0.29, 0.2), measured("oea(k0=2)", 0.5, 0.05), measured("oea(k0=4)", 0.73, 0.05)]
+    first, second = over_controls(curves(other=own, random=CONTROL))
+    assert (first.policy, second.policy, first.control) == ("oea(k0=1)", "oea(k0=2)", "random")
+    assert first.ratio.value == pytest.approx(0.5)
+    assert second.ratio.value == pytest.approx(0.25)
+    assert first.ratio.low is not None
+    assert first.ratio.low < 0.5 < first.ratio.high
+
+
+@pytest.mark.parametrize("batches", [1, 9])
+def test_few_batches_say_that_they_are_few(batches: int) -> None:
+    """Neither a finding, nor an interval, nor a headline."""
+    made = curves(ours=[first_of(one, batches) for one in OURS], random=[first_of(one, batches) for one in CONTROL])
+    (said,) = findings(made)
+    assert said.startswith(f"{batches} batches are too few to say which method is better")
+    assert said.endswith("Decode 10 or more (--batches 10).")
+    assert {(one.ratio.low, one.ratio.high) for one in over_controls(made)} == {(None, None)}
+    assert headline(made) == "What sharing experts saves and costs"
+    assert headline(curves(ours=OURS, random=CONTROL)).endswith("with ours")
+
+
+def first_of(one: Measured, batches: int) -> Measured:
+    """The first batches alone."""
+    sums = {name: getattr(one, name)[:batches] for name in ("kl_M", "agree_M", "nll_MD", "tokens_MD")}
+    return replace(one, layers={name: sums_ML[:batches] for name, sums_ML in one.layers.items()}, **sums)
 
 
 def test_nothing_is_said_where_nothing_was_measured() -> None:

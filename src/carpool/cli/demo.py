@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ def demo(
     """Compare stock and every method on the reference model: a table, a picture, and what they mean."""
     from carpool.artefacts.files import require_writable
     from carpool.artefacts.texts import load_texts
-    from carpool.evaluate.findings import findings
+    from carpool.evaluate.findings import findings, over_controls
     from carpool.evaluate.plot import plot
     from carpool.evaluate.results import text_facts, write
     from carpool.evaluate.series import Curve, load_demo
@@ -74,6 +75,7 @@ def demo(
         json_path, results, decode=tokenizer.decode,
         model=model_facts(model, None), texts=text_facts(paths), seed=settings.seed,
         arguments={**numbers, "batches": settings.batches}, findings=said,
+        over_controls=[asdict(one) for one in over_controls(curves)],
         series=[{"label": s.label, "control": s.control, "policies": list(map(str, s.plans))} for s in series],
     )  # fmt: skip
     console.print(f"wrote {picture_path} and {json_path}", highlight=False, markup=False, soft_wrap=True)

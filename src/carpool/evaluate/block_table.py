@@ -9,15 +9,16 @@ from rich.table import Table
 
 from carpool.evaluate.block_study import BlockResult
 from carpool.evaluate.intervals import Estimate
-from carpool.evaluate.table import WIDE, comparison
+from carpool.evaluate.table import WIDE, comparison, of_batches
 
 NOTE = (
     "T: distinct experts read in a layer and denoising forward; of stock: over stock's; pairs: experts computed for a "
-    "token in a layer; displaced: share of a token's native weight that is not computed; tokens/forward: accepted for "
-    "a request in a denoising forward; agreement: positions that hold stock's token; blocks: the same with each block "
-    "decoded after stock's text; perplexity: of the generated text under an autoregressive model, over stock's. On "
-    "masked tokens of held-out text: KL, stock against policy, in nats; top-1: tokens whose likeliest token stays; "
-    "denoising: perplexity over stock's. 95 %: interval over batches (from ten on)."
+    "token in a layer; displaced: share of a token's native weight whose experts are not computed for it; expected "
+    "loss: the same, with what is left to surrogates at what calibration expects to be lost; tokens/forward: accepted "
+    "for a request in a denoising forward; agreement: positions that hold stock's token; blocks: the same with each "
+    "block decoded after stock's text; perplexity: of the generated text under an autoregressive model, over stock's. "
+    "On masked tokens of held-out text: KL, stock against policy, in nats; top-1: tokens whose likeliest token stays; "
+    "denoising: perplexity over stock's. 95 %: interval over batches that share no document."
 )
 
 
@@ -27,19 +28,22 @@ def table(results: Sequence[BlockResult], console: Console) -> Table:
     wide = console.width >= WIDE + 20
     title = (
         f"blocks of {settings.decoding.block}, threshold {settings.decoding.threshold:g}, batch {layout.batch_size}, "
-        f"grouped by {settings.grouping}, {results[0].denoised.measured.batches} batches"
+        f"grouped by {settings.grouping}, {of_batches(results[0].denoised.measured.batches)}"
     )
-    return comparison(title, [(result.name, result.plan, _cells(result, wide)) for result in results])
+    foreseen = any(result.denoised.surrogates for result in results)
+    return comparison(title, [(result.name, result.plan, _cells(result, wide, foreseen)) for result in results])
 
 
-def _cells(result: BlockResult, wide: bool) -> dict[str, str]:
+def _cells(result: BlockResult, wide: bool, foreseen: bool) -> dict[str, str]:
     """Cells after the policy's name, by heading."""
     text, made = result.denoised, result.decoded
+    loss = f"{made.expected_loss.value:.1%}" if text.surrogates else "–"
     cells = {
         "T": f"{made.union.value:.1f}",
         "of stock": f"{made.union_share.value:.0%}",
         "pairs": f"{made.pairs:.2f}",
         "displaced": f"{made.displaced_mass.value:.1%}",
+        **({"expected loss": loss} if foreseen else {}),
         "tokens/forward": f"{made.tokens_per_forward.value:.2f}",
         "agreement": f"{made.agreement.value:.1%}",
         "agreement 95 %": _interval(made.agreement),

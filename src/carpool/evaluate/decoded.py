@@ -24,6 +24,7 @@ class Decoded:
         union_with_commits: `union` with the forwards that write finished blocks to the cache.
         natural_union: what the rows of this run would have read under native routing.
         pairs: experts computed for a row in a layer. displaced_mass: mean over rows and layers.
+        expected_loss: the same, with pairs left to surrogates at what calibration expects to be lost.
         tokens_per_forward: accepted tokens of a request in a denoising forward it takes part in.
         forwards: denoising forwards of a batch.
         agreement: share of positions that hold stock's token. agreed_prefix: share before the first other token.
@@ -42,6 +43,7 @@ class Decoded:
     natural_union: float
     pairs: float
     displaced_mass: Estimate
+    expected_loss: Estimate
     tokens_per_forward: Estimate
     forwards: float
     agreement: Estimate
@@ -77,6 +79,7 @@ def _metrics(s: dict[str, Array], stock: dict[str, Array], by_masked: Array) -> 
         natural_union=ratio(s["natural_union"], s["layer_forwards"]),
         pairs=ratio(s["pairs"], s["rows"]),
         displaced_mass=estimate(s["displaced"], s["rows"], "share"),
+        expected_loss=estimate(s["expected_loss"], s["rows"], "share"),
         tokens_per_forward=estimate(s["accepted"], s["request_forwards"]),
         forwards=float(s["forwards"].mean()),
         agreement=estimate(s["same"], s["tokens"], "share"),

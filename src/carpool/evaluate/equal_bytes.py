@@ -35,9 +35,9 @@ class Points:
         shares, kls = zip(*found, strict=True)
         return cls(np.stack(shares, axis=1), np.stack(kls, axis=1))
 
-    def holds(self, share: float) -> bool:
-        """Whether the settings span this share, so that interpolation is fair."""
-        return bool(self.share_KI[0, 0] <= share <= self.share_KI[0, -1])
+    def holds(self, share: float, hair: float = 0.0) -> bool:
+        """Whether the settings span this share, so that interpolation is fair; `hair` is what they may miss it by."""
+        return bool(self.share_KI[0, 0] - hair <= share <= self.share_KI[0, -1] + hair)
 
     def at(self, share: float | Array) -> Array:
         """Log KL at a share, `[K]`; beyond the settings it is that of the last one.

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from carpool.evaluate.intervals import FEWEST, Array, interval
+from carpool.evaluate.intervals import FEWEST, Array, Estimate, interval
 from carpool.evaluate.series import Curve, worse
 
 HALF = 0.5
+HAIR = 0.02  # of stock's bytes: a control's first and last settings stand for what lies a hair outside of them
+
+
+@dataclass(frozen=True)
+class Versus:
+    """A setting of a method beside a control at equal bytes: its KL over the control's."""
+
+    policy: str
+    control: str
+    ratio: Estimate
 
 
 def findings(curves: Sequence[Curve]) -> list[str]:
@@ -26,7 +37,7 @@ def findings(curves: Sequence[Curve]) -> list[str]:
         ]
     methods = [curve for curve in curves if not curve.series.control]
     controls = [curve for curve in curves if curve.series.control]
-    return [*_at_half(methods, controls), _losers(methods, controls)]
+    return [*_at_half(methods, controls), _losers(over_controls(curves))]
 
 
 def best_at(curves: Sequence[Curve], share: float) -> Curve | None:
@@ -72,23 +83,34 @@ def _near(best: Curve, at_half_K: Array, methods: Sequence[Curve]) -> str:
 
 
 def _times(log_ratio_K: Array) -> str:
+    found = _ratio(log_ratio_K)
+    between = "" if found.low is None else f" [{found.low:.1f}, {found.high:.1f}]"
+    return f"{found.value:.1f}{between} times"
+
+
+def over_controls(curves: Sequence[Curve]) -> list[Versus]:
+    """Every setting of every method beside every control that was measured there."""
+    return [
+        Versus(result.measured.name, control.series.label, _ratio(worse(method, setting, control)))
+        for method in curves
+        if not method.series.control
+        for setting, result in enumerate(method.results)
+        for control in curves
+        if control.series.control and control.points.holds(method.share_I[setting], HAIR)
+    ]
+
+
+def _ratio(log_ratio_K: Array) -> Estimate:
     low, high = interval(log_ratio_K)
-    between = "" if low is None or high is None else f" [{np.exp(low):.1f}, {np.exp(high):.1f}]"
-    return f"{np.exp(log_ratio_K[0]):.1f}{between} times"
+    value = float(np.exp(log_ratio_K[0]))
+    return Estimate(value) if low is None or high is None else Estimate(value, float(np.exp(low)), float(np.exp(high)))
 
 
-def _losers(methods: Sequence[Curve], controls: Sequence[Curve]) -> str:
+def _losers(compared: Sequence[Versus]) -> str:
     lost: dict[str, list[str]] = {}
-    compared = 0
-    for method in methods:
-        for setting, result in enumerate(method.results):
-            for control in controls:
-                if not control.points.holds(method.share_I[setting]):
-                    continue
-                compared += 1
-                low, _ = interval(worse(method, setting, control))
-                if low is not None and low > 0:
-                    lost.setdefault(control.series.label, []).append(result.measured.name)
+    for one in compared:
+        if one.ratio.low is not None and one.ratio.low > 1:
+            lost.setdefault(one.control, []).append(one.policy)
     if not compared:
         return "No setting of a method lies where a control was measured."
     if not lost:

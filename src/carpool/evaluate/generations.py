@@ -24,9 +24,9 @@ from carpool.routing.batch import Batch
 QUARTERS = 4  # the union is also kept by the share of the block that is still masked
 GRAM = 4  # tokens of the runs whose repetition is counted
 FIELDS = (
-    "union", "group_union", "groups", "natural_union", "pairs", "displaced", "changed", "rows", "layer_forwards",
-    "commit_union", "layer_commits", "forwards", "accepted", "request_forwards", "same", "before", "tokens", "equal",
-    "requests", "judge_nll", "judged", "repeated", "grams", "followed_same", "followed",
+    "union", "group_union", "groups", "natural_union", "pairs", "displaced", "expected_loss", "changed", "rows",
+    "layer_forwards", "commit_union", "layer_commits", "forwards", "accepted", "request_forwards", "same", "before",
+    "tokens", "equal", "requests", "judge_nll", "judged", "repeated", "grams", "followed_same", "followed",
 )  # fmt: skip
 
 
@@ -51,7 +51,9 @@ class Reads:
                 "union": union, "group_union": int(groups_GE.sum()), "groups": int(groups_GE.any(-1).sum()),
                 "natural_union": int(outcome.natural_SE.sum()),
                 "pairs": int((outcome.routing.weights_NK != 0).sum()),
-                "displaced": float(outcome.displaced_N.double().sum()), "changed": int(outcome.changed_N.sum()),
+                "displaced": float(outcome.displaced_N.double().sum()),
+                "expected_loss": float(outcome.expected_loss_N.double().sum()),
+                "changed": int(outcome.changed_N.sum()),
                 "rows": len(outcome.changed_N), "layer_forwards": 1,
             }  # fmt: skip
             for name, value in found.items():

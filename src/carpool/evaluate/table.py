@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from carpool.evaluate.intervals import Estimate
+from carpool.evaluate.intervals import FEWEST, Estimate
 from carpool.evaluate.metrics import Result
 from carpool.plans.policy_file import AnyPlan
 
@@ -17,8 +17,9 @@ WIDE = 118  # columns of the terminal from which intervals are shown
 NOTE = (
     "union: distinct experts read in a layer and step; of stock: bytes read over stock's, surrogates included; "
     "pairs: experts computed for a token in a layer; "
-    "displaced: share of a token's native weight that is not computed; KL: stock against policy, nats a decoded token; "
-    "top-1: tokens whose likeliest next token stays; 95 %: interval over batches (from ten on)."
+    "displaced: share of a token's native weight whose experts are not computed for it; expected loss: the same, with "
+    "what is left to surrogates at what calibration expects to be lost; KL: stock against policy, nats a decoded "
+    "token; top-1: tokens whose likeliest next token stays; 95 %: interval over batches that share no document."
 )
 
 
@@ -32,8 +33,14 @@ def table(results: Sequence[Result], console: Console) -> Table:
     """Rows of one batch size; controls are dim; intervals only where the console is wide enough."""
     layout = results[0].measured.layout
     wide = console.width >= WIDE
-    title = f"batch {layout.batch_size}, grouped by {layout.grouping}, {results[0].measured.batches} batches"
-    return comparison(title, [(result.measured.name, result.measured.plan, _cells(result, wide)) for result in results])
+    foreseen = any(result.surrogates for result in results)
+    title = f"batch {layout.batch_size}, grouped by {layout.grouping}, {of_batches(results[0].measured.batches)}"
+    return comparison(title, [(one.measured.name, one.measured.plan, _cells(one, wide, foreseen)) for one in results])
+
+
+def of_batches(count: int) -> str:
+    """How many batches there are, and whether they are too few for intervals."""
+    return f"{count} batches" + (f" (intervals take {FEWEST})" if count < FEWEST else "")
 
 
 def comparison(title: str, rows: Sequence[tuple[str, AnyPlan | None, dict[str, str]]]) -> Table:
@@ -53,14 +60,16 @@ def comparison(title: str, rows: Sequence[tuple[str, AnyPlan | None, dict[str, s
     return made
 
 
-def _cells(result: Result, wide: bool) -> dict[str, str]:
+def _cells(result: Result, wide: bool, foreseen: bool) -> dict[str, str]:
     """Cells after the policy's name, by heading."""
+    loss = f"{result.expected_loss.value:.1%}" if result.surrogates else "–"
     cells = {
         "coreset": "–" if result.coreset is None else f"{result.coreset:.1f}",
         "union": f"{result.union.value:.1f}",
         "of stock": f"{result.bytes_share.value:.0%}",
         "pairs": f"{result.pairs:.2f}",
         "displaced": f"{result.displaced_mass.value:.1%}",
+        **({"expected loss": loss} if foreseen else {}),
         "KL": f"{result.kl.value:.4f}",
         "KL 95 %": _interval(result.kl),
         "top-1": f"{result.top1_agreement.value:.1%}",
