@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -37,9 +38,9 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self.port = port
 
-    def post(self, path: str, content: dict[str, Any]) -> tuple[int, Any]:
+    def post(self, path: str, content: dict[str, Any], **headers: str) -> tuple[int, Any]:
         """Status and answer."""
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json"} | headers
         request = urllib.request.Request(self.url + path, json.dumps(content).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=900) as answer:
@@ -59,9 +60,20 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tiny.write_model("qwen3_moe", tmp_path_factory.mktemp("served"))
-    write_tokenizer(folder)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tiny.write_model("qwen3_moe", tmp_path_factory.mktemp("served"))
+    write_tokenizer(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    with serving(folder, tiny.SHARING) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def serving(folder: Path, carpool: dict[str, Any]) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -70,7 +82,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--served-model-name", "tiny",
         "--port", str(port), "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 24), "--max-model-len", "256",
         "--max-num-seqs", "16", "--block-size", "32", "--dtype", "float32",
-        "--additional-config", json.dumps({"carpool": tiny.SHARING}),
+        "--additional-config", json.dumps({"carpool": carpool}),
     ]  # fmt: skip
     log = (folder / "log.txt").open("w")
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -159,3 +171,23 @@ def test_nothing_is_lost_while_policies_change_and_clients_vanish(server: Server
     assert 0 < end["carpool_rows_changed_total"] < end["carpool_rows_total"]
     assert end["carpool_experts_read_total"] < end["carpool_experts_natural_total"]
     assert set(end) == set(start)  # whatever was served, the series are the same
+
+
+def test_samples_of_one_request_share_and_strangers_do_not(folder: Path) -> None:
+    """Over HTTP, where clients choose ids and parameters."""
+    with serving(folder, {"policy": "xshare(budget=6)", "group": "prompt"}) as server:
+
+        def changed(requests: list[dict[str, Any]], **headers: str) -> float:
+            before = server.metrics()["carpool_rows_changed_total"]
+            body = {"model": "tiny", "prompt": [5] * 20, "max_tokens": 64, "temperature": 1, "ignore_eos": True}
+            with ThreadPoolExecutor(8) as pool:
+                answers = list(pool.map(lambda more: server.post("/v1/completions", body | more, **headers), requests))
+            assert [status for status, _ in answers] == [200] * len(requests)
+            assert [len(answer["choices"]) for _, answer in answers] == [one.get("n", 1) for one in requests]
+            time.sleep(2)
+            return server.metrics()["carpool_rows_changed_total"] - before
+
+        forged = {"_carpool_samples": "x", "carpool_prompt": "x", "carpool_tenant": "x"}
+        strangers = [{"vllm_xargs": forged, "seed": seed} for seed in range(4)]
+        assert changed([{"n": 4}]) > 0
+        assert changed(strangers, **{"X-Request-Id": "0_x"}) == 0
