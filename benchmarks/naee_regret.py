@@ -75,7 +75,8 @@ def ranked(layer: Layer, kept: int) -> dict[str, tuple[int, ...]]:
     ids_NK, weights_NK = native.ids_NK.long(), native.weights_NK
     scores = EasyEP(experts, ("text",))
     domain_N = torch.zeros(tokens, dtype=torch.int64)
-    scores.update(Seen(layer.residual_NH, layer.outputs_NEH, ids_NK, weights_NK, layer.residual_NH, domain_N))
+    facts = layer.residual_NH, domain_N, domain_N < 0
+    scores.update(Seen(layer.residual_NH, layer.outputs_NEH, ids_NK, weights_NK, *facts))
     gate_E = torch.zeros(experts).index_add_(0, ids_NK.flatten(), weights_NK.float().flatten())
     found = {"easy_ep": scores.result()["easy_ep"], "gate": gate_E, "frequency": scores.result()["coverage/text"]}
     return {name: tuple(sorted(score_E.topk(kept).indices.tolist())) for name, score_E in found.items()}

@@ -33,7 +33,7 @@ def words(count, length):
 
 def test_sequences_are_full_and_shared_between_domains():
     documents = [Document("a", words(2000, 4)), Document("b", words(20, 5)), Document("b", words(150, 5))]
-    sequences_BT, domains = token_sequences(documents, Words(), tokens=400, sequence=40, seed=0)
+    sequences_BT, domains, _ = token_sequences(documents, Words(), tokens=400, sequence=40, seed=0)
     assert sequences_BT.shape == (10, 40)
     assert (sequences_BT[:, 0] == 1).all()  # each begins as the model's inputs do
     assert not (sequences_BT[:, 1:] == 1).any()
@@ -111,6 +111,26 @@ def test_command_scores_domains_and_layers(command, tmp_path):
             assert layer[name].sum().item() == pytest.approx(1, abs=1e-5)
         assert not torch.allclose(layer["easy_ep/text"], layer["easy_ep/more"])
     assert sum(layer["sensitivity"].item() for layer in tensors.values()) == pytest.approx(1)
+
+
+def test_command_says_what_its_tokens_cannot_show(command, tmp_path, monkeypatch):
+    """Experts that got no surrogate, and a predictor with hardly more tokens than coefficients."""
+    lines = [json.dumps({"text": " ".join("x" * ((i * n) % 50) for i in range(300))}) for n in range(3, 13)]
+    (tmp_path / "more.jsonl").write_text("\n".join(lines))
+    few = ("--text", "more.jsonl", "--sequence", "16", "--surrogates", "2", "--energy")
+    code, output = command(*few, "--tokens", "320")
+    assert code == 0, output
+    held = 4 * 16
+    assert f"of the experts' output energy on {held} tokens of other documents" in output
+    layers = Statistics.load("stats.safetensors").layers
+    none = [f"{i}:{e}" for i, t in layers.items() for e, share in enumerate(t["surrogate_unexplained"]) if share == 1]
+    assert none
+    assert f"got no surrogate, for lack of tokens to fit or to measure it: {', '.join(none[:12])}" in output
+    assert "coefficients an expert" not in output
+    monkeypatch.setattr("carpool.cli.calibrate.PREDICTED", 10)
+    code, output = command(*few, "--tokens", "320")
+    assert "has 33 coefficients an expert and saw 320 tokens" in output
+    assert "raise --tokens to 330" in output
 
 
 @pytest.mark.parametrize(

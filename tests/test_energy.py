@@ -30,7 +30,7 @@ def measured(seed: int = 0) -> Seen:
     weights_NK = weights_NE.gather(1, ids_NK)
     residual_NH = torch.randn(N, H, generator=generator)
     domain_N = torch.randint(0, 2, (N,), generator=generator)
-    return Seen(hidden_NH, outputs_NEH, ids_NK, weights_NK, residual_NH, domain_N)
+    return Seen(hidden_NH, outputs_NEH, ids_NK, weights_NK, residual_NH, domain_N, domain_N > 1)
 
 
 def norm(values: list[float]) -> float:
@@ -39,7 +39,7 @@ def norm(values: list[float]) -> float:
 
 def twin(given: Seen) -> dict[str, list]:
     """Loops over tokens and experts."""
-    hidden, outputs, ids, weights, residual, domain = (tensor.double().tolist() for tensor in given)
+    hidden, outputs, ids, weights, residual, domain = (tensor.double().tolist() for tensor in given[:6])
     gate, norms, squares, count = ([0.0] * E for _ in range(4))
     score, covered = ([[0.0] * E for _ in DOMAINS] for _ in range(2))
     logs, ratios = [], []
@@ -120,7 +120,7 @@ def test_the_predictor_finds_a_linear_law() -> None:
     outputs_NEH[:, 3] = 0
     energy = Energy(E, 1, H)
     ids_N1 = torch.zeros(400, 1, dtype=torch.int64)
-    energy.update(Seen(hidden_NH, outputs_NEH, ids_N1, torch.ones(400, 1), None, ids_N1[:, 0]))
+    energy.update(Seen(hidden_NH, outputs_NEH, ids_N1, torch.ones(400, 1), None, ids_N1[:, 0], ids_N1[:, 0] > 0))
     result = energy.result()
     heard = [0, 1, 2, 4, 5]
     assert torch.allclose(result["norm_weight"][heard], law_HE.T[heard], atol=5e-3)

@@ -129,7 +129,8 @@ def test_the_measure_is_the_error_on_tokens_that_the_fit_did_not_see() -> None:
         every = [layer.experts(hidden_NH, torch.full((rows, 1), e), torch.ones(rows, 1)) for e in range(E)]
         ids_NK = torch.rand(rows, E - 1, generator=generator).topk(2).indices
         zero_N = torch.zeros(rows, dtype=torch.int64)
-        return Seen(hidden_NH, torch.stack(every, 1).double(), ids_NK, torch.ones(rows, 2), None, zero_N)
+        held_N = torch.arange(rows) % 5 == 4
+        return Seen(hidden_NH, torch.stack(every, 1).double(), ids_NK, torch.ones(rows, 2), None, zero_N, held_N)
 
     with torch.no_grad():
         for _ in range(40):

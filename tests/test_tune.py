@@ -12,7 +12,7 @@ from carpool.errors import CarpoolError
 from carpool.evaluate import loop
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.study import describe
-from carpool.hosts.transformers import share
+from carpool.hosts.transformers import find_layers, share
 from carpool.plans.policy_file import PolicyFile
 from carpool.routing.batch import Grouping
 from carpool.tune import DEFAULT, Target, Trials, family, measurable
@@ -135,7 +135,22 @@ def test_progress_is_taken_up(command, monkeypatch):
     done, out = command("--max-kl", 0.2)
     assert "resuming after 2 trials" in done.output
     assert done.exit_code == 0
-    # other settings begin anew
+
+    # another model with the same routers begins anew, and so do other settings
+    def other_experts():
+        for layer in find_layers(MODEL):
+            layer.experts.down_proj.data.neg_()
+
+    monkeypatch.setattr(Trials, "_run", dying)
+    count = 0
+    command("--max-kl", 0.2)
+    kept = memory.read_text()
+    monkeypatch.setattr(Trials, "_run", real)
+    other_experts()
+    assert "resuming" not in command("--max-kl", 0.2)[0].output
+    other_experts()
+    memory.write_text(kept)
+    assert "resuming after 2 trials" in command("--max-kl", 0.2)[0].output
     memory.write_text(json.dumps({"settings": {"seed": 7}, "points": []}))
     assert "resuming" not in command("--max-kl", 0.2)[0].output
 

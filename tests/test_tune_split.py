@@ -90,7 +90,7 @@ def test_a_domain_of_one_document_is_cut_in_the_middle() -> None:
 
 @pytest.mark.parametrize("text", ["{0}\n{0}", "{0} {0} {0}", "Preface. {0}\n\nPreface. {0}", "x" * 10])
 def test_a_document_that_repeats_itself_has_no_unseen_half(text: str) -> None:
-    with pytest.raises(CarpoolError, match="only document of 'a' repeats the first"):
+    with pytest.raises(CarpoolError, match="end of a document of 'a' repeats its beginning"):
         split([Document("a", text.format(" ".join(map(str, range(300)))))])
 
 

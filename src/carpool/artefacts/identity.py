@@ -77,6 +77,15 @@ class Identity:
     hidden_size: int | None
     samples: Mapping[int, Sample] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """Hex sha256 of routers and sampled experts, as far as they are seen."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for index, found in sorted(self.samples.items()):
+            for name, tensor in sorted(found.tensors.items()):
+                digest.update(f"{index}:{name};".encode() + tensor_bytes(tensor))
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True, eq=False)
 class Held:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from carpool.artefacts.json_text import parse_json
 from carpool.errors import CarpoolError
 
 MARK = "\ufeff"  # a byte order mark: files that were put together have some inside
+PIECE, PIECES = 64, 100  # characters of a piece, and pieces, by which two parts of a document are compared
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,80 @@ def load_texts(paths: Sequence[str | Path]) -> list[Document]:
             raise CarpoolError(f"{file} holds no text")
         documents.extend(found)
     return documents
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Documents of two parts without a text in common, in the order they were given.
+
+    Attributes:
+        dropped: documents that said what another one says.
+    """
+
+    first: list[Document]
+    second: list[Document]
+    dropped: int
+
+
+def divide(documents: Sequence[Document], share: float) -> Parts:
+    """Two parts without a text in common, domain by domain; the first holds about this share of the characters.
+
+    Texts that differ in white space or case alone are one. A domain's documents are put in the order of a hash of their
+    text and divided where the share of the length is reached: the order they are given in, a seed and other documents
+    do not move a text to the other part, unless it lies next to the cut. Where a domain has too few documents for that,
+    each of them is cut.
+
+    Args:
+        share: above 0, below 1.
+
+    Raises:
+        CarpoolError: a document that is cut says in its second part what it said in the first.
+    """
+    keys: dict[str, Document] = {}
+    for document in documents:
+        keys.setdefault(_key(document.text), document)
+    firsts, seconds = set[str](), set[str]()
+    halved: dict[str, tuple[Document, Document]] = {}
+    for domain in dict.fromkeys(one.domain for one in keys.values()):
+        own = sorted(key for key, one in keys.items() if one.domain == domain)
+        if len(own) * min(share, 1 - share) < 1 - 1e-9:
+            halved |= {key: _cut(keys[key], share) for key in own}
+            continue
+        ends = list(accumulate(len(keys[key].text) for key in own))
+        count = min(range(1, len(own)), key=lambda count: abs(ends[count - 1] - share * ends[-1]))
+        firsts |= set(own[:count])
+        seconds |= set(own[count:])
+    seen: set[str] = set()  # part of a document may be another document
+    first = _unlike(seen, [halved[key][0] if key in halved else one for key, one in keys.items() if key not in seconds])
+    second = _unlike(seen, [halved[key][1] if key in halved else one for key, one in keys.items() if key not in firsts])
+    return Parts(first, second, len(documents) + len(halved) - len(first) - len(second))
+
+
+def _unlike(seen: set[str], documents: Sequence[Document]) -> list[Document]:
+    """The documents that say what none that was seen says."""
+    found = {key: one for one in documents if (key := _key(one.text)) not in seen}
+    seen |= set(found)
+    return list(found.values())
+
+
+def _key(text: str) -> str:
+    """Hash of what a text says."""
+    said = " ".join(unicodedata.normalize("NFC", text).casefold().split())
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _cut(document: Document, share: float) -> tuple[Document, Document]:
+    place = int(share * len(document.text))
+    parts = document.text[:place], document.text[place:]
+    first, second = (" ".join(part.split()) for part in parts)
+    starts = range(0, max(len(second) - PIECE, 0) + 1, max(len(second) // PIECES, 1))
+    repeated = sum(second[start : start + PIECE] in first for start in starts)
+    if 2 * repeated > len(starts):
+        raise CarpoolError(
+            f"the end of a document of {document.domain!r} repeats its beginning, so that nothing of it is left that "
+            "was not seen before: give it once, or add documents"
+        )
+    return Document(document.domain, parts[0]), Document(document.domain, parts[1])
 
 
 def _texts(file: Path) -> Iterator[str]:

@@ -49,7 +49,8 @@ class Routed(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """A chunk of tokens in one layer: what was captured, every expert's output, and the domain of each token."""
+    """A chunk of tokens in one layer: what was captured, every expert's output, the domain of each token, and which
+    tokens are kept out of fits, to measure them."""
 
     hidden_NH: Tensor
     outputs_NEH: Tensor
@@ -57,6 +58,7 @@ class Seen(NamedTuple):
     weights_NK: Tensor
     residual_NH: Tensor | None
     domain_N: Tensor
+    held_N: Tensor
 
 
 class Collector(Protocol):

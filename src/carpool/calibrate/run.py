@@ -17,6 +17,7 @@ from carpool.artefacts.statistics import Statistics
 from carpool.calibrate.capture import Collector, Experts, Layer, Routed, Seen, calm, capture
 from carpool.calibrate.easy_ep import EasyEP
 from carpool.calibrate.energy import Energy
+from carpool.calibrate.sequences import HELD_OUT
 from carpool.calibrate.similarity import CKA, Similarity
 from carpool.errors import CarpoolError
 
@@ -34,6 +35,7 @@ def calibrate(
     sequences_BT: Tensor,
     *,
     domains: Sequence[str] = (),
+    held_B: Tensor | None = None,
     data: Sequence[tuple[str, str]] = (),
     seed: int = 0,
     energy: bool = False,
@@ -51,6 +53,7 @@ def calibrate(
         layers: its MoE layers.
         sequences_BT: token ids without padding.
         domains: the domain of every sequence; default: one domain named `text`.
+        held_B: the sequences that measure what is fitted to the others; default: one in five.
         data: `(file name, sha256)` of the text, for the record.
         seed: of the sample for CKA.
         energy: also measure output norms, gate sums, the norm predictor and EASY-EP's scores by domain.
@@ -70,6 +73,9 @@ def calibrate(
     sampled_N = torch.zeros(total, dtype=torch.bool).index_fill(0, sample, True)
     domains = domains or ["text"] * len(sequences_BT)
     names = list(dict.fromkeys(domains))
+    if held_B is None:
+        held_B = torch.arange(len(sequences_BT)) % HELD_OUT == 1
+    held_BT = held_B.unsqueeze(1).expand_as(sequences_BT)
     domain_BT = torch.tensor([names.index(domain) for domain in domains]).unsqueeze(1).expand_as(sequences_BT)
 
     runners = [Experts(layer) for layer in layers]
@@ -80,11 +86,12 @@ def calibrate(
     rows = max(1, BATCH_TOKENS // sequences_BT.shape[1])
     done = 0
     with torch.inference_mode(), calm(model):
-        for ids_BT, of_BT in zip(sequences_BT.split(rows), domain_BT.split(rows), strict=True):
+        for ids_BT, of_BT, out_BT in zip(*(one.split(rows) for one in (sequences_BT, domain_BT, held_BT)), strict=True):
+            facts = of_BT.flatten(), out_BT.flatten()
             picked_N = sampled_N[done : done + ids_BT.numel()]
             for position, routed in enumerate(capture(model, layers, ids_BT)):
                 samples[position].append(routed.hidden_NH[picked_N.to(routed.hidden_NH.device)])
-                _measure(runners[position], routed, of_BT.flatten(), similarities[position], collected[position])
+                _measure(runners[position], routed, *facts, similarities[position], collected[position])
             done += ids_BT.numel()
             progress(ids_BT.numel())
         results = {
@@ -123,13 +130,18 @@ def require_fitting(model: Any, sequences_BT: Tensor) -> None:
 
 
 def _measure(
-    experts: Experts, routed: Routed, domain_N: Tensor, similarity: Similarity, collectors: Sequence[Collector]
+    experts: Experts,
+    routed: Routed,
+    domain_N: Tensor,
+    held_N: Tensor,
+    similarity: Similarity,
+    collectors: Sequence[Collector],
 ) -> None:
     layer, (tokens, hidden_size) = experts.layer, routed.hidden_NH.shape
     rows = max(1, CHUNK_NUMBERS // (layer.num_experts * hidden_size))
     shape = (layer.num_experts, min(rows, tokens), hidden_size)
     buffer_ENH = torch.empty(shape, dtype=torch.float64, device=routed.hidden_NH.device)
-    domain_N = domain_N.to(routed.hidden_NH.device)
+    domain_N, held_N = (one.to(routed.hidden_NH.device) for one in (domain_N, held_N))
     with experts.ready() as run:
         for start in range(0, tokens, rows):
             some = slice(start, start + rows)
@@ -142,7 +154,7 @@ def _measure(
                 _check_mixture(layer, outputs_NEH, together_NH, ids_NK, weights_NK)
             similarity.update(outputs_NEH, ids_NK, weights_NK)
             residual_NH = None if routed.residual_NH is None else routed.residual_NH[some]
-            seen = Seen(hidden_NH, outputs_NEH, ids_NK.long(), weights_NK, residual_NH, domain_N[some])
+            seen = Seen(hidden_NH, outputs_NEH, ids_NK.long(), weights_NK, residual_NH, domain_N[some], held_N[some])
             for collector in collectors:
                 collector.update(seen)
     wrong = (~similarity.gram_EE.diagonal().isfinite()).nonzero().flatten().tolist()

@@ -19,9 +19,9 @@ from carpool.errors import CarpoolError
 from carpool.experts.surrogates import NAMES, SCALES, Surrogates
 
 RIDGE = 1e-2  # times the mean variance of an input
-BLOCK, HELD_OUT = 64, 5  # of every five blocks of so many tokens, the last is kept out of the fit and measures it
 ROUNDING = 1e-5  # times the mean square of an input: the least ridge
 LEAST_TOKENS = 32  # an expert with fewer tokens in the fit gets no surrogate
+LEAST_HELD = 8  # nor one with fewer tokens to measure it on
 STORED = ("int8", "bf16", "fp32")
 
 
@@ -38,7 +38,6 @@ class SurrogateFit:
     layer: Layer
     rank: int
     stored: str = "int8"
-    _tokens: int = 0
     _held: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # inputs and choices
 
     def __post_init__(self) -> None:
@@ -53,11 +52,8 @@ class SurrogateFit:
         self.targets_EDH = torch.zeros(E, H + 1, H, device=device)
 
     def update(self, seen: Seen) -> None:
-        """Add a chunk of tokens, and keep some of them for the measure."""
-        hidden_NH = seen.hidden_NH.float()
-        place_N = torch.arange(self._tokens, self._tokens + len(hidden_NH), device=hidden_NH.device)
-        self._tokens += len(hidden_NH)
-        held_N = place_N // BLOCK % HELD_OUT == HELD_OUT - 1
+        """Add a chunk of tokens: those that are held out to the measure, the others to the fit."""
+        hidden_NH, held_N = seen.hidden_NH.float(), seen.held_N
         self._held.append((hidden_NH[held_N], seen.ids_NK[held_N]))
         inputs_ND = torch.nn.functional.pad(hidden_NH, (0, 1), value=1.0)
         for expert in range(len(self.inputs_EDD)):
@@ -73,10 +69,10 @@ class SurrogateFit:
         `surrogate_unexplained [E]`, the share of it that the surrogate leaves, 1 for experts without a surrogate.
 
         Raises:
-            CarpoolError: too few tokens to hold some out.
+            CarpoolError: no token was held out.
         """
-        if self._tokens < BLOCK * HELD_OUT:
-            raise CarpoolError(f"surrogates need {BLOCK * HELD_OUT} tokens or more, not {self._tokens}: raise --tokens")
+        if not sum(len(hidden_NH) for hidden_NH, _ in self._held):
+            raise CarpoolError("surrogates need sequences that are held out to measure them: raise --tokens")
         count_E = self.inputs_EDD[:, -1, -1]
         E, _, H = self.targets_EDH.shape
         inner_ERH = torch.zeros(E, self.rank, H, device=count_E.device)
@@ -87,8 +83,8 @@ class SurrogateFit:
             inner_ERH[expert], outer_EXH[expert] = inner, outer
         tensors = stored({NAMES[0]: inner_ERH, NAMES[1]: outer_EXH}, self.stored)
         energy_E, left_E, tokens_E = self._measure(Surrogates.of(tensors, self.layer.weight_EH.device))
-        # held-out tokens decide; an expert without any is not trusted either
-        measured_E = (tokens_E > 0) & known_E
+        # held-out tokens decide; an expert with hardly any is not trusted either
+        measured_E = (tokens_E >= LEAST_HELD) & known_E
         share_E = torch.where(measured_E, left_E / energy_E.clamp_min(1e-30), 1.0).clamp(0, 1)
         tensors["surrogate_energy"] = energy_E / tokens_E.clamp_min(1)
         tensors["surrogate_unexplained"] = share_E

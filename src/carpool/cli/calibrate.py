@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FEW_TOKENS = 32  # an expert's row of `routed` from fewer tokens is mostly noise
 SHOWN = 12  # experts that a warning names
+PREDICTED = 4  # tokens for each coefficient of the norm predictor
 
 
 @command("calibrate")
@@ -65,14 +66,14 @@ def calibrate(
     data = [(path.name, sha256_file(path)) for path in paths]
 
     opened = open_model(model)
-    windows = token_sequences(documents, opened.tokenizer, tokens, sequence, seed)
+    windows = token_sequences(documents, opened.tokenizer, tokens, sequence, seed, surrogates is not None)
     loaded = opened.weights()
     layers = find_layers(loaded)
     total = windows.ids_BT.numel()
     with progress("calibrating", total, "tokens") as advance:
         stats = run(
             loaded, layers, windows.ids_BT,
-            domains=windows.domains, data=data, seed=seed, energy=energy,
+            domains=windows.domains, held_B=windows.held_B if surrogates else None, data=data, seed=seed, energy=energy,
             collectors=[] if surrogates is None else [lambda layer: SurrogateFit(layer, surrogates)],
             progress=advance,
         )  # fmt: skip
@@ -83,9 +84,16 @@ def calibrate(
     stats.save(output)
     _show(console, stats)
     if energy:
+        if stats.tokens < PREDICTED * (stats.hidden_size + 1):
+            _warn(
+                console,
+                f"the predictor of output norms has {stats.hidden_size + 1} coefficients an expert and saw "
+                f"{stats.tokens:,} tokens, so that `base` foresees little of other text; raise --tokens to "
+                f"{PREDICTED * (stats.hidden_size + 1):,} or more",
+            )
         _show_domains(console, stats, list(dict.fromkeys(windows.domains)))
     if surrogates is not None:
-        _show_surrogates(console, stats)
+        _show_surrogates(console, stats, int(windows.held_B.sum()) * windows.ids_BT.shape[1])
     console.print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -155,11 +163,19 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def _show_surrogates(console: Console, stats: Statistics) -> None:
-    """Energy that the surrogates explain on tokens that they were not fitted to, by layer."""
-    shares = []
+def _show_surrogates(console: Console, stats: Statistics, held: int) -> None:
+    """Energy that the surrogates explain on tokens that they were not fitted to, by layer, and experts without any."""
+    shares, none = [], []
     for index, tensors in stats.layers.items():
         energy_E = tensors["surrogate_energy"] * tensors["coverage"]
         explained = 1 - float((energy_E * tensors["surrogate_unexplained"]).sum() / energy_E.sum().clamp_min(1e-30))
         shares.append(f"{explained:.0%} in layer {index}")
-    console.print(f"surrogates explain {', '.join(shares)} of the experts' output energy", highlight=False)
+        none += [f"{index}:{expert}" for expert in (tensors["surrogate_unexplained"] == 1).nonzero().flatten().tolist()]
+    said = f"surrogates explain {', '.join(shares)} of the experts' output energy on {held:,} tokens of other documents"
+    console.print(said, highlight=False, soft_wrap=True)
+    if none:
+        _warn(
+            console,
+            "these experts (layer:expert) got no surrogate, for lack of tokens to fit or to measure it: "
+            f"{_listed(none)}; give more or more varied text",
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from math import ceil, log2
 from pathlib import Path
@@ -61,6 +62,7 @@ def tune(
     from carpool.artefacts.texts import load_texts
     from carpool.calibrate import token_sequences
     from carpool.evaluate.study import Settings, describe_layers, sequences_for
+    from carpool.hosts.transformers import find_layers, identity
     from carpool.plans.policy_file import PolicyFile
     from carpool.routing.batch import Grouping
     from carpool.tune import DEFAULT, Target, Trials, family, measurable
@@ -90,7 +92,7 @@ def tune(
     source = stats or (shipped_statistics() if model is None else None)
     windows = None
     if source is None and any(one.required_stats for one in families):
-        windows = token_sequences(halves.search, opened.tokenizer, CALIBRATION, 256, seed)
+        windows = token_sequences(halves.search, opened.tokenizer, CALIBRATION, 256, seed, True)
     loaded = opened.weights(device_map=device_map)
     if windows is not None:
         source = _calibrate(loaded, windows, output, seed, data)
@@ -101,7 +103,7 @@ def tune(
     (layout,) = settings.layouts()
     memory = output.with_name(f".{output.name}.progress")
     depends = {
-        "model": facts["fingerprint"], "texts": data, "group": group, "batch": batch,
+        "model": identity(find_layers(loaded)).name, "texts": data, "group": group, "batch": batch,
         "sequence": sequence, "prefill": prefill, "tokens": tokens, "seed": seed,
         "statistics": None if source is None else sha256_file(source),
     }  # fmt: skip
@@ -141,18 +143,20 @@ def _calibrate(model: Any, windows: Windows, output: Path, seed: int, data: list
     from carpool.artefacts.statistics import Statistics
     from carpool.calibrate import calibrate
     from carpool.calibrate.surrogate_fit import SurrogateFit
-    from carpool.hosts.transformers import find_layers, fingerprint
+    from carpool.hosts.transformers import find_layers, identity
 
     path = output.with_suffix(".safetensors")
     if path.exists():
         old = Statistics.load(path)
-        if (old.fingerprint, old.seed, list(old.data)) == (fingerprint(model), seed, data):
-            return path
+        with suppress(CarpoolError):
+            old.check(identity(find_layers(model)))
+            if (old.seed, list(old.data)) == (seed, data):
+                return path
         raise CarpoolError(f"{path} holds other statistics; name it with --stats, move it, or choose another --output")
     with progress("calibrating", windows.ids_BT.numel(), "tokens") as advance:
         made = calibrate(
-            model, find_layers(model), windows.ids_BT, domains=windows.domains, data=data, seed=seed, energy=True,
-            collectors=[lambda layer: SurrogateFit(layer, RANK)], progress=advance,
+            model, find_layers(model), windows.ids_BT, domains=windows.domains, held_B=windows.held_B, data=data,
+            seed=seed, energy=True, collectors=[lambda layer: SurrogateFit(layer, RANK)], progress=advance,
         )  # fmt: skip
     made.save(path)
     return path
