@@ -167,7 +167,7 @@ def bootstrap(statistic: Statistic, batches: int, rng: np.random.Generator, draw
 
 def coverage(source: Source, batches: int, repeats: int, draws: int, seed: int) -> dict[str, Any]:
     """How many of `repeats` intervals hold the truth: the bootstrap's and the one that is shown."""
-    rng = np.random.default_rng([seed, batches])
+    rng = np.random.default_rng([seed, batches, *source.statistic.encode(), *source.scatter.encode()])
     before = after = 0
     for _ in range(repeats):
         statistic, truth = source.draw(rng, batches)

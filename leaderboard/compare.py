@@ -31,7 +31,7 @@ class Cell:
     Attributes:
         kl: by method, nats per token; None where a method does not reach.
         best: the best published method. ratio: our KL over its, with its interval; None where either is missing.
-        controls: labels that are no methods.
+        over: by method and control, the method's KL over the control's with its interval, where both reach.
     """
 
     batch: int
@@ -40,7 +40,7 @@ class Cell:
     kl: dict[str, float | None]
     best: str | None
     ratio: Ratio | None
-    controls: frozenset[str] = frozenset()
+    over: dict[str, dict[str, Ratio]]
 
     @property
     def verdict(self) -> str:
@@ -53,9 +53,8 @@ class Cell:
         return "win" if high < 1 else "loss" if low > 1 else "tie"
 
     def beaten_by(self, method: str) -> list[str]:
-        """Controls whose KL is below a method's."""
-        own = self.kl.get(method)
-        return [name for name in self.controls if own is not None and (self.kl.get(name) or float("inf")) < own]
+        """Controls whose KL is below a method's, by the interval."""
+        return [name for name, (_, low, _) in self.over.get(method, {}).items() if low is not None and low > 1]
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -115,7 +114,7 @@ def variants_table(content: dict[str, Any], batch: int, shares: tuple[float, ...
 
 def cells(content: dict[str, Any]) -> list[Cell]:
     """Every batch size, domain and share of an experiment."""
-    controls = frozenset(series["label"] for series in content["settings"]["series"] if series.get("control"))
+    controls = [series["label"] for series in content["settings"]["series"] if series.get("control")]
     found = []
     for batch, domain in dict.fromkeys((cell["batch"], cell["domain"]) for cell in content["cells"]):
         rows = curves(content, batch, domain)
@@ -132,7 +131,13 @@ def cells(content: dict[str, Any]) -> list[Cell]:
             ratio = None
             if best is not None and kl.get(OURS) is not None:
                 ratio = versus(methods[OURS], methods[best], share)
-            found.append(Cell(batch, domain, share, kl, best, ratio, controls))
+            reached = {label: own for label, own in methods.items() if kl[label] is not None}
+            over = {
+                label: {name: versus(own, reached[name], share) for name in controls if name in reached}
+                for label, own in reached.items()
+                if label not in controls
+            }
+            found.append(Cell(batch, domain, share, kl, best, ratio, over))
     return found
 
 
@@ -164,13 +169,20 @@ def summary(found: list[Cell]) -> str:
 
 
 def controls_table(found: list[Cell]) -> str:
-    """Markdown: how often each method has a higher KL than a control at equal bytes."""
-    lines = ["| method | cells that it reaches beside a control | of these, a control is better |", "|---|--:|--:|"]
-    for method in dict.fromkeys(name for cell in found for name in cell.kl if name not in cell.controls):
-        both = [c for c in found if c.kl.get(method) and any(c.kl.get(name) for name in c.controls)]
-        lost = [cell for cell in both if cell.beaten_by(method)]
-        names = ", ".join(sorted({name for cell in lost for name in cell.beaten_by(method)}))
-        lines.append(f"| {method} | {len(both)} | {len(lost)}{f' ({names})' if names else ''} |")
+    """Markdown: each method's KL over every control's at equal bytes."""
+    methods = list(dict.fromkeys(name for cell in found for name in cell.kl if any(name in one.over for one in found)))
+    controls = list(dict.fromkeys(name for cell in found for own in cell.over.values() for name in own))
+    lines = ["| method | " + " | ".join(f"over {name}" for name in controls) + " |", "|---" * (1 + len(controls)) + "|"]
+    for method in methods:
+        parts = []
+        for control in controls:
+            ratios = [cell.over[method][control] for cell in found if control in cell.over.get(method, {})]
+            lost = sum(control in cell.beaten_by(method) for cell in found)
+            mean = "n/a" if not ratios else f"{np.exp(np.mean(np.log([value for value, *_ in ratios]))):.2f}"
+            few = bool(ratios) and all(low is None for _, low, _ in ratios)
+            verdict = FEW if few else f"**loses in {lost}**" if lost else "loses in none"
+            parts.append(f"{mean} ({len(ratios)} cells, {verdict})" if ratios else mean)
+        lines.append(f"| {method} | " + " | ".join(parts) + " |")
     return "\n".join(lines) + "\n"
 
 

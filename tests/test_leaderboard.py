@@ -108,7 +108,11 @@ def test_ratios_at_equal_bytes() -> None:
     assert counts == [8, 3, 0, 5, 0, 0]
     assert half.beaten_by("ours") == ["control"]
     reached = sum(0.25 <= share <= 0.75 for share in by_share)
-    assert f"| ours | {reached} | {reached} (control) |" in compare.controls_table(found)
+    (row,) = [line for line in compare.controls_table(found).splitlines() if line.startswith("| ours |")]
+    assert f"({reached} cells, **loses in {reached}**) |" in row
+    over = [cell.over["ours"]["control"][0] for cell in found if "ours" in cell.over]
+    assert f"| {np.prod(over) ** (1 / reached):.2f} (" in row
+    assert half.over["ours"]["control"][0] == pytest.approx(0.04 / (1e-3 * 1e-4) ** 0.5)
 
 
 def test_a_control_that_does_not_reach_beats_nobody() -> None:
@@ -155,6 +159,22 @@ def test_few_batches_have_no_interval_and_no_verdict() -> None:
     assert cell.ratio == (pytest.approx(0.2), None, None)
     assert cell.verdict == compare.FEW == "too few batches"
     assert "| 4 | all | 8 | 1 | 7 | 0 | 0 | 0 |" in compare.summary(compare.cells(made))
+
+
+def test_a_control_beats_a_method_only_beyond_the_scatter() -> None:
+    compare = module("compare")
+    near = [setting("control", s, 0.99 * kl) for s, kl in ((0.2, 0.2), (0.8, 0.1))]
+    own = [setting("good", s, kl) for s, kl in ((0.2, 0.2), (0.8, 0.1))]
+    for one in near:
+        one["kl"] = (np.array(one["kl"]) * (1 + 0.1 * np.sin(np.arange(12.0)))).tolist()
+    half = next(cell for cell in compare.cells(content(*own, *near)) if cell.share == 0.5)
+    assert half.over["good"]["control"][0] > 1
+    assert half.beaten_by("good") == []
+    assert "cells, loses in none)" in compare.controls_table([half])
+    few = [{**one, **{n: v[:9] for n, v in one.items() if isinstance(v, list)}} for one in (*own, *near)]
+    made = content(*few)
+    made["cells"][0]["rows"][0] = setting("stock", 1.0, 0.0, batches=9)
+    assert "cells, too few batches)" in compare.controls_table(compare.cells(made))
 
 
 def test_batches_of_several_seeds_have_no_interval() -> None:
