@@ -52,6 +52,11 @@ class Scratch:
         self.steps_SE = zeros(max_steps, num_experts)
         self.counts = zeros(LANES.value, dtype=torch.int64)
 
+    @property
+    def memory(self) -> int:
+        """Bytes."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
+
     def fits(self, num_rows: int, batch: Batch) -> bool:
         """Whether a batch is within the sizes."""
         groups, steps = batch.num_groups <= self.max_groups, batch.num_steps <= self.max_steps

@@ -92,6 +92,10 @@ class Counters:
         """Add what `measured` made of one call."""
         self._totals_F[layer].add_(values_F)
 
+    def of_layer(self, layer: int) -> Tensor:
+        """The totals of one layer, for kernels that count by themselves; float64 in the order of `FIELDS`."""
+        return self._totals_F[layer]
+
     def reset(self) -> None:
         self._totals_LF.zero_()
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from carpool.errors import CarpoolError
+from carpool.hosts.vllm.fused import path
 from carpool.hosts.vllm.host import Host
 from carpool.hosts.vllm.isolation import require_isolated
 from carpool.hosts.vllm.layers import prepare
@@ -51,7 +52,7 @@ class Control:
                 plan = parse(policy).for_serving()
                 require_isolated(plan, host.settings, host.worker.vllm_config)
                 stats = [prepare(layer, plan) for layer in host.layers]
-                host.use_plans([plan] * len(host.layers), stats, compile_new=compile is True)
+                host.use_plans([plan] * len(host.layers), stats, compile is True, compile is True)
         except CarpoolError:
             if host.metrics is not None:
                 host.metrics.refused()
@@ -85,5 +86,6 @@ class Control:
             "group": str(host.settings.group),
             "enabled": host.step.enabled,
             "surrogate_memory": host.surrogate_memory,
+            "paths": sorted({path(layer) for layer in host.layers}),
             "compiled": all(layer.graph is not None for layer in host.layers),
         }

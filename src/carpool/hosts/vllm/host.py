@@ -17,6 +17,7 @@ from carpool.experts.surrogates import NAMES
 from carpool.hosts.vllm.compiled import Compiler
 from carpool.hosts.vllm.expert_samples import sampling
 from carpool.hosts.vllm.follow import drafter, follow
+from carpool.hosts.vllm.fused import Kernels
 from carpool.hosts.vllm.knobs import Knobs
 from carpool.hosts.vllm.layer import Layer, Step
 from carpool.hosts.vllm.layers import build_layers, check_weights
@@ -43,6 +44,7 @@ class Host:
         self.compiler = Compiler(settings.group.kind, _on_all_ranks)
         self.step: Step | None = None
         self.metrics: Metrics | None = None
+        self.kernels: Kernels | None = None
         self.foreign = ""
         self._proved = False
 
@@ -152,9 +154,10 @@ class Host:
             if any(name in layer.statistics for name in NAMES):  # a policy may ask for them later
                 hook(layer)
         plans, stats = [layer.plan for layer in self.layers], [layer.stats for layer in self.layers]
-        self.use_plans(plans, stats, compile_new=self._compiles(device))
+        self.kernels = Kernels(rows, _on_all_ranks)
+        self.use_plans(plans, stats, self._compiles(device), self.settings.compile is not False)
         if hasattr(runner, "model_memory_usage"):  # where vLLM measures: what is left is for keys and values
-            runner.model_memory_usage += self.surrogate_memory
+            runner.model_memory_usage += self.surrogate_memory + self.kernels.memory
         self.metrics = Metrics(self.step.counters, self.layers, publishes=_first_of_tensor_parallel())
         self.metrics.enabled(True)
         self._follow(runner, self.step)
@@ -168,13 +171,16 @@ class Host:
         """As the user says; without a word on CPUs only, where it was tried."""
         return device.type == "cpu" if self.settings.compile is None else self.settings.compile
 
-    def use_plans(self, plans: list[Plan], stats: list[dict[str, Tensor]], compile_new: bool) -> None:
+    def use_plans(
+        self, plans: list[Plan], stats: list[dict[str, Tensor]], compile_new: bool, kernels_new: bool
+    ) -> None:
         """Put a plan into each layer, all or none.
 
         Args:
             plans: one a layer.
             stats: what each plan needs of its layer's statistics.
             compile_new: compile kinds of plans that were not compiled before, which takes a while.
+            kernels_new: the same for the kernels of routing, where there are some.
 
         Raises:
             CarpoolError: recorded graphs can take other numbers only.
@@ -192,6 +198,8 @@ class Host:
             else:
                 layer.knobs, layer.stats = Knobs(plan, layer.num_experts, layer.device), tensors
             layer.plan = plan
+        if self.kernels is not None:
+            self.kernels.use(self.layers, kernels_new)
         self.compiler.use(self.layers, compile_new)
 
     def _follow(self, runner: Any, step: Step) -> None:

@@ -50,7 +50,8 @@ class Layer:
         plan: policy and guards. source: the statistics file; statistics: its tensors of this layer; stats: what the
             policy made of them.
         knobs: the plan's numbers as device tensors.
-        graph: the compiled form of this plan's kind; None where routing runs operation by operation.
+        graph: the compiled form of this plan's kind; None where there is none.
+        fused: the launches of this plan (`carpool.kernels.launch.Fused`); None where there are none.
         calls: times Python ran the router, for the proof that nothing bypasses it.
         resident: surrogates on the device, once a plan has asked for them.
         left: expert ids and weights of the pairs that the last call left to surrogates, until the experts run.
@@ -70,6 +71,7 @@ class Layer:
     stats: dict[str, Tensor] = field(default_factory=dict)
     knobs: Knobs | None = None
     graph: Graph | None = None
+    fused: Any = None
     step: Step | None = None
     calls: int = 0
     runner: Any = None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from carpool.errors import CarpoolError
-from carpool.hosts.vllm import compiled, supplement
+from carpool.hosts.vllm import compiled, fused, supplement
 from carpool.hosts.vllm.layer import Layer
 from carpool.plans.counters import measured
 from carpool.plans.pipeline import Outcome, route
@@ -41,6 +41,10 @@ def routed(layer: Layer, hidden_NH: Tensor, logits_NE: Tensor, native: Routing) 
         )
     if not (step.graphs or (step.enabled and rows.sharing >= layer.plan.least_voters)):
         return native
+    if layer.fused is not None and step.observer is None:
+        counted = fused.run(layer, hidden_NH, logits_NE, native, rows)
+        if counted is not None:
+            return _leaving(layer, counted)
     if layer.graph is not None and step.observer is None:
         done = compiled.run(layer.graph, layer, hidden_NH, logits_NE, native, rows)
         if done is not None:
