@@ -155,10 +155,10 @@ def decide(
             new_K, kept_K = take(tl.where(taken_E, keys_E, -1), none, slots, TOP_K)
             mixed_K = mix(weights_E, new_K, kept_K, slots, scale_E, RENORMALIZE, EPS, SCALING, DTYPE)
             if ASSIGN == "leave":
-                own_K = tl.sum(((new_K[:, None] == experts[None, :]) & may_E[None, :]).to(tl.int32), 1) > 0
+                read_K = tl.sum(((new_K[:, None] == experts[None, :]) & may_E[None, :]).to(tl.int32), 1) > 0
                 best = expert_of(tl.max(tl.where(may_E, keys_E, -1))).to(tl.int32)
-                stood_K, stood_in_K = new_K, tl.where(own_K, 0.0, mixed_K)
-                new_K, mixed_K = tl.where(own_K, new_K, best), tl.where(own_K, mixed_K, 0.0)
+                stood_K, stood_in_K = new_K, tl.where(read_K, 0.0, mixed_K)
+                new_K, mixed_K = tl.where(read_K, new_K, best), tl.where(read_K, mixed_K, 0.0)
 
     changed = changed & own
     host_K = tl.load(native_NK + row * TOP_K + slots, mask=held, other=0.0)

@@ -36,7 +36,7 @@ class Settings:
         group: rows that share a coreset, one of `GROUPINGS`.
         isolation: the widest grouping in which requests may depend on each other.
         allow_untested_engine: go on with a version of vLLM that was not tested.
-        compile: run routing as a compiled graph; None leaves it to the host.
+        compile: run routing as a compiled graph; None leaves it to the host; False also leaves out kernels on GPUs.
     """
 
     policies: PolicyFile
