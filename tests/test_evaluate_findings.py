@@ -90,6 +90,10 @@ def test_who_loses_to_a_control() -> None:
     # a control that does not reach so far beats nobody
     topk = [measured("topk(k=1)", 0.1, 1e-5), measured("topk(k=2)", 0.2, 1e-6)]
     assert findings(curves(bad=one, topk=topk))[-1] == "No setting of a method lies where a control was measured."
+    # as good as the control is no loss
+    like = [measured("lynx(budget=2)", 0.25, 0.4, spread=0), measured("lynx(budget=4)", 0.5, 0.1, spread=0)]
+    topk = [measured("topk(k=1)", 0.25, 0.4, spread=0), measured("topk(k=2)", 0.5, 0.1, spread=0)]
+    assert findings(curves(like=like, topk=topk))[-1].startswith("No method loses")
     # worse on average only: the scatter between batches is larger than the difference
     doubtful = [measured("lynx(budget=2)", 0.4, 0.30, spread=0.9), measured("lynx(budget=4)", 0.6, 0.05)]
     assert findings(curves(bad=doubtful, random=CONTROL))[-1].startswith("No method loses")
