@@ -5,6 +5,7 @@ import pytest
 from synthetic_sums import READ, measured
 
 from carpool.evaluate.metrics import results
+from carpool.evaluate.results import write_rows
 
 
 def test_every_metric_is_its_sum_over_what_it_is_of():
@@ -50,3 +51,11 @@ def test_a_domain_that_no_sequence_is_of_is_left_out():
         for name in ("nll_MD", "tokens_MD"):
             object.__setattr__(each, name, np.hstack([np.zeros((len(each.kl_M), 1)), getattr(each, name)]))
     assert set(results([stock, one])[1].domains) == {"all"}
+
+
+@pytest.mark.parametrize("given", [{"rows": [{"kl": float("nan")}]}, {"rows": [], "seconds": float("inf")}])
+def test_a_results_file_holds_numbers_alone(tmp_path, given):
+    """NaN and infinity are no JSON: other programs could not read the file."""
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_rows(tmp_path / "results.json", given.pop("rows"), kind="test", **given)
+    assert not list(tmp_path.iterdir())
