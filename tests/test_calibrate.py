@@ -124,9 +124,66 @@ def quantised():
     return model
 
 
+class Packed(torch.nn.Module):
+    """Experts in 4 bits: two weights a byte and a factor a row, unpacked on the way."""
+
+    def __init__(self, plain, dtype, registered=True):
+        super().__init__()
+        self.plain = [plain]  # not a submodule
+        for name, weight in plain.named_parameters():
+            scale = weight.detach().abs().amax(-1, keepdim=True) / 7
+            codes = ((weight.detach() / scale).round() + 8).to(torch.uint8)
+            packed = (codes[..., ::2] | codes[..., 1::2] << 4).to(dtype)
+            for key, tensor in ((f"{name}_packed", packed), (f"{name}_scale", scale)):
+                if registered:
+                    self.register_parameter(key, torch.nn.Parameter(tensor, requires_grad=False))
+                else:
+                    self.__dict__[key] = tensor
+
+    def forward(self, hidden, ids, weights):
+        codes = {}
+        for name, weight in self.plain[0].named_parameters():
+            packed, scale = getattr(self, f"{name}_packed").to(torch.uint8), getattr(self, f"{name}_scale")
+            codes[name] = (torch.stack([packed & 15, packed >> 4], -1).flatten(-2).to(weight.dtype) - 8) * scale
+        return torch.func.functional_call(self.plain[0], codes, (hidden, ids, weights))
+
+
+def packed(dtype, **how):
+    def make():
+        model = tiny_model("qwen3_moe")
+        for layer in find_layers(model):
+            layer.block.experts = Packed(layer.experts, dtype, **how)
+        assert model(IDS_BT).logits.isfinite().all()  # such a model runs
+        return model
+
+    return make
+
+
+class Quantised(torch.Tensor):
+    """A tensor that says it holds floats and does not, as some libraries make them."""
+
+
+def disguised():
+    model = tiny_model("qwen3_moe")
+    experts = find_layers(model)[0].experts
+    experts.down_proj = torch.nn.Parameter(experts.down_proj.data.as_subclass(Quantised), requires_grad=False)
+    return model
+
+
+def offloaded():
+    model = tiny_model("qwen3_moe")
+    find_layers(model)[1].experts.to("meta")
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (packed(torch.uint8), "layer 0: experts stored as torch.uint8; calibrate the unquantised model"),
+        (packed(torch.int32), "layer 0: experts stored as torch.int32"),
+        (packed(torch.uint8, registered=False), "layer 0: experts stored as something that Packed keeps to itself"),
+        (disguised, "layer 0: experts stored as Quantised"),
+        (offloaded, "layer 1: experts that are not in memory"),
         (poisoned, "layer 1: expert 5 gives NaN or inf"),
         (nonlinear, "does not mix experts by a weighted sum"),
         (bypassed, r"choices of shape \[\], not once"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from carpool.artefacts.identity import Sample
 from carpool.errors import CarpoolError
 
+PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what experts may be stored as
 SUM_TOLERANCE = 2e-2  # relative, of a decoder layer's output to residual stream plus block in bf16
 
 
@@ -161,13 +162,21 @@ class Experts:
     """A layer's experts, run one at a time on all rows in fp32 whatever they are stored in."""
 
     def __init__(self, layer: Layer) -> None:
-        """Raises CarpoolError if the experts are quantised."""
+        """Raises CarpoolError if the experts are quantised, or offloaded."""
         self.layer = layer
-        stored = {p.dtype for p in [*layer.experts.parameters(), *layer.experts.buffers()] if p.dtype != torch.float32}
-        if not stored <= {torch.bfloat16, torch.float16, torch.float64}:
-            kinds = ", ".join(sorted(map(str, stored)))
+        tensors = [*layer.experts.parameters(), *layer.experts.buffers()]
+        odd = {type(one).__name__ for one in tensors if type(one) not in (nn.Parameter, Tensor)}
+        odd |= {str(one.dtype) for one in tensors if one.dtype not in PLAIN}
+        if not tensors:
+            odd = {f"something that {type(layer.experts).__name__} keeps to itself"}
+        if odd:
+            kinds = ", ".join(sorted(odd))
             raise CarpoolError(f"layer {layer.index}: experts stored as {kinds}; calibrate the unquantised model")
-        self._cast = bool(stored)
+        if any(one.is_meta for one in tensors):
+            raise CarpoolError(
+                f"layer {layer.index}: experts that are not in memory (offloaded); calibrate where all of them fit"
+            )
+        self._cast = any(one.dtype != torch.float32 for one in tensors)
 
     @contextmanager
     def ready(self) -> Iterator[Callable[[Tensor, Tensor, Tensor], Tensor]]:
