@@ -1,6 +1,7 @@
 """The text of a calibration, cut into sequences, and `carpool calibrate` on a tiny model."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from carpool import CarpoolError
 from carpool.artefacts.identity import SAMPLES
-from carpool.artefacts.statistics import SIMILARITIES, Statistics
+from carpool.artefacts.statistics import SIMILARITIES, Statistics, made_by
 from carpool.artefacts.texts import Document
 from carpool.calibrate import token_sequences
 from carpool.cli.commands import app
@@ -111,6 +112,21 @@ def test_command_scores_domains_and_layers(command, tmp_path):
             assert layer[name].sum().item() == pytest.approx(1, abs=1e-5)
         assert not torch.allclose(layer["easy_ep/text"], layer["easy_ep/more"])
     assert sum(layer["sensitivity"].item() for layer in tensors.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "name", ["similarity_routed", "norm_scale", "ratio_quantiles", "easy_ep", "easy_ep/text", "coverage/text",
+             "sensitivity", "surrogate_unexplained"],
+)  # fmt: skip
+def test_the_command_that_an_error_names_works(command, tmp_path, name):
+    for file in ("text.jsonl", "mine.jsonl"):
+        (tmp_path / file).write_text("\n".join(json.dumps({"text": words(300, n)}) for n in range(3, 23)))
+    given = {"MODEL": "some/model", "FILE": "mine.jsonl"}
+    start, verb, *arguments = (given.get(word, word) for word in shlex.split(made_by(name)))
+    assert (start, verb) == ("carpool", "calibrate")
+    code, output = command(*arguments, "--tokens", "2048", "--sequence", "64")
+    assert code == 0, output
+    assert name in Statistics.load("stats.safetensors").for_layer(0)
 
 
 def test_command_says_what_its_tokens_cannot_show(command, tmp_path, monkeypatch):

@@ -168,7 +168,10 @@ def test_statistics_of_other_experts_behind_the_same_routers_are_refused(stats, 
     stats.check(identity(find_layers(model)))
     change(model)
     with (
-        pytest.raises(CarpoolError, match=f"another model with the same routers: {said}.*run `carpool calibrate`"),
+        pytest.raises(
+            CarpoolError,
+            match=f"another model with the same routers: {said}.*run `carpool calibrate MODEL --text FILE`",
+        ),
         carpool.share(model, "sere(top=1)", stats=stats),
     ):
         pass

@@ -99,7 +99,7 @@ def model(**changes):
     ],
 )
 def test_another_models_statistics_are_refused(changes, message):
-    with pytest.raises(CarpoolError, match=f"{message}.*run `carpool calibrate`"):
+    with pytest.raises(CarpoolError, match=f"{message}.*run `carpool calibrate MODEL --text FILE`"):
         statistics().check(model(**changes))
 
 
@@ -116,7 +116,9 @@ def test_statistics_of_routers_alone_need_no_sample():
     tensors = {"coverage": layer()["coverage"], "sensitivity": torch.tensor(0.5), "coverage/a": torch.ones(E)}
     made = statistics(layers=dict.fromkeys(LAYERS, tensors))
     assert not made.check(model(samples={}))
-    with pytest.raises(CarpoolError, match=r"'norm_bias' and no sample of the weights.*run `carpool calibrate`"):
+    with pytest.raises(
+        CarpoolError, match=r"'norm_bias' and no sample of the weights.*run `carpool calibrate MODEL --text FILE`"
+    ):
         statistics(layers=dict.fromkeys(LAYERS, tensors | {"norm_bias": torch.ones(E)}))
 
 

@@ -33,7 +33,7 @@ ASYMMETRIC = ("similarity_routed",)
 OF_ROUTERS = ("coverage", "sensitivity", "gate_sum", "ratio_quantiles")  # how such names begin
 OTHER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int8, torch.bool)
 TOLERANCE = 1e-5
-AGAIN = "run `carpool calibrate` for this model"
+AGAIN = "run `carpool calibrate MODEL --text FILE` for this model"
 FLAGS = {  # of `carpool calibrate`, by how a statistic's name begins
     "sensitivity": " --sensitivity",
     "surrogate_": " --surrogates 16",
@@ -42,8 +42,10 @@ FLAGS = {  # of `carpool calibrate`, by how a statistic's name begins
 
 
 def made_by(name: str) -> str:
-    """The command that measures a statistic."""
-    return "carpool calibrate" + next((flag for start, flag in FLAGS.items() if name.startswith(start)), "")
+    """The command that measures a statistic, with MODEL and FILE for what only the user knows."""
+    flag = next((flag for start, flag in FLAGS.items() if name.startswith(start)), "")
+    domain = name.partition("/")[2]
+    return f"carpool calibrate MODEL --text {f'{domain}.jsonl' if domain else 'FILE'}{flag} -o stats.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +190,9 @@ class Statistics:
         path = Path(path)
         tensors, metadata = read_safetensors(path)
         if metadata.get("schema") is None:
-            raise CarpoolError(f"{path} is no statistics file of carpool; make one with `carpool calibrate`")
+            raise CarpoolError(
+                f"{path} is no statistics file of carpool; make one with `carpool calibrate MODEL --text FILE`"
+            )
         if metadata["schema"] != str(SCHEMA):
             raise CarpoolError(f"{path} has schema {metadata['schema']!r}, this version reads {SCHEMA}; {AGAIN}")
         try:

@@ -36,7 +36,7 @@ def load_texts(paths: Sequence[str | Path]) -> list[Document]:
             with a string `text`, or a file without any text.
     """
     if not paths:
-        raise CarpoolError("no text was given: name one or more .txt or .jsonl files")
+        raise CarpoolError("no text was given: name one or more .txt or .jsonl files (--text FILE on the command line)")
     files = [Path(path) for path in paths]
     stems = Counter(file.stem for file in dict.fromkeys(files))
     documents: list[Document] = []

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carpool.artefacts.statistics import Statistics
+from carpool.artefacts.statistics import Statistics, made_by
 from carpool.calibrate.run import BATCH_TOKENS, require_fitting
 from carpool.calibrate.thresholds import threshold_for
 from carpool.errors import CarpoolError
@@ -112,7 +112,7 @@ def _quantiles(
     values: list[Tensor] = []
     layers = find_layers(model)
     if stats is None or "sensitivity" not in stats.for_layer(layers[0].index):
-        raise CarpoolError("layer_threshold needs the statistic 'sensitivity': run `carpool calibrate --sensitivity`")
+        raise CarpoolError(f"layer_threshold needs the statistic 'sensitivity': run `{made_by('sensitivity')}`")
     weight_L = [stats.for_layer(layer.index)["sensitivity"].item() for layer in layers]
 
     def keep(place: int, batch: Batch, outcome: Outcome) -> None:
@@ -188,5 +188,5 @@ def fixed_lists(stats: Statistics, size: Any, domain: str | None) -> tuple[dict[
 def _no_scores(names: Sequence[str] | Mapping[str, Tensor], domain: str | None) -> str:
     known = sorted(name.removeprefix("easy_ep/") for name in names if name.startswith("easy_ep/"))
     if not known:
-        return "the statistics hold no EASY-EP scores: make them with `carpool calibrate --energy`"
+        return f"the statistics hold no EASY-EP scores: make them with `{made_by('easy_ep')}`"
     return f"the statistics have no domain {domain!r}; they know {', '.join(map(repr, known))}"

@@ -73,6 +73,7 @@ def threshold(
 ) -> None:
     """Find the threshold that skips a share of the experts' work (MoDES, NAEE, top-p); write a policy file."""
     from carpool.artefacts.files import require_writable
+    from carpool.artefacts.statistics import made_by
     from carpool.artefacts.texts import load_texts
     from carpool.calibrate import token_sequences
     from carpool.calibrate.skipping import STEPS, find_threshold
@@ -87,7 +88,7 @@ def threshold(
         raise CarpoolError(f"{policy} needs no statistics; leave out --stats")
     if policy == "layer_threshold":
         if stats is None:
-            raise CarpoolError("layer_threshold needs --stats FILE, made with `carpool calibrate --sensitivity`")
+            raise CarpoolError(f"layer_threshold needs --stats FILE, made with `{made_by('sensitivity')}`")
         if stats.resolve().parent != output.resolve().parent:
             raise CarpoolError(f"{stats} is not beside {output}: a policy file and its statistics lie in one folder")
     documents = load_texts(text or [])

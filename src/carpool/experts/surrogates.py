@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from carpool.artefacts.statistics import made_by
 from carpool.errors import CarpoolError
 
 NAMES = ("surrogate_in", "surrogate_out")
@@ -43,9 +44,7 @@ class Surrogates:
         """
         missing = [name for name in NAMES if name not in tensors]
         if missing:
-            raise CarpoolError(
-                f"the statistics hold no {missing[0]!r}; make them with `carpool calibrate --surrogates RANK`"
-            )
+            raise CarpoolError(f"the statistics hold no {missing[0]!r}; make them with `{made_by(missing[0])}`")
         inner_ERH, outer_EXH = (tensors[name] for name in NAMES)
         shapes = list(inner_ERH.shape), list(outer_EXH.shape)
         fits = inner_ERH.dim() == 3 and shapes[1] == [shapes[0][0], shapes[0][1] + 1, shapes[0][2]]

@@ -72,7 +72,7 @@ def missing_statistics(policy: Policy) -> CarpoolError:
     name = policy.required_stats()[0]
     return CarpoolError(
         f"{policy} needs the statistic {name!r}; "
-        f"make it with `{made_by(name)} MODEL -o stats.safetensors` and pass stats='stats.safetensors'"
+        f"make it with `{made_by(name)}` and pass stats='stats.safetensors' (--stats on the command line)"
     )
 
 
