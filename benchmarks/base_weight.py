@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--stats", type=Path, help="its statistics (`carpool calibrate --energy`)")
     parser.add_argument("--text", nargs="+", type=Path, help="default: the reference texts")
     parser.add_argument("--budgets", nargs="+", type=int, default=[16, 26, 40])
-    parser.add_argument("--batches", type=int, default=6)
+    parser.add_argument("--batches", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()

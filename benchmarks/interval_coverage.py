@@ -30,6 +30,7 @@ BATCHES = (10, 12, 16, 24, 48)
 FEWER = (4, 6, 7)  # as were used with the bootstrap; the other interval is not given there
 SHARES = (0.3, 0.5, 0.7)
 LEAST = 1e-4  # nats; a setting with less is nearly stock
+POOL = 12  # batches of a cell that are drawn from; of fewer the samples differ too little to stand for any others
 Statistic = Callable[[Array], Array]  # of how often each batch counts, `[K, M]`, to `[K]`
 
 
@@ -47,7 +48,7 @@ class Source:
 
 
 def pools(paths: list[Path]) -> list[list[dict[str, Any]]]:
-    """Rows of every cell, stock first; those of several seeds one after the other."""
+    """Rows of every cell with batches enough, stock first; those of several seeds one after the other."""
     found: dict[Any, list[list[dict[str, Any]]]] = {}
     for path in paths:
         for cell in json.loads(path.read_text())["cells"]:
@@ -59,6 +60,7 @@ def pools(paths: list[Path]) -> list[list[dict[str, Any]]]:
             for same in zip(*cells, strict=True)
         ]
         for cells in found.values()
+        if sum(len(rows[0]["kl"]) for rows in cells) >= POOL
     ]
 
 
@@ -192,7 +194,7 @@ def sources(cells: list[list[dict[str, Any]]]) -> list[Source]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, nargs="*", help="leaderboard results with real batches")
-    parser.add_argument("--repeats", type=int, default=2000)
+    parser.add_argument("--repeats", type=int, default=4000)
     parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
