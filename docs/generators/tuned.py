@@ -51,10 +51,11 @@ def table(content: dict[str, Any]) -> str:
     (stock,) = curves.pop("stock")
     settings = [(label, measured(one, stock)) for label, own in curves.items() for one in own]
     files = compare.pooled(content, batch, "all")
+    (beside,) = files["stock"]
     lines = []
     for about in content["files"]:
         (sums,) = files[about["file"]]
-        own = measured(sums, stock)
+        own = measured(sums, beside)
         target = {"bytes" if name == "union" else name: value for name, value in about["target"].items()}  # as it was
         best = rival(target, own, [one for _, one in settings])
         between = interpolated(own["kl"].value, [[one for name, one in settings if name == label] for label in curves])
@@ -75,7 +76,9 @@ def table(content: dict[str, Any]) -> str:
                 "n/a" if between is None else f"{between:.1%}",
             ]
         )  # fmt: skip
-    return rows(HEADS, lines)
+    same = beside["union"].sum() == stock["union"].sum()
+    note = "" if same else "\nThe files were measured on other batches of that text than the grid's settings.\n"
+    return rows(HEADS, lines) + note
 
 
 def measured(sums: dict[str, Any], stock: dict[str, Any]) -> dict[str, Any]:
