@@ -72,20 +72,20 @@ def ascend(
 def boundary_ties(reference: Reference, text: str, pool: Pool, steps_CB: Tensor) -> dict[str, float]:
     """Share of (step, layer) pairs whose coreset changes if equal utilities are ranked the other way round, and
     whether anything changes with the order of the rows."""
-    from carpool.routing import exact
+    from carpool.routing import keys
 
     prepared, (count, size) = reference.prepared(text), steps_CB.shape
-    batch, straight = groups_of(count, size), exact.tie_order
+    batch, straight = groups_of(count, size), keys.tie_order
     by_tie = by_order = 0
     for layer in range(len(prepared)):
         before = reference.route(prepared, pool, layer, steps_CB.flatten(), batch).coreset_GE
         again = reference.route(prepared, pool, layer, steps_CB.flip(1).flatten(), batch).coreset_GE
         by_order += int((before != again).any(-1).sum())
-        exact.tie_order = lambda *given: exact.MAX_EXPERTS - 1 - straight(*given)
+        keys.tie_order = lambda *given: keys.MAX_EXPERTS - 1 - straight(*given)
         try:
             other = reference.route(prepared, pool, layer, steps_CB.flatten(), batch).coreset_GE
         finally:
-            exact.tie_order = straight
+            keys.tie_order = straight
         by_tie += int((before != other).any(-1).sum())
     pairs = count * len(prepared)
     return {"decided_by_ties": by_tie / pairs, "changed_by_order": by_order / pairs}

@@ -6,17 +6,18 @@ import triton
 import triton.language as tl
 
 from carpool.kernels.keys import FREE, NATURAL, TIES, WARM, tie
-from carpool.policies.base import TIER_BITS
-from carpool.policies.controls import DRAW
+from carpool.policies.controls import DRAW, EXPERT
+from carpool.routing.keys import TIE, TIER
 
-TIER = tl.constexpr(TIER_BITS)
+TIER_SHIFT = tl.constexpr(TIER.shift - TIE.width)
+EXPERT_SHIFT = tl.constexpr(EXPERT.shift)
 DRAWN = tl.constexpr(DRAW)
 
 
 @triton.jit
 def mixed(sums, experts, MIX: tl.constexpr):
     """The first half of `RandomCoreset`'s hash."""
-    own = (sums | (experts.to(tl.int64) << 51)) * MIX
+    own = (sums | (experts.to(tl.int64) << EXPERT_SHIFT)) * MIX
     return own ^ (own >> 32)
 
 
@@ -33,7 +34,7 @@ def utility_key(sums_E, flags_E, total, experts, inside, UTILITY: tl.constexpr, 
     tier = costly.to(tl.int64)
     if WARMUP:
         tier = tier + (costly & ((flags & WARM) != 0)).to(tl.int64)
-    return tl.where(inside, ((utility + (tier << TIER)) << TIES) | tie(experts), -1)
+    return tl.where(inside, ((utility + (tier << TIER_SHIFT)) << TIES) | tie(experts), -1)
 
 
 @triton.jit

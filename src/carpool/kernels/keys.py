@@ -1,4 +1,4 @@
-"""What both launches share: exact keys and sums, as `routing.exact` and `policies.base` define them.
+"""What both launches share: exact keys and sums, as `routing.exact` and `routing.keys` define them.
 
 Every function works on one row, on a vector over experts or over the row's slots.
 """
@@ -8,16 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from carpool.policies.base import NATIVE
-from carpool.routing.exact import FRACTION_BITS, TIE_BITS, TIE_FACTOR, TIE_SHIFT
+from carpool.routing.exact import FRACTION_BITS
+from carpool.routing.keys import KEPT, NATIVE, TIE, TIE_FACTOR, TIE_SHIFT
 
-TIES = tl.constexpr(TIE_BITS)
-TIE_MASK = tl.constexpr((1 << TIE_BITS) - 1)
+TIES = tl.constexpr(TIE.width)
+TIE_MASK = tl.constexpr((1 << TIE.width) - 1)
 FACTOR = tl.constexpr(TIE_FACTOR)
 SHIFT = tl.constexpr(TIE_SHIFT)
-INVERSE = tl.constexpr(pow(TIE_FACTOR, -1, 1 << TIE_BITS))
+INVERSE = tl.constexpr(pow(TIE_FACTOR, -1, 1 << TIE.width))
 ONE = tl.constexpr(float(1 << FRACTION_BITS))
-NATIVE_BIT = tl.constexpr(NATIVE)
+NATIVE_BIT = tl.constexpr(NATIVE.unit)
+KEPT_SHIFT = tl.constexpr(KEPT.shift - TIE.width)
 
 # of a group's expert
 NATURAL = tl.constexpr(1)  # a voter picks it natively
@@ -40,7 +41,7 @@ def fixed(weights):
 
 @triton.jit
 def tie(experts):
-    """`routing.exact.tie_order`."""
+    """`routing.keys.tie_order`."""
     return (experts.to(tl.int64) * FACTOR + SHIFT) & TIE_MASK
 
 
@@ -98,7 +99,8 @@ def preference(scores_E, experts, inside, EXPERTS: tl.constexpr, GROUPS: tl.cons
     """`Inputs.preference_NE` for these experts of one row, without the bit of native ones."""
     key = ordered(tl.load(scores_E + experts, mask=inside, other=0.0))
     if KEPT < GROUPS:
-        key = key | (in_kept_groups(scores_E, experts, EXPERTS, GROUPS, KEPT, TOP2, SCORES, BLOCK_G, BLOCK_S) << 32)
+        kept = in_kept_groups(scores_E, experts, EXPERTS, GROUPS, KEPT, TOP2, SCORES, BLOCK_G, BLOCK_S)
+        key = key | (kept << KEPT_SHIFT)
     return (key << TIES) | tie(experts)
 
 

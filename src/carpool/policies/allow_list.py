@@ -12,7 +12,8 @@ from torch import Tensor
 
 from carpool.policies.base import Inputs, Policy, drop, require, resolve_budget
 from carpool.policies.registry import register
-from carpool.routing.exact import ordered_int, rank_descending, with_ties
+from carpool.routing.exact import ordered_int, rank_descending
+from carpool.routing.keys import with_ties
 from carpool.routing.spec import Routing
 
 

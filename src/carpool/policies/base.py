@@ -14,13 +14,11 @@ from torch import Tensor
 
 from carpool.errors import CarpoolError
 from carpool.routing.batch import Batch
-from carpool.routing.exact import ordered_int, rank_descending, to_fixed, with_ties
+from carpool.routing.exact import rank_descending, to_fixed
+from carpool.routing.keys import BLOCK, preference_keys, utility_keys
 from carpool.routing.lazy import lazy_property
 from carpool.routing.spec import RouteSpec, Routing, mask_of
 
-NATIVE = 1 << 44  # of a key of preference: the row's router chose the expert
-TIER_BITS = 50
-BLOCKED = 1 << 50  # above every key of preference: what it is taken from comes after all others
 Number = int | float | Tensor  # a 0-d device tensor stands for a number that changes at run time
 WHOLE = (torch.int64, torch.int32)  # dtypes of a tensor that stands for a number of experts
 A_HAIR = 1e-9  # 0.29 * 100 is a little less than 29 in binary
@@ -69,14 +67,9 @@ class Inputs:
 
     @lazy_property
     def preference_NE(self) -> Tensor:
-        """Each row's order of preference as distinct int64 keys, the largest first: its native experts, then those in
-        the model's allowed expert groups, then the rest; by score within each, ties by the fixed rule."""
-        keys_NE = ordered_int(self.scores_NE)
+        """Each row's order of preference as int64 keys (`routing.keys.preference_keys`)."""
         kept_NE = self.spec.in_kept_groups(self.scores_NE)
-        if kept_NE is not None:
-            keys_NE = keys_NE | (kept_NE.to(torch.int64) << 32)
-        keys_NE, ids_NK = with_ties(keys_NE), self.native_ids_NK.long()
-        return keys_NE.scatter(-1, ids_NK, keys_NE.gather(-1, ids_NK) | NATIVE)
+        return preference_keys(self.scores_NE, kept_NE, self.native_ids_NK.long())
 
     @lazy_property
     def rank_NE(self) -> Tensor:
@@ -136,7 +129,7 @@ class Inputs:
         tier_GE = costly_GE.to(torch.int64)
         if start_GE is not None:
             tier_GE = tier_GE + (start_GE & costly_GE)
-        return rank_descending(with_ties(utility_GE + (tier_GE << TIER_BITS)), self.experts_E)
+        return rank_descending(utility_keys(utility_GE, tier_GE), self.experts_E)
 
 
 @dataclass(frozen=True)
@@ -229,7 +222,7 @@ def leave(inputs: Inputs, allowed_NE: Tensor, left_NE: Tensor) -> Routing:
 
 
 def _take(inputs: Inputs, allowed_NE: Tensor, count: int) -> Routing:
-    order_NE = torch.where(allowed_NE, inputs.preference_NE, inputs.preference_NE - BLOCKED)
+    order_NE = torch.where(allowed_NE, inputs.preference_NE, inputs.preference_NE - BLOCK)
     first = order_NE.topk(count, dim=-1, sorted=True)
     kept_NK = first.values >= 0
     ids_NK = torch.where(kept_NK, first.indices, first.indices[:, :1])

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from carpool.policies.base import Inputs, Number, Policy, drop, require, require_count, require_within, resolve_budget
 from carpool.policies.registry import register
+from carpool.routing.exact import SUM_BITS
+from carpool.routing.keys import TIE, side_by_side
 from carpool.routing.spec import Routing
 
 
@@ -91,12 +93,13 @@ class RandomCoreset(Policy):
 
 
 DRAW = (1 << 40) - 1  # bits of a draw
+_, EXPERT = side_by_side(SUM_BITS + 1, TIE.width)  # what is hashed: a sum, and above it the expert's number
 
 
 def _draw(sums_GE: Tensor, experts_E: Tensor, seed: int) -> Tensor:
     """For every group and expert a number whose lowest 40 bits look random: a hash of all sums of the group, the
     expert's number and the seed. Products wrap at 64 bits; none is of a range, which compilers do not wrap."""
-    own_GE = (sums_GE | (experts_E << 51)) * odd(2 * seed)
+    own_GE = (sums_GE | (experts_E << EXPERT.shift)) * odd(2 * seed)
     own_GE = own_GE ^ (own_GE >> 32)
     return ((own_GE ^ own_GE.sum(-1, keepdim=True)) * odd(2 * seed + 1)) >> 24
 

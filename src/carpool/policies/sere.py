@@ -10,7 +10,8 @@ from torch import Tensor
 
 from carpool.policies.base import Inputs, Policy, merge_duplicates, require, require_count, require_within
 from carpool.policies.registry import register
-from carpool.routing.exact import ordered_int, with_ties
+from carpool.routing.exact import ordered_int
+from carpool.routing.keys import with_ties
 from carpool.routing.spec import Routing
 
 METRICS = ("frobenius", "cosine", "cka", "routed")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from carpool.errors import CarpoolError
-from carpool.routing.exact import MAX_EXPERTS
+from carpool.routing.keys import MAX_EXPERTS
 
 Scoring = Literal["softmax", "softmax_after_topk", "sigmoid", "sqrtsoftplus", "probabilities"]
 
