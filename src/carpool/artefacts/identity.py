@@ -118,14 +118,14 @@ def sample(layer: int, held: Held) -> Sample:
     if out_EHI.is_meta or out_EHI.dim() != 3 or out_EHI.dtype not in (*EXACT, *SIGNED):
         kind = "weights that are not in memory" if out_EHI.is_meta else f"weights of {out_EHI.dtype}"
         return Sample(hidden=kind)
-    places_E = torch.arange(len(out_EHI)) if held.places is None else held.places.long().cpu()
+    places_E = torch.arange(len(out_EHI), device="cpu") if held.places is None else held.places.long().cpu()
     H, columns = held.hidden_size or out_EHI.shape[1], out_EHI.shape[2]
     drawn_3ES = _drawn(f"{layer}:{len(places_E)}x{H}x{held.width}", len(places_E))
     column_ES, row_ES, of_ES = drawn_3ES[0] % H, drawn_3ES[1] % H, drawn_3ES[2] % held.width - held.first
     mine_E1 = (places_E >= 0).unsqueeze(-1)
     seen = {}
     if held.into_ERH is not None:
-        last_S = torch.arange(ENTRIES) >= ENTRIES // 2
+        last_S = torch.arange(ENTRIES, device="cpu") >= ENTRIES // 2
         rows_S = torch.where(last_S, held.into_ERH.shape[1] - 1, 0)
         there_S = torch.where(last_S, held.first + columns >= held.width, held.first == 0)
         seen["sample_in"] = (held.into_ERH.detach(), rows_S.expand_as(column_ES), column_ES, mine_E1 & there_S)

@@ -248,7 +248,7 @@ def _check_similarity(where: str, name: str, similarity_EE: Tensor) -> None:
     if name not in ASYMMETRIC and (similarity_EE - similarity_EE.T).abs().max() > TOLERANCE:
         raise CarpoolError(f"{where} is not symmetric; {AGAIN}")
     # two experts: their distance is the layer's largest, so that Frobenius similarity is 0 by definition
-    if len(similarity_EE) > 2 and torch.equal(similarity_EE, torch.eye(len(similarity_EE))):
+    if len(similarity_EE) > 2 and torch.equal(similarity_EE, torch.eye(len(similarity_EE), device="cpu")):
         raise CarpoolError(f"{where} is the identity matrix, so it was never calibrated; {AGAIN}")
 
 

@@ -69,14 +69,15 @@ def calibrate(
     num_experts, top_k = _widths(layers)
     require_fitting(model, sequences_BT)
     total = sequences_BT.numel()
-    sample = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:CKA_TOKENS]
-    sampled_N = torch.zeros(total, dtype=torch.bool).index_fill(0, sample, True)
+    sample = torch.randperm(total, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[:CKA_TOKENS]
+    sampled_N = torch.zeros(total, dtype=torch.bool, device="cpu").index_fill(0, sample, True)
     domains = domains or ["text"] * len(sequences_BT)
     names = list(dict.fromkeys(domains))
     if held_B is None:
-        held_B = torch.arange(len(sequences_BT)) % HELD_OUT == 1
+        held_B = torch.arange(len(sequences_BT), device="cpu") % HELD_OUT == 1
     held_BT = held_B.unsqueeze(1).expand_as(sequences_BT)
-    domain_BT = torch.tensor([names.index(domain) for domain in domains]).unsqueeze(1).expand_as(sequences_BT)
+    domain_B = torch.tensor([names.index(domain) for domain in domains], device="cpu")
+    domain_BT = domain_B.unsqueeze(1).expand_as(sequences_BT)
 
     runners = [Experts(layer) for layer in layers]
     similarities = [Similarity(num_experts, layer.weight_EH.device) for layer in layers]

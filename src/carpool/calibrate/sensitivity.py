@@ -42,7 +42,7 @@ def sensitivity(
     device, length = layers[0].weight_EH.device, sequences_BT.shape[1]
     vocabulary = model.config.get_text_config().vocab_size
     rows = max(1, min(BATCH_TOKENS, PASS_LOGITS // vocabulary) // length)
-    kl_L = torch.zeros(len(layers), dtype=torch.float64)
+    kl_L = torch.zeros(len(layers), dtype=torch.float64, device="cpu")
 
     def logits(ids_BT: Tensor) -> Tensor:
         found_RV = model(input_ids=ids_BT.to(device), use_cache=False).logits.flatten(0, 1)

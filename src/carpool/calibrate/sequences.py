@@ -80,7 +80,7 @@ def token_sequences(
             f"the text gives no sequence of {sequence} tokens to hold out beside {len(windows)} others: give more "
             "text, raise --tokens, or lower --sequence"
         )
-    return Windows(torch.tensor(ids), domains, torch.tensor(held_B))
+    return Windows(torch.tensor(ids, device="cpu"), domains, torch.tensor(held_B, device="cpu"))
 
 
 def _streams(documents: Sequence[Document], tokenizer: Any, sequence: int, seed: int) -> dict[str, Iterator[list[int]]]:

@@ -124,7 +124,7 @@ def _quantiles(
     found_S = torch.cat(values).sort().values
     if not len(found_S):
         raise CarpoolError("the model has one expert per token: there is nothing to skip")
-    places_Q = torch.linspace(0, len(found_S) - 1, STEPS).round().long()
+    places_Q = torch.linspace(0, len(found_S) - 1, STEPS, device="cpu").round().long()
     return sorted({0.0, *found_S[places_Q].tolist(), 2 * float(found_S[-1])})
 
 

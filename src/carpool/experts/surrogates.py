@@ -90,8 +90,8 @@ def stored_part(tensors: Mapping[str, Tensor], rank: int, world: int) -> dict[st
         world: number of ranks.
     """
     R = tensors[NAMES[0]].shape[1]
-    mine = torch.arange(R).tensor_split(world)[rank]
-    with_bias = torch.cat([mine, torch.tensor([R])])
+    mine = torch.arange(R, device=tensors[NAMES[0]].device).tensor_split(world)[rank]
+    with_bias = torch.cat([mine, mine.new_tensor([R])])
     places = dict(zip((*NAMES, *SCALES), (mine, with_bias) * 2, strict=True))
     part = {name: tensors[name][:, places[name]].contiguous() for name in places if name in tensors}
     if rank:
