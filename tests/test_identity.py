@@ -195,6 +195,26 @@ def test_what_cannot_be_compared_is_said_once(stats, caplog):
     assert [record.message for record in caplog.records] == [said]
 
 
+class Sharded(torch.Tensor):
+    """A tensor whose numbers are elsewhere."""
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda down: down.as_subclass(Sharded), "weights of the class Sharded"),
+        (lambda down: down[..., ::2].to(torch.int8), "Qwen3MoeExperts with packed weights of torch.int8"),
+        (lambda down: down.flatten(), "Qwen3MoeExperts without a plain down_proj"),
+    ],
+)
+def test_weights_of_other_kinds_are_not_looked_into(change, said):
+    layer = find_layers(tiny_model("qwen3_moe"))[0]
+    down = change(layer.experts.down_proj.data)
+    del layer.experts.down_proj
+    layer.experts.register_parameter("down_proj", torch.nn.Parameter(down, requires_grad=False))
+    assert layer.sample().hidden == said
+
+
 def test_offloaded_weights_are_looked_up(stats, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     held = accelerate.cpu_offload(copy.deepcopy(tiny_model("qwen3_moe")))

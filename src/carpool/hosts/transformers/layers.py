@@ -55,6 +55,8 @@ class MoELayer:
         into = _weight(self.experts, "up_proj") if into is None else into
         if out is None or out.dim() != 3:
             return Sample(hidden=f"{type(self.experts).__name__} without a plain down_proj")
+        if type(out) not in (nn.Parameter, Tensor):  # sharded over ranks, or quantised behind a tensor's back
+            return Sample(hidden=f"weights of the class {type(out).__name__}")
         if getattr(self.experts, "is_transposed", False):
             into, out = into if into is None else into.mT, out.mT
         width = out.shape[2]
