@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from synthetic_sums import BATCHES, measured
 
+from carpool.evaluate.equal_bytes import Points
 from carpool.evaluate.findings import best_at, findings, over_controls
 from carpool.evaluate.measured import Measured
 from carpool.evaluate.metrics import results
@@ -54,6 +55,16 @@ def test_settings_may_come_in_any_order(turned: bool) -> None:
     assert np.exp(curve.log_kl_at(0.375)) == pytest.approx(0.1)
     assert curve.log_ratio_at(0.3125) == pytest.approx(0.175)
     assert [curve.points.holds(share) for share in (0.24, 0.25, 0.5, 0.51)] == [False, True, True, False]
+
+
+def test_points_at_equal_bytes_may_come_in_any_order() -> None:
+    stock_M = measured().layers["bytes"].sum(1)
+    sums = [(one.layers["bytes"].sum(1), one.kl_M, one.tokens_M) for one in (*OTHER, *OURS)]
+    first, second = Points.of(sums, stock_M), Points.of(sums[::-1], stock_M)
+    assert first.share_KI[0] == pytest.approx([0.3, 0.4, 0.6, 0.7])
+    assert np.array_equal(first.share_KI, second.share_KI)
+    assert np.array_equal(first.log_kl_KI, second.log_kl_KI)
+    assert np.exp(first.at(0.5)[0]) == pytest.approx(0.04)
 
 
 def test_the_best_is_a_method_that_spans_the_share_and_no_control() -> None:
