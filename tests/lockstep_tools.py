@@ -25,6 +25,8 @@ class Document:
 class NumberTokenizer:
     """Every word of a text is a number, its token id."""
 
+    bos_token_id = eos_token_id = None
+
     def __call__(self, text: str, **settings: Any) -> dict[str, list[int]]:
         return {"input_ids": [int(word) for word in text.split()]}
 

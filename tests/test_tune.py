@@ -1,61 +1,88 @@
 """`carpool tune`: the target is kept on unseen text, nothing cheaper on the grid keeps it, and progress survives."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from lockstep_tools import NumberTokenizer, noise, opening, small_model
+from rich.console import Console
 from typer.testing import CliRunner
 
+from carpool.artefacts.statistics import Statistics
+from carpool.artefacts.texts import load_texts
 from carpool.cli import tune as tune_command
 from carpool.cli.commands import app
 from carpool.errors import CarpoolError
 from carpool.evaluate import loop
 from carpool.evaluate.layout import Layout
-from carpool.evaluate.study import describe
+from carpool.evaluate.sequences import Cut, draw
+from carpool.evaluate.study import Settings, describe, study
 from carpool.hosts.transformers import find_layers, share
 from carpool.plans.policy_file import PolicyFile
 from carpool.routing.batch import Grouping
-from carpool.tune import DEFAULT, Target, Trials, family, measurable
+from carpool.tune import DEFAULT, Point, Target, Trials, Tuned, family, measurable
 from carpool.tune import search as search_module
 from carpool.tune import trials as trials_module
+from carpool.tune.split import split
 
 MODEL = small_model()
 LAYOUT = Layout(4, 9, 3, Grouping.parse("batch"))
-SMALL = ["--batch", "4", "--tokens", "96", "--sequence", "9", "--prefill", "3", "-p", "xshare"]
+SMALL = ["--batch", "4", "--tokens", "240", "--sequence", "9", "--prefill", "3", "-p", "xshare"]
+
+
+def sequences(seed, batches=10):
+    documents = [noise("a", 60, 100 * seed + number) for number in range(batches)]
+    return draw(documents, NumberTokenizer(), count=4 * batches, length=9, seed=seed, batches=batches)
 
 
 def trials(seed, **given):
-    from carpool.evaluate.sequences import draw
-
-    sequences = draw([noise("a", 400, seed)], NumberTokenizer(), count=16, length=9, seed=seed)
-    return Trials(MODEL, describe(MODEL), sequences, LAYOUT, 4, **given)
+    return Trials(MODEL, describe(MODEL), sequences(seed), LAYOUT, **given)
 
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for seed, path in enumerate(paths):
-        documents = [noise(path.stem, 40, 100 * seed + place) for place in range(14)]
+        documents = [noise(path.stem, 60, 100 * seed + place) for place in range(14)]
         path.write_text("".join(json.dumps({"text": one.text}) + "\n" for one in documents))
     monkeypatch.setattr("carpool.hosts.transformers.open_model", opening(MODEL, NumberTokenizer()))
     monkeypatch.setattr(tune_command, "embedded_texts", lambda: paths)
     monkeypatch.setattr(tune_command, "shipped_statistics", lambda: None)
 
-    def run(*arguments):
+    def run(*arguments, small=SMALL):
         out = tmp_path / "policy.json"
-        return CliRunner().invoke(app, ["tune", *SMALL, *map(str, arguments), "-o", str(out)]), out
+        return CliRunner().invoke(app, ["tune", *small, *map(str, arguments), "-o", str(out)]), out
 
     return run
 
 
+def test_points_are_what_an_evaluation_measures():
+    """Interval, perplexity ratio (above 1 where text is predicted worse) and bytes."""
+    plans = [family("xshare").at(3), family("topk").at(1), family("xshare").at(6)]
+    settings = Settings(tuple(plans), LAYOUT.grouping, (4,), sequence=9, prefill=3, batches=10)
+    ((_, *found),) = study(MODEL, settings, [sequences(0)])
+    points = trials(0).measure(plans)
+    for point, one in zip(points, found, strict=True):
+        assert (point.kl, point.kl_low, point.kl_high) == pytest.approx((one.kl.value, one.kl.low, one.kl.high))
+        assert point.kl_low < point.kl < point.kl_high
+        assert point.perplexity_ratio == pytest.approx(one.perplexity_ratio.value)
+        assert point.share == pytest.approx(one.bytes_share.value)
+    assert max(point.perplexity_ratio for point in points) > 1.001
+
+
+def test_few_batches_are_no_evidence():
+    with pytest.raises(CarpoolError, match=r"9 batches do not show how sure .* on 10 or more \(--tokens\)"):
+        Trials(MODEL, describe(MODEL), sequences(0, batches=9), LAYOUT)
+
+
 def test_bisection_finds_what_a_full_scan_finds():
     chosen = family("xshare")
-    for target in (Target(max_kl=0.2), Target(max_perplexity_ratio=1.02), Target(bytes=0.6)):
+    for target in (Target(max_kl=0.2), Target(max_perplexity_ratio=1.02), Target(bytes=0.7)):
         search = trials(0)
         _, value = search_module.edge([chosen], target, search)
-        scanned = [search.measure([PolicyFile(chosen.at(value))])[0] for value in range(1, 9)]
+        scanned = [search.measure([chosen.at(value)])[0] for value in range(1, 9)]
         good = [one for one in scanned if target.met(one.kl, one.perplexity_ratio, one.share)]
-        assert search.measure([PolicyFile(chosen.at(value))]) == [good[0 if target.bounds_quality else -1]], target
+        assert search.measure([chosen.at(value)]) == [good[0 if target.bounds_quality else -1]], target
 
 
 def test_families_that_cannot_win_are_left_early():
@@ -63,16 +90,16 @@ def test_families_that_cannot_win_are_left_early():
     names = ("xshare(budget=1, utility='squared')", "des_vote", "lynx", "xshare", "topk", "random")
     families = [family(one) for one in names]
     left = 0
-    for target in (Target(max_kl=0.4), Target(bytes=0.7)):
+    for target in (Target(max_kl=0.1), Target(bytes=0.7)):
         search, scan = trials(0), trials(0)
         winner, value = search_module.edge(families, target, search)
         edges = []
         for one in families:
-            points = scan.measure([PolicyFile(one.at(value)) for value in one.values(8, 2)])
+            points = scan.measure([one.at(value) for value in one.values(8, 2)])
             good = [point for point in points if target.met(point.kl, point.perplexity_ratio, point.share)]
             edges += good[:1] if target.bounds_quality else good[-1:]
         costs = [point.share if target.bounds_quality else point.kl for point in edges]
-        (best,) = search.measure([PolicyFile(winner.at(value))])
+        (best,) = search.measure([winner.at(value)])
         assert (best.share if target.bounds_quality else best.kl) == min(costs), target
         alone = trials(0)
         for one in families:
@@ -88,11 +115,11 @@ def test_stock_runs_once(monkeypatch):
         or real(model, plan, *given, **named),
     )  # fmt: skip
     search, chosen = trials(0), family("xshare")
-    kept = [search.measure([PolicyFile(chosen.at(value))])[0] for value in (3, 4)]
+    kept = [search.measure([chosen.at(value)])[0] for value in (3, 4)]
     assert sorted(seen) == ["topk(k=2)", "xshare(budget=3)", "xshare(budget=4)"]
     monkeypatch.setattr(trials_module, "KEPT", 0)
     anew = trials(0)
-    assert [anew.measure([PolicyFile(chosen.at(value))])[0] for value in (3, 4)] == kept
+    assert [anew.measure([chosen.at(value)])[0] for value in (3, 4)] == kept
     assert seen.count("topk(k=2)") == 3
 
 
@@ -115,7 +142,78 @@ def test_a_policy_file_comes_out(command):
     assert run.report()[0].calls == 1
 
 
-def test_progress_is_taken_up(command, monkeypatch):
+@pytest.mark.parametrize(("high", "met"), [(0.15, True), (0.25, True), (0.25, False)])
+def test_what_is_printed_is_what_was_verified(high, met, capsys):
+    target, seen = Target(max_kl=0.2), Point("xshare(budget=3)", 0.1, 0.07, high, 1.05, 0.4)
+    found = Tuned(family("xshare").at(3), replace(seen, kl=0.01), seen, met)
+    tune_command.show(Console(width=400), tune_command.Options(batch=4), target, found, 12)
+    said = capsys.readouterr().out
+    assert f"reads 40.0% of what stock reads, at KL 0.1000 (0.0700 to {high:.4f}, 12 batches)" in said
+    assert ("its interval reaches beyond the target" in said) == (met and high > 0.2)
+    assert ("misses the target" in said) == (not met)
+
+
+def test_each_half_is_measured_on_its_own(command, tmp_path):
+    done, out = command("--max-kl", 0.2)
+    assert done.exit_code == 0, done.output
+    halves = split(load_texts([tmp_path / "a.jsonl", tmp_path / "b.jsonl"]))
+    curve = PolicyFile.load(out).curve[1:]
+    for half, name in ((halves.search, "search"), (halves.verify, "unseen")):
+        batches = Cut.of(half, NumberTokenizer(), length=9, seed=0).draw(10, 4, seed=0)
+        measured = Trials(MODEL, describe(MODEL), batches, LAYOUT)
+        points = {one["policy"]: one for one in curve if one["text"] == name}
+        assert points
+        for value in range(1, 9):
+            (point,) = measured.measure([family("xshare").at(value)])
+            if point.policy in points:
+                assert points[point.policy]["kl"] == pytest.approx(point.kl)
+
+
+def test_a_missed_target_is_said_and_is_no_success(command, monkeypatch):
+    import carpool.tune
+
+    real = carpool.tune.tune
+    monkeypatch.setattr(carpool.tune, "tune", lambda *given: replace(real(*given), met=False))
+    done, out = command("--max-kl", 0.2)
+    assert done.exit_code == 1
+    assert "misses the target (KL of at most 0.2 nats a token)" in done.output
+    assert "reaches beyond" not in done.output
+    assert out.exists()
+
+
+def test_without_tokens_the_text_says_how_many_batches(command):
+    """As many as it holds without a document in common, at least ten."""
+    done, out = command("--max-kl", 0.2, small=[*SMALL[:2], *SMALL[4:]])
+    assert done.exit_code == 0, done.output
+    assert PolicyFile.load(out).curve[0]["tokens"] == 24 * 14
+    done, _ = command("--max-kl", 0.2, small=["--batch", "8", *SMALL[4:]])
+    assert done.exit_code == 2
+    assert "10 are needed: add text, or lower --sequence or --batch (half of the text" in done.output
+
+
+def test_statistics_come_from_the_searched_half(command, tmp_path, monkeypatch):
+    """No token of the half to verify on is calibrated on, and the file says which half it was."""
+    import carpool.calibrate
+
+    seen, real = [], carpool.calibrate.calibrate
+    monkeypatch.setattr(
+        carpool.calibrate, "calibrate", lambda model, layers, ids_BT, **given: seen.append(ids_BT)
+        or real(model, layers, ids_BT, **given),
+    )  # fmt: skip
+    monkeypatch.setattr(tune_command, "WINDOW", 16)
+    done, out = command("--max-kl", 5, "-p", "base")
+    assert done.exit_code == 0, done.output
+    halves = split(load_texts([tmp_path / "a.jsonl", tmp_path / "b.jsonl"]))
+    (ids_BT,) = seen
+    windows = {" ".join(map(str, row[:8])) for row in ids_BT.tolist()}
+    searched, verified = ([one.text for one in half] for half in (halves.search, halves.verify))
+    assert windows
+    assert sum(any(window in text for text in searched) for window in windows) > len(windows) / 2
+    assert not any(window in text for text in verified for window in windows)
+    assert Statistics.load(out.with_suffix(".safetensors")).data[0][0] == "a.jsonl, the half that was searched"
+
+
+def test_progress_is_taken_up(command, tmp_path, monkeypatch):
     real, count = Trials._run, 0
 
     def dying(self, candidates):
@@ -130,28 +228,29 @@ def test_progress_is_taken_up(command, monkeypatch):
     assert done.exit_code != 0
     assert not out.exists()
     memory = out.with_name(".policy.json.progress")
-    assert len(json.loads(memory.read_text())["points"]) == 2
+    kept = json.loads(memory.read_text())
+    assert len(kept["points"]) == 2
     monkeypatch.setattr(Trials, "_run", real)
     done, out = command("--max-kl", 0.2)
     assert "resuming after 2 trials" in done.output
     assert done.exit_code == 0
 
-    # another model with the same routers begins anew, and so do other settings
+    # another model with the same routers begins anew, and so do other settings and other text
     def other_experts():
         for layer in find_layers(MODEL):
             layer.experts.down_proj.data.neg_()
 
-    monkeypatch.setattr(Trials, "_run", dying)
-    count = 0
-    command("--max-kl", 0.2)
-    kept = memory.read_text()
-    monkeypatch.setattr(Trials, "_run", real)
+    memory.write_text(json.dumps(kept))
     other_experts()
     assert "resuming" not in command("--max-kl", 0.2)[0].output
     other_experts()
-    memory.write_text(kept)
+    memory.write_text(json.dumps(kept))
     assert "resuming after 2 trials" in command("--max-kl", 0.2)[0].output
-    memory.write_text(json.dumps({"settings": {"seed": 7}, "points": []}))
+    memory.write_text(json.dumps(kept))
+    assert "resuming" not in command("--max-kl", 0.2, "--seed", 7)[0].output
+    memory.write_text(json.dumps(kept))
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    (tmp_path / "a.jsonl").write_text("\n".join(line.replace(" 5 ", " 6 ") for line in lines))
     assert "resuming" not in command("--max-kl", 0.2)[0].output
 
 
@@ -163,7 +262,11 @@ def test_progress_is_taken_up(command, monkeypatch):
         (["--max-kl", "0"], "--max-kl 0.0: give a number above 0"),
         (["--bytes", "1.5"], "--bytes 1.5: give a number between 0 and 1"),
         (["--max-perplexity-ratio", "0.9"], "give a number above 1"),
-        (["--max-kl", "0.1", "--tokens", "90000"], "add text, or lower --sequence, --tokens or --batch"),
+        (["--max-kl", "0.1", "--tokens", "90000"], "are needed: add text, or lower --sequence, --batch or --tokens ("),
+        (["--max-kl", "0.1", "--tokens", "1"], "--tokens 1 is less than 10 batches of 4"),
+        (["--max-kl", "0.1", "--tokens", "239"], "give 240 or more, or lower --batch or --sequence"),
+        (["--max-kl", "0.1", "--batch", "8", "--tokens", "480"], "10 are needed: add text, or lower --sequence or"),
+        (["--max-kl", "0.1", "--seed", "-1"], "--seed -1: give 0 or more"),
         (["--max-kl", "1e-12"], "no policy reaches KL of at most 1e-12"),
         (["--max-kl", "0.1", "-p", "top_p"], "top_p has no number to tune"),
         (["--max-kl", "0.1", "-p", "nonsense"], "unknown policy"),

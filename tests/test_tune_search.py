@@ -9,7 +9,7 @@ import pytest
 
 from carpool.errors import CarpoolError
 from carpool.evaluate.loop import MoE
-from carpool.plans.policy_file import PolicyFile
+from carpool.plans.grammar import Plan
 from carpool.tune import Point, Target, Tuned, family, tune
 
 EXPERTS = 32
@@ -22,13 +22,13 @@ class Measured:
         self.moe, self.points, self.kl, self.share = MoE(2, EXPERTS, 4), {}, kl, share
         self.asked: list[int] = []
 
-    def measure(self, candidates: Sequence[PolicyFile]) -> list[Point]:
+    def measure(self, plans: Sequence[Plan]) -> list[Point]:
         found = []
-        for one in candidates:
-            budget: Any = one.plan.policy.budget  # type: ignore[attr-defined]
+        for one in plans:
+            budget: Any = one.policy.budget  # type: ignore[attr-defined]
             self.asked.append(budget)
             kl = self.kl(budget)
-            found.append(Point(str(one.plan), {}, kl, 0.9 * kl, 1.1 * kl, 1 + kl, self.share(budget)))
+            found.append(Point(str(one), kl, 0.9 * kl, 1.1 * kl, 1 + kl, self.share(budget)))
         self.points |= {point.policy: point for point in found}  # type: ignore[attr-defined]
         return found
 

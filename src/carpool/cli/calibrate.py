@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,78 +13,92 @@ from rich.table import Table
 
 from carpool.cli.app import command
 from carpool.cli.common import open_model, progress, require_number
+from carpool.cli.options import Model, RequiredTexts, Seed, WindowLength
 
 if TYPE_CHECKING:
     from carpool.artefacts.statistics import Statistics
+    from carpool.calibrate.sequences import Windows
 
 FEW_TOKENS = 32  # an expert's row of `routed` from fewer tokens is mostly noise
 SHOWN = 12  # experts that a warning names
 PREDICTED = 4  # tokens for each coefficient of the norm predictor
 
 
-@command("calibrate")
-def calibrate(
-    model: Annotated[
-        str | None, typer.Argument(help="Folder or hub name of a transformers model; default: the reference model.")
-    ] = None,
-    text: Annotated[
-        list[Path] | None, typer.Option("--text", help=".txt, or .jsonl with a field text; may be repeated.")
-    ] = None,
+@dataclass(frozen=True)
+class Options:
+    """What `carpool calibrate` takes."""
+
+    model: Model = None
+    text: RequiredTexts = None
     output: Annotated[Path, typer.Option("--output", "-o", help="Statistics file to write.")] = Path(
         "stats.safetensors"
-    ),
-    tokens: Annotated[int, typer.Option(help="Tokens to run; text that ends earlier gives fewer.")] = 20_000,
-    sequence: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of text.")] = 0,
+    )
+    tokens: Annotated[int, typer.Option(help="Tokens to run; text that ends earlier gives fewer.")] = 20_000
+    sequence: WindowLength = 256
+    seed: Seed = 0
     energy: Annotated[
         bool,
         typer.Option(help="Also what `base` and `allow_list` need: output norms, their predictor, scores by domain."),
-    ] = False,
+    ] = False
     sensitivity: Annotated[
         bool, typer.Option(help="Also what `layer_threshold` needs: one more forward pass, and one for each layer.")
-    ] = False,
+    ] = False
     surrogates: Annotated[
         int | None, typer.Option(help="Also what `surrogate` needs: linear maps of this rank in place of experts.")
-    ] = None,
-) -> None:
-    """Measure how well each expert stands in for each other one, and write it beside its provenance."""
-    from dataclasses import replace
+    ] = None
 
+
+@command("calibrate")
+def calibrate(options: Options) -> None:
+    """Measure how well each expert stands in for each other one, and write it beside its provenance."""
     from carpool.artefacts.files import require_writable, sha256_file
     from carpool.artefacts.texts import load_texts
-    from carpool.calibrate import calibrate as run
     from carpool.calibrate import token_sequences
-    from carpool.calibrate.sensitivity import sensitivity as measure_sensitivity
+
+    console = Console()
+    require_windows(options.tokens, options.sequence, options.seed)
+    require_number("--surrogates", options.surrogates, 1)
+    require_writable(options.output)
+    paths = options.text or []
+    documents = load_texts(paths)
+    data = [(path.name, sha256_file(path)) for path in paths]
+    opened = open_model(options.model)
+    windows = token_sequences(
+        documents, opened.tokenizer, options.tokens, options.sequence, options.seed, options.surrogates is not None
+    )
+    stats = measure(opened.weights(), windows, options, data)
+    stats.save(options.output)
+    show(console, stats, windows, options)
+    console.print(f"wrote {options.output}", highlight=False, markup=False, soft_wrap=True)
+
+
+def measure(model: Any, windows: Windows, options: Options, data: list[tuple[str, str]]) -> Statistics:
+    """All statistics that were asked for."""
+    from carpool.calibrate import calibrate as run
+    from carpool.calibrate.sensitivity import sensitivity
     from carpool.calibrate.surrogate_fit import SurrogateFit
     from carpool.hosts.transformers import find_layers
 
-    console = Console()
-    require_windows(tokens, sequence, seed)
-    require_number("--surrogates", surrogates, 1)
-    require_writable(output)
-    paths = text or []
-    documents = load_texts(paths)
-    data = [(path.name, sha256_file(path)) for path in paths]
-
-    opened = open_model(model)
-    windows = token_sequences(documents, opened.tokenizer, tokens, sequence, seed, surrogates is not None)
-    loaded = opened.weights()
-    layers = find_layers(loaded)
-    total = windows.ids_BT.numel()
+    layers, total, rank = find_layers(model), windows.ids_BT.numel(), options.surrogates
     with progress("calibrating", total, "tokens") as advance:
         stats = run(
-            loaded, layers, windows.ids_BT,
-            domains=windows.domains, held_B=windows.held_B if surrogates else None, data=data, seed=seed, energy=energy,
-            collectors=[] if surrogates is None else [lambda layer: SurrogateFit(layer, surrogates)],
+            model, layers, windows.ids_BT,
+            domains=windows.domains, held_B=windows.held_B if rank else None, data=data, seed=options.seed,
+            energy=options.energy,
+            collectors=[] if rank is None else [lambda layer: SurrogateFit(layer, rank)],
             progress=advance,
         )  # fmt: skip
-    if sensitivity:
-        with progress("leaving layers out", total * (1 + len(layers)), "tokens") as advance:
-            found = measure_sensitivity(loaded, layers, windows.ids_BT, progress=advance)
-        stats = replace(stats, layers={index: {**tensors, **found[index]} for index, tensors in stats.layers.items()})
-    stats.save(output)
-    _show(console, stats)
-    if energy:
+    if not options.sensitivity:
+        return stats
+    with progress("leaving layers out", total * (1 + len(layers)), "tokens") as advance:
+        found = sensitivity(model, layers, windows.ids_BT, progress=advance)
+    return replace(stats, layers={index: {**tensors, **found[index]} for index, tensors in stats.layers.items()})
+
+
+def show(console: Console, stats: Statistics, windows: Windows, options: Options) -> None:
+    """What was found, and where it is thin."""
+    _show_similarities(console, stats)
+    if options.energy:
         if stats.tokens < PREDICTED * (stats.hidden_size + 1):
             _warn(
                 console,
@@ -92,9 +107,8 @@ def calibrate(
                 f"{PREDICTED * (stats.hidden_size + 1):,} or more",
             )
         _show_domains(console, stats, list(dict.fromkeys(windows.domains)))
-    if surrogates is not None:
+    if options.surrogates is not None:
         _show_surrogates(console, stats, int(windows.held_B.sum()) * windows.ids_BT.shape[1])
-    console.print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)
 
 
 def require_windows(tokens: int, sequence: int, seed: int) -> None:
@@ -106,7 +120,7 @@ def require_windows(tokens: int, sequence: int, seed: int) -> None:
     require_number("--seed", seed, 0, 2**63 - 1)
 
 
-def _show(console: Console, stats: Statistics) -> None:
+def _show_similarities(console: Console, stats: Statistics) -> None:
     """A line per layer: coverage, and the median (10th to 90th percentile) of every similarity between experts."""
     import torch
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from carpool.cli.app import command
 from carpool.cli.block_diffusion import THRESHOLD, diffusion_model
 from carpool.cli.common import load
+from carpool.cli.options import BlockSize, MaskToken
 from carpool.errors import CarpoolError
 
 if TYPE_CHECKING:
@@ -36,10 +37,10 @@ def diffuse(
     ] = "des_vote(beta=0.3)",
     group: Annotated[str, typer.Option(help="Rows that share a coreset: request, batch or block:n.")] = "request",
     max_new: Annotated[int, typer.Option("--max-new", help="Tokens to generate for each prompt.")] = 64,
-    block_size: Annotated[int | None, typer.Option(help="Positions of a block; default: the model's.")] = None,
+    block_size: BlockSize = None,
     threshold: Annotated[float, typer.Option(help="Probability from which a prediction is accepted.")] = THRESHOLD,
     steps: Annotated[int | None, typer.Option(help="Most forwards of a block; default: its size.")] = None,
-    mask_token: Annotated[int | None, typer.Option(help="Id of the mask token; default: the model's.")] = None,
+    mask_token: MaskToken = None,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on after an end token.")] = False,
     stats: Annotated[
         Path | None, typer.Option(help="Statistics of `carpool calibrate`, for policies with needs.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from carpool.cli.options import PREFILL, SEQUENCE, BlockSize, MaskToken, Model, Prefill, Seed, Sequence, Texts
+from carpool.cli.options import PREFILL, SEQUENCE, BlockSize, MaskToken, Model, Prefill, Seed, SequenceLength, Texts
 from carpool.errors import CarpoolError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Options:
     ] = None
     batch: Annotated[str, typer.Option(help="Sequences that decode together, such as 1,4,16,64.")] = "16"
     text: Texts = None
-    sequence: Sequence = SEQUENCE
+    sequence: SequenceLength = SEQUENCE
     prefill: Prefill = PREFILL
     tokens: Annotated[
         int | None,

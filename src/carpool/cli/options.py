@@ -17,7 +17,8 @@ Texts = Annotated[
 RequiredTexts = Annotated[
     list[Path] | None, typer.Option("--text", help=".txt, or .jsonl with a field text; may be repeated.")
 ]
-Sequence = Annotated[int, typer.Option(help="Tokens of a sequence, prompt included.")]
+SequenceLength = Annotated[int, typer.Option(help="Tokens of a sequence, prompt included.")]
+WindowLength = Annotated[int, typer.Option(help="Tokens per sequence.")]
 Prefill = Annotated[int, typer.Option(help="Tokens of the prompt, which keeps its native routing.")]
 Seed = Annotated[int, typer.Option(help="Seed of the choice of text.")]
 PolicyFileToWrite = Annotated[Path, typer.Option("--output", "-o", help="Policy file to write.")]

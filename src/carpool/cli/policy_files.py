@@ -12,6 +12,7 @@ from rich.console import Console
 from carpool.cli.app import command
 from carpool.cli.calibrate import require_windows
 from carpool.cli.common import open_model, progress, require_number, statistics_of
+from carpool.cli.options import Model, PolicyFileToWrite, RequiredTexts, Seed, WindowLength
 from carpool.errors import CarpoolError
 
 SHOWN = 12  # experts that a warning names
@@ -23,7 +24,7 @@ def allow_list(
     size: Annotated[str, typer.Option(help="Experts of a list: a number of them (32) or a share (0.5).")] = "0.5",
     domain: Annotated[str | None, typer.Option(help="Domain to make the list for; default: all, equally.")] = None,
     fill: Annotated[str, typer.Option(help="backfill (next best listed expert) or drop.")] = "backfill",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Policy file to write.")] = Path("policy.json"),
+    output: PolicyFileToWrite = Path("policy.json"),
 ) -> None:
     """Write a policy file with the experts that a domain needs, a list for each layer (EASY-EP)."""
     from carpool.artefacts.files import require_writable
@@ -55,21 +56,17 @@ def allow_list(
 
 @command("threshold")
 def threshold(
-    model: Annotated[
-        str | None, typer.Argument(help="Folder or hub name of a transformers model; default: the reference model.")
-    ] = None,
+    model: Model = None,
     skip: Annotated[float, typer.Option(help="Share of (token, expert) pairs to skip, 0 to 1.")] = 0.3,
-    text: Annotated[
-        list[Path] | None, typer.Option("--text", help=".txt, or .jsonl with a field text; may be repeated.")
-    ] = None,
+    text: RequiredTexts = None,
     policy: Annotated[str, typer.Option(help="layer_threshold, tail_mass or top_p.")] = "layer_threshold",
     stats: Annotated[
         Path | None, typer.Option(help="Statistics of `carpool calibrate --sensitivity`, for layer_threshold.")
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of each pass over the text.")] = 4096,
-    sequence: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of text.")] = 0,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Policy file to write.")] = Path("policy.json"),
+    sequence: WindowLength = 256,
+    seed: Seed = 0,
+    output: PolicyFileToWrite = Path("policy.json"),
 ) -> None:
     """Find the threshold that skips a share of the experts' work (MoDES, NAEE, top-p); write a policy file."""
     from carpool.artefacts.files import require_writable

@@ -2,160 +2,265 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from math import ceil, log2
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from carpool.artefacts.files import atomic_path
 from carpool.cli.app import command
-from carpool.cli.common import embedded_texts, model_facts, open_model, progress, shipped_statistics
+from carpool.cli.common import Bar, embedded_texts, open_model, progress, require_number, shipped_statistics
+from carpool.cli.options import PREFILL, SEQUENCE, Model, PolicyFileToWrite, Prefill, Seed, SequenceLength, Texts
 from carpool.errors import CarpoolError
+from carpool.evaluate.intervals import FEWEST
 
 if TYPE_CHECKING:
+    from carpool.artefacts.identity import Identity
+    from carpool.artefacts.texts import Document
     from carpool.calibrate.sequences import Windows
+    from carpool.evaluate.layout import Layout
     from carpool.evaluate.loop import MoE
-    from carpool.tune import Family, Target, Tuned
+    from carpool.evaluate.sequences import Sequences
+    from carpool.tune import Family, Target, Trials, Tuned
 
 RANK = 16  # of the surrogates, where statistics are made on the way
-CALIBRATION = 20_000  # tokens for them
+CALIBRATION, WINDOW = 20_000, 256  # tokens for them, and of a sequence
+TOKENS = 9_216  # decoded on either half unless told otherwise, or ten batches
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `carpool tune` takes."""
+
+    model: Model = None
+    text: Texts = None
+    output: PolicyFileToWrite = Path("policy.json")
+    max_kl: Annotated[float | None, typer.Option(help="Target: KL(stock || policy), nats a decoded token.")] = None
+    max_perplexity_ratio: Annotated[float | None, typer.Option(help="Target: perplexity over stock's.")] = None
+    share: Annotated[
+        float | None, typer.Option("--bytes", help="Target instead: share of the bytes that stock reads, least KL.")
+    ] = None
+    policy: Annotated[
+        list[str] | None, typer.Option("--policy", "-p", help="Name, or a plan whose number is tuned; may be repeated.")
+    ] = None
+    group: Annotated[str, typer.Option(help="Rows that share a coreset: batch, request or block:n.")] = "batch"
+    batch: Annotated[int, typer.Option(help="Sequences that decode together where you serve.")] = 16
+    sequence: SequenceLength = SEQUENCE
+    prefill: Prefill = PREFILL
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Decoded tokens of the search, and as many to verify; default: 9,216, at least ten batches."),
+    ] = None
+    seed: Seed = 0
+    stats: Annotated[
+        Path | None, typer.Option(help="Statistics of `carpool calibrate`; made on the way where policies need some.")
+    ] = None
+    device_map: Annotated[str | None, typer.Option(help="Passed on to transformers, such as auto.")] = None
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What a search runs on.
+
+    Attributes:
+        families: to choose from. layout: of a batch.
+        data: names and hashes of the files of text. search, verify: sequences of their halves.
+        model: loaded. moe: its numbers. identity: what files made for it are checked against.
+        statistics: file that some families need, or None.
+    """
+
+    families: list[Family]
+    layout: Layout
+    data: list[tuple[str, str]]
+    search: Sequences
+    verify: Sequences
+    model: Any
+    moe: MoE
+    identity: Identity
+    statistics: Path | None
 
 
 @command("tune")
-def tune(
-    model: Annotated[
-        str | None, typer.Argument(help="Folder or hub name of a transformers model; default: the reference model.")
-    ] = None,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option("--text", help=".txt or .jsonl like what you serve; may be repeated; default: embedded texts."),
-    ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Policy file to write.")] = Path("policy.json"),
-    max_kl: Annotated[float | None, typer.Option(help="Target: KL(stock || policy), nats a decoded token.")] = None,
-    max_perplexity_ratio: Annotated[float | None, typer.Option(help="Target: perplexity over stock's.")] = None,
-    share: Annotated[
-        float | None, typer.Option("--bytes", help="Target instead: share of the bytes that stock reads, least KL.")
-    ] = None,
-    policy: Annotated[
-        list[str] | None, typer.Option("--policy", "-p", help="Name, or a plan whose number is tuned; may be repeated.")
-    ] = None,
-    group: Annotated[str, typer.Option(help="Rows that share a coreset: batch, request or block:n.")] = "batch",
-    batch: Annotated[int, typer.Option(help="Sequences that decode together where you serve.")] = 16,
-    sequence: Annotated[int, typer.Option(help="Tokens of a sequence, prompt included.")] = 128,
-    prefill: Annotated[int, typer.Option(help="Tokens of the prompt, which keeps its native routing.")] = 32,
-    tokens: Annotated[int, typer.Option(help="Decoded tokens of the search, and as many to verify.")] = 9_216,
-    seed: Annotated[int, typer.Option(help="Seed of the sequences and the intervals.")] = 0,
-    stats: Annotated[
-        Path | None, typer.Option(help="Statistics of `carpool calibrate`; made on the way where policies need some.")
-    ] = None,
-    device_map: Annotated[str | None, typer.Option(help="Passed on to transformers, such as auto.")] = None,
-) -> None:
+def tune(options: Options) -> None:
     """Find the policy that reads least within a quality target, verify it on unseen text, write a policy file."""
-    from carpool.artefacts.files import require_writable, sha256_file
-    from carpool.artefacts.statistics import Statistics
-    from carpool.artefacts.texts import load_texts
-    from carpool.calibrate import token_sequences
-    from carpool.evaluate.study import Settings, describe_layers, sequences_for
-    from carpool.hosts.transformers import find_layers, identity
-    from carpool.plans.policy_file import PolicyFile
-    from carpool.routing.batch import Grouping
-    from carpool.tune import DEFAULT, Target, Trials, family, measurable
+    from carpool.tune import Target
     from carpool.tune import tune as search_for
-    from carpool.tune.split import split
 
     console = Console(soft_wrap=True, highlight=False)
-    target = Target(max_kl, max_perplexity_ratio, share)
-    families = [family(one) for one in policy or DEFAULT]
-    settings = Settings(
-        tuple(one.plan for one in families), Grouping.parse(group), (batch,),
-        sequence=sequence, prefill=prefill, tokens=tokens, seed=seed,
-    )  # fmt: skip
-    require_writable(output)
-    paths = text or embedded_texts()
-    halves = split(load_texts(paths))
-    if halves.dropped:
-        console.print(f"{halves.dropped} documents say what others say and are left out")
-    data = [(path.name, sha256_file(path)) for path in paths]
-    opened = open_model(model)
-    moe = describe_layers(opened.layers)
-    families = [one for one in families if one.values(moe.experts, moe.top_k)]
-    fewer = "lower --sequence, --tokens or --batch"
-    both = (halves.search, halves.verify)
-    with progress("tokenizing", sum(len(document.text) for half in both for document in half)) as advance:
-        parts = [sequences_for(settings, half, opened.tokenizer, advance, fewer=fewer)[0] for half in both]
-    source = stats or (shipped_statistics() if model is None else None)
-    windows = None
-    if source is None and any(one.required_stats for one in families):
-        windows = token_sequences(halves.search, opened.tokenizer, CALIBRATION, 256, seed, True)
-    loaded = opened.weights(device_map=device_map)
-    if windows is not None:
-        source = _calibrate(loaded, windows, output, seed, data)
-    statistics = None if source is None else Statistics.load(source)
-    if statistics is not None and not policy:
-        families = measurable(families, statistics.for_layer(opened.layers[0].index))
-    facts = model_facts(loaded, model)
-    (layout,) = settings.layouts()
-    memory = output.with_name(f".{output.name}.progress")
-    depends = {
-        "model": identity(find_layers(loaded)).name, "texts": data, "group": group, "batch": batch,
-        "sequence": sequence, "prefill": prefill, "tokens": tokens, "seed": seed,
-        "statistics": None if source is None else sha256_file(source),
-    }  # fmt: skip
-    with progress("tuning", _expected(families, moe), "trials") as bar:
-        search, verify = (
-            Trials(
-                loaded, moe, part, layout, part.batches,
-                stats=statistics, seed=seed, memory=kept, settings=depends, advance=lambda policy: bar(1),
-            )
-            for part, kept in zip(parts, (memory, None), strict=True)
-        )  # fmt: skip
+    target = Target(options.max_kl, options.max_perplexity_ratio, options.share)
+    ready = prepare(console, options)
+    memory = options.output.with_name(f".{options.output.name}.progress")
+    with progress("tuning", _expected(ready.families, ready.moe), "trials") as bar:
+        search, verify = trials(ready, options, memory, lambda policy: bar(1))
         if search.points:
             bar.say(f"resuming after {len(search.points)} trials")
-        found = search_for(families, target, search, verify, bar.say)
-    PolicyFile(
-        found.plan,
-        {},
-        {"fingerprint": facts["fingerprint"], "num_layers": moe.layers, "num_experts": moe.experts, "top_k": moe.top_k},
-        _beside(output, source) if found.plan.policy.required_stats() else None,
-        (
-            {
-                "target": target.given, "batch": batch, "group": group, "sequence": sequence, "prefill": prefill,
-                "tokens": tokens, "seed": seed, "texts": data,
-            },
-            *({"text": "search", **asdict(point)} for point in search.points.values()),
-            *({"text": "unseen", **asdict(point)} for point in verify.points.values()),
-        ),
-    ).save(output)  # fmt: skip
+        found = search_for(ready.families, target, search, verify, bar.say)
+    write(options, ready, target, found, search, verify)
     memory.unlink(missing_ok=True)
-    _show(console, found, target, output, batch)
+    show(console, options, target, found, ready.verify.batches)
     if not found.met:
         raise typer.Exit(1)
 
 
-def _calibrate(model: Any, windows: Windows, output: Path, seed: int, data: list[tuple[str, str]]) -> Path:
+def prepare(console: Console, options: Options) -> Prepared:
+    """Split and draw the text, load the model, make statistics where some are needed and none are there; raises
+    CarpoolError for what does not fit, before weights are read."""
+    from carpool.artefacts.files import sha256_file
+    from carpool.artefacts.statistics import Statistics
+    from carpool.artefacts.texts import load_texts
+    from carpool.calibrate import token_sequences
+    from carpool.evaluate.study import describe_layers
+    from carpool.hosts.transformers import find_layers, identity
+    from carpool.tune import measurable
+    from carpool.tune.split import split
+
+    families, layout = check(options)
+    paths = options.text or embedded_texts()
+    data = [(path.name, sha256_file(path)) for path in paths]
+    halves = split(load_texts(paths))
+    if halves.dropped:
+        console.print(f"{halves.dropped} documents say what others say and are left out")
+    opened = open_model(options.model)
+    moe = describe_layers(opened.layers)
+    families = [one for one in families if one.values(moe.experts, moe.top_k)]
+    both = (halves.search, halves.verify)
+    with progress("tokenizing", sum(len(document.text) for half in both for document in half)) as advance:
+        search, verify = (draw(half, opened.tokenizer, options, layout, advance) for half in both)
+    statistics = options.stats or (shipped_statistics() if options.model is None else None)
+    windows = None
+    if statistics is None and any(one.required_stats for one in families):
+        windows = token_sequences(halves.search, opened.tokenizer, CALIBRATION, WINDOW, options.seed, True)
+    model = opened.weights(device_map=options.device_map)
+    if windows is not None:
+        statistics = _calibrate(model, windows, options, data)
+    if statistics is not None and not options.policy:
+        families = measurable(families, Statistics.load(statistics).for_layer(opened.layers[0].index))
+    return Prepared(families, layout, data, search, verify, model, moe, identity(find_layers(model)), statistics)
+
+
+def check(options: Options) -> tuple[list[Family], Layout]:
+    """Families and layout; raises CarpoolError for options that are wrong whatever the model is."""
+    from carpool.artefacts.files import require_writable
+    from carpool.evaluate.layout import Layout
+    from carpool.routing.batch import Grouping
+    from carpool.tune import DEFAULT, family
+
+    families = [family(one) for one in options.policy or DEFAULT]
+    require_number("--seed", options.seed, 0)
+    layout = Layout(options.batch, options.sequence, options.prefill, Grouping.parse(options.group))
+    least = FEWEST * layout.batch_size * layout.decoded
+    if options.tokens is not None and options.tokens < least:
+        raise CarpoolError(
+            f"--tokens {options.tokens} is less than {FEWEST} batches of {options.batch}, and fewer do not show how "
+            f"sure a measurement is: give {least} or more, or lower --batch or --sequence"
+        )
+    require_writable(options.output)
+    return families, layout
+
+
+def draw(documents: list[Document], tokenizer: Any, options: Options, layout: Layout, advance: Bar) -> Sequences:
+    """Batches of one half of the text; raises CarpoolError where it does not hold enough that share no document."""
+    from carpool.evaluate.sequences import Cut
+
+    cut = Cut.of(documents, tokenizer, length=options.sequence, seed=options.seed, progress=advance)
+    wanted = max(FEWEST, round((options.tokens or TOKENS) / (layout.batch_size * layout.decoded)))
+    least = FEWEST if options.tokens is None else wanted
+    lower = "--sequence, --batch or --tokens" if least > FEWEST else "--sequence or --batch"
+    fewer = f"lower {lower} (half of the text is searched, the other half verified on)"
+    return cut.draw_within(least, wanted, layout.batch_size, seed=options.seed, fewer=fewer)
+
+
+def trials(ready: Prepared, options: Options, memory: Path, advance: Callable[[str], None]) -> tuple[Trials, Trials]:
+    """On the text to search on, taken up where an interrupted run left off, and on the text to verify on."""
+    from carpool.artefacts.files import sha256_file
+    from carpool.artefacts.statistics import Statistics
+    from carpool.tune import Trials
+
+    path = ready.statistics
+    searched = hashlib.sha256(ready.search.ids_ST.numpy().tobytes()).hexdigest()
+    depends = {
+        "model": ready.identity.name, "searched": searched, **_measured_on(ready, options),
+        "statistics": None if path is None else sha256_file(path),
+    }  # fmt: skip
+    stats = None if path is None else Statistics.load(path)
+    given: dict[str, Any] = {"stats": stats, "settings": depends, "advance": advance}
+    return (
+        Trials(ready.model, ready.moe, ready.search, ready.layout, memory=memory, **given),
+        Trials(ready.model, ready.moe, ready.verify, ready.layout, **given),
+    )
+
+
+def write(options: Options, ready: Prepared, target: Target, found: Tuned, search: Trials, verify: Trials) -> None:
+    """The policy file, with everything that was measured."""
+    from carpool.plans.policy_file import PolicyFile
+
+    made_for = {
+        "fingerprint": ready.identity.fingerprint, "num_layers": ready.moe.layers, "num_experts": ready.moe.experts,
+        "top_k": ready.moe.top_k,
+    }  # fmt: skip
+    PolicyFile(
+        found.plan,
+        {},
+        made_for,
+        _beside(options.output, ready.statistics) if found.plan.policy.required_stats() else None,
+        (
+            {"target": target.given, **_measured_on(ready, options), "texts": ready.data},
+            *({"text": "search", **asdict(point)} for point in search.points.values()),
+            *({"text": "unseen", **asdict(point)} for point in verify.points.values()),
+        ),
+    ).save(options.output)
+
+
+def show(console: Console, options: Options, target: Target, found: Tuned, batches: int) -> None:
+    """What was chosen, what it reads and costs on unseen text, and whether that keeps the target."""
+    seen = found.verified
+    console.print(f"[bold]{escape(str(found.plan))}[/], for batch {options.batch}:")
+    console.print(
+        f"on text that the search did not see it reads {seen.share:.1%} of what stock reads, at KL {seen.kl:.4f} "
+        f"({seen.kl_low:.4f} to {seen.kl_high:.4f}, {batches} batches) nats a token and perplexity x "
+        f"{seen.perplexity_ratio:.4f}"
+    )
+    if found.met and target.max_kl is not None and seen.kl_high > target.max_kl:
+        console.print("its interval reaches beyond the target: more --tokens would tell")
+    if not found.met:
+        console.print(f"[yellow]warning:[/] that misses the target ({target}); more --tokens make the search surer")
+    console.print(f"wrote {options.output}", markup=False)
+
+
+def _measured_on(ready: Prepared, options: Options) -> dict[str, Any]:
+    return {
+        "batch": options.batch, "group": options.group, "sequence": options.sequence, "prefill": options.prefill,
+        "tokens": ready.search.batches * ready.layout.batch_size * ready.layout.decoded, "seed": options.seed,
+    }  # fmt: skip
+
+
+def _calibrate(model: Any, windows: Windows, options: Options, data: list[tuple[str, str]]) -> Path:
     """Statistics beside the policy file; those of an interrupted run are taken up."""
     from carpool.artefacts.statistics import Statistics
     from carpool.calibrate import calibrate
     from carpool.calibrate.surrogate_fit import SurrogateFit
     from carpool.hosts.transformers import find_layers, identity
 
-    path = output.with_suffix(".safetensors")
+    path, seed = options.output.with_suffix(".safetensors"), options.seed
+    searched = [(f"{name}, the half that was searched", digest) for name, digest in data]
     if path.exists():
         old = Statistics.load(path)
         with suppress(CarpoolError):
             old.check(identity(find_layers(model)))
-            if (old.seed, list(old.data)) == (seed, data):
+            if (old.seed, list(old.data)) == (seed, searched):
                 return path
         raise CarpoolError(f"{path} holds other statistics; name it with --stats, move it, or choose another --output")
     with progress("calibrating", windows.ids_BT.numel(), "tokens") as advance:
         made = calibrate(
-            model, find_layers(model), windows.ids_BT, domains=windows.domains, held_B=windows.held_B, data=data,
+            model, find_layers(model), windows.ids_BT, domains=windows.domains, held_B=windows.held_B, data=searched,
             seed=seed, energy=True, collectors=[lambda layer: SurrogateFit(layer, RANK)], progress=advance,
         )  # fmt: skip
     made.save(path)
@@ -172,7 +277,7 @@ def _beside(output: Path, source: Path | None) -> Path | None:
     return path
 
 
-def _expected(families: Sequence[Family], moe: MoE) -> int:
+def _expected(families: Iterable[Family], moe: MoE) -> int:
     """Trials of a search, about: a bisection a family, and some to verify."""
     # a family that cannot beat an earlier one is soon left
     bisections = sum(
@@ -180,17 +285,3 @@ def _expected(families: Sequence[Family], moe: MoE) -> int:
         for place, one in enumerate(families)
     )
     return bisections + 2  # one verification or two
-
-
-def _show(console: Console, found: Tuned, target: Target, output: Path, batch: int) -> None:
-    from rich.markup import escape
-
-    seen = found.verified
-    console.print(f"[bold]{escape(str(found.plan))}[/], for batch {batch}:")
-    console.print(
-        f"on text that the search did not see it reads {seen.share:.1%} of what stock reads, at KL {seen.kl:.4f} "
-        f"({seen.kl_low:.4f} to {seen.kl_high:.4f}) nats a token and perplexity x {seen.perplexity_ratio:.4f}"
-    )
-    if not found.met:
-        console.print(f"[yellow]warning:[/] that misses the target ({target}); more --tokens make the search surer")
-    console.print(f"wrote {output}", markup=False)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from carpool.errors import CarpoolError
 from carpool.plans.grammar import Plan
-from carpool.plans.policy_file import PolicyFile
 from carpool.tune.families import Family
 from carpool.tune.target import Target
 from carpool.tune.trials import Point, Trials
@@ -50,10 +49,10 @@ def tune(
     repairs = [values[at] for n in range(REPAIRS + 1) if 0 <= (at := place + step * n) < len(values)]
     closest: Tuned | None = None
     for plan in map(family.at, repairs):
-        (searched,) = search.measure([PolicyFile(plan)])
+        (searched,) = search.measure([plan])
         if not _met(target, searched):
             continue
-        (verified,) = verify.measure([PolicyFile(plan)])
+        (verified,) = verify.measure([plan])
         found = Tuned(plan, searched, verified, _met(target, verified))
         if found.met:
             return found
@@ -75,7 +74,7 @@ def edge(
             missed = f"does not reach {target}" if best is None else f"no better than {best[0].policy}"
             say(f"{family.name}: {missed}")
             continue
-        (point,) = search.measure([PolicyFile(family.at(value))])
+        (point,) = search.measure([family.at(value)])
         if point.share >= 1:
             say(f"{family.name}: reaches {target} only where it reads all that stock reads")
             continue
@@ -97,7 +96,7 @@ def _bisect(family: Family, values: list[int], target: Target, search: Trials, b
     found = None
     while low <= high:
         middle = (low + high) // 2
-        (point,) = search.measure([PolicyFile(family.at(values[middle]))])
+        (point,) = search.measure([family.at(values[middle])])
         good = _met(target, point)
         if good:
             found = values[middle]
