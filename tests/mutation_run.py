@@ -53,9 +53,9 @@ ROOMS = {
         ("routing", "policies", "plans"),
         30,
         (
-            ("routing", "conformance", "by_hand", "core_choices", "registry", "lynx", "base_energy", "allow_list",
-             "surrogate", "surrogate_sums", "policy_file", "skipping", "naee_oracle", "random*", "xshare_*", "grammar",
-             "isolation_bound", "counters", "bound", "twins", "fuzz"),
+            ("routing", "conformance", "by_hand", "core_choices", "keys", "budgets", "registry", "lynx",
+             "base_energy", "allow_list", "surrogate", "surrogate_sums", "policy_file", "skipping", "naee_oracle",
+             "random*", "xshare_*", "grammar", "isolation_bound", "counters", "bound", "twins", "fuzz"),
             ("properties",),
         ),
     ),
