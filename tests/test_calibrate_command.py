@@ -103,7 +103,7 @@ def test_command_scores_domains_and_layers(command, tmp_path):
     arguments = ("--text", "text.txt", "--text", "more.jsonl", "--tokens", "512", "--sequence", "64")
     code, output = command(*arguments, "--energy", "--sensitivity")
     assert code == 0, output
-    assert "domains with scores of their own, for `carpool allow-list --domain`: 'text', 'more'" in output
+    assert "scores of their own, for `carpool allow-list --domain`: 'text' (256 tokens), 'more' (256 tokens)" in output
     tensors = Statistics.load("stats.safetensors").layers
     for layer in tensors.values():
         assert int(layer["coverage/text"].sum()) == int(layer["coverage/more"].sum()) == 256 * 2

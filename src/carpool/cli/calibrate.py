@@ -156,9 +156,11 @@ def _show_similarities(console: Console, stats: Statistics) -> None:
 
 
 def _show_domains(console: Console, stats: Statistics, domains: list[str]) -> None:
-    """Which domains `allow_list` can name."""
-    names = ", ".join(repr(domain) for domain in domains)
-    if "easy_ep" in next(iter(stats.layers.values())):
+    """Which domains `allow_list` can name, and how many tokens their scores come from."""
+    tensors = next(iter(stats.layers.values()))
+    tokens = {domain: int(tensors[f"coverage/{domain}"].sum()) // stats.top_k for domain in domains}
+    names = ", ".join(f"{domain!r} ({count:,} tokens)" for domain, count in tokens.items())
+    if "easy_ep" in tensors:
         said = f"domains with scores of their own, for `carpool allow-list --domain`: {names}"
         console.print(said, highlight=False, markup=False, soft_wrap=True)
     else:
