@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 import twins
+from hypothesis import settings
 from hypothesis import strategies as st
 from policies_under_test import Row
 from strategies import Case, cases
 from torch import Tensor
 
 from carpool import Outcome, Plan, Routing, parse, route
+
+many_examples = settings(max_examples=60)  # of properties that are cheap to try; the others have the profile's number
 
 GUARDS = ("", " | floor(0.3)", " | min_batch(2) | short_circuit", " | decode_only | protect([1, 3]) | floor(0.1)")
 

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from harness import Trial, trials
+from harness import Trial, many_examples, trials
 from hypothesis import given
 from hypothesis import strategies as st
 from policies_under_test import ROWS, Row
@@ -38,6 +38,7 @@ def lost_weights(trial: Trial, outcome: Outcome) -> list[tuple[Fraction, dict[in
 
 
 @every_policy
+@many_examples
 @given(data=st.data(), tau=st.sampled_from([0.0, 0.05, 0.1, 0.3, 0.7, 1.0]))
 def test_the_floor_holds_whatever_the_batch(row: Row, data: st.DataObject, tau: float) -> None:
     trial = data.draw(trials(row, guards=PARTS))

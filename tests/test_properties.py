@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import GUARDS, Trial, a_host, assert_same, trials
+from harness import GUARDS, Trial, a_host, assert_same, many_examples, trials
 from hypothesis import given
 from hypothesis import strategies as st
 from policies_under_test import ROWS, Row
@@ -42,6 +42,7 @@ def test_the_identity_setting_is_native_bit_for_bit(row: Row, data: st.DataObjec
 
 
 @every_policy
+@many_examples
 @given(data=st.data())
 def test_rows_that_keep_their_experts_get_the_hosts_own_output(row: Row, data: st.DataObject) -> None:
     trial = data.draw(trials(row))
@@ -56,6 +57,7 @@ def test_rows_that_keep_their_experts_get_the_hosts_own_output(row: Row, data: s
 
 
 @every_policy
+@many_examples
 @given(data=st.data())
 def test_a_valid_routing_comes_out(row: Row, data: st.DataObject) -> None:
     trial = data.draw(trials(row))
@@ -81,6 +83,7 @@ def test_a_valid_routing_comes_out(row: Row, data: st.DataObject) -> None:
 
 
 @every_policy
+@many_examples
 @given(data=st.data())
 def test_slots_are_filled_in_order(row: Row, data: st.DataObject) -> None:
     """Native members first, then members in the model's expert groups, then any; never anything else."""
@@ -101,6 +104,7 @@ def test_slots_are_filled_in_order(row: Row, data: st.DataObject) -> None:
 
 
 @every_policy
+@many_examples
 @given(data=st.data())
 def test_silent_rows_change_nothing_for_others(row: Row, data: st.DataObject) -> None:
     """Padding, finished sequences and non-finite rows may hold anything."""
