@@ -11,6 +11,7 @@ from lockstep_tools import small_model
 from carpool import CarpoolError, parse, share
 from carpool.evaluate.answers import Question, deal, score
 from carpool.evaluate.check import in_float64
+from carpool.hosts.transformers import Known
 from carpool.routing.batch import Grouping
 
 MODEL = small_model()
@@ -43,12 +44,13 @@ def decoded(policy: str, asked: list[Question], group: str) -> list[float]:
         mask[row, width + 1 - len(one.context) :] = 1
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     totals = [0.0] * len(asked)
-    with torch.inference_mode(), share(MODEL, policy, group=group, pad_token_id=PAD):
+    with torch.inference_mode(), share(MODEL, policy, group=group) as run:
         given = {"attention_mask": mask[:, :width], "position_ids": positions[:, :width]}
         cache = MODEL(input_ids=prompts, use_cache=True, **given).past_key_values
         for step in range(steps):
             fed = [(one.context[-1], *one.answer[:-1]) for one in asked]
             ids = torch.tensor([[tokens[step] if step < len(tokens) else PAD] for tokens in fed])
+            run.known = Known(finished=torch.tensor([step >= len(tokens) for tokens in fed]))
             place = width + step
             given = {"attention_mask": mask[:, : place + 1], "position_ids": positions[:, place : place + 1]}
             logits = MODEL(input_ids=ids, past_key_values=cache, use_cache=True, **given).logits[:, -1].log_softmax(-1)

@@ -19,7 +19,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 import carpool
 from carpool import CarpoolError, Grouping
 from carpool.doctor import diagnose
-from carpool.hosts.transformers import attach, find_layers
+from carpool.hosts.transformers import Known, attach, find_layers
 from carpool.hosts.transformers.denoising import watch
 from carpool.hosts.transformers.forward_rows import RowRules, build_batch
 from carpool.hosts.transformers.here import Here
@@ -135,8 +135,8 @@ def test_a_new_generation_starts_with_nobody_finished(model: Any) -> None:
 
 
 def canvases(group: str, finished: list[bool] | None) -> Any:
-    finished_B = None if finished is None else torch.tensor(finished)
-    return build_batch(RowRules(Grouping.parse(group)), (), {"decoder_input_ids": torch.ones(3, 4).long()}, finished_B)
+    known = None if finished is None else Known(finished=torch.tensor(finished))
+    return build_batch(RowRules(Grouping.parse(group)), (), {"decoder_input_ids": torch.ones(3, 4).long()}, known)
 
 
 def test_rows_of_canvases() -> None:

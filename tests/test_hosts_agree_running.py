@@ -36,7 +36,7 @@ def in_transformers(model: Any, policy: str, prompts: list[list[int]]) -> tuple[
             seen.append(outcome)
 
     ids_BT = torch.tensor(prompts)
-    with carpool.share(model, carpool.parse(policy).for_serving(), observe=see, pad_token_id=-1):
+    with carpool.share(model, carpool.parse(policy).for_serving(), observe=see):
         made_BT = model.generate(
             ids_BT,
             attention_mask=torch.ones_like(ids_BT),

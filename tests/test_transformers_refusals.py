@@ -71,14 +71,28 @@ def test_statistics_are_used_and_checked(model: Any) -> None:
         pass
 
 
-def test_local_expert_ids_are_refused(model: Any) -> None:
-    class Distributed:
-        ep_size = 2
+def test_expert_parallelism_is_refused(model: Any) -> None:
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from transformers.distributed import DistributedConfig
 
-    model.config.distributed_config = Distributed()
-    model.ep_plan = {"model.layers.*.mlp.gate": "ep_router"}
-    with pytest.raises(CarpoolError, match="ep_router"):
+    model.config.distributed_config = DistributedConfig(tp_size=2, ep_size=2)
+    with pytest.raises(CarpoolError, match=r"spread over 2 processes \(DistributedConfig\).*without expert"):
         attach(model)
+    model.config.distributed_config = DistributedConfig(tp_size=2)
+    experts = model.model.layers[1].mlp.experts
+    whole = experts.down_proj.detach().clone()
+    init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        experts.down_proj = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+        with pytest.raises(CarpoolError, match=r"layers\.1\.mlp: down_proj of its Qwen3MoeExperts is spread over 2"):
+            attach(model)
+        experts.down_proj = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(1)]))
+        assert attach(model)  # plain tensor parallelism: each process has every expert's rows
+    finally:
+        destroy_process_group()
 
 
 @pytest.mark.parametrize(

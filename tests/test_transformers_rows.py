@@ -8,14 +8,32 @@ import pytest
 import torch
 
 from carpool import CarpoolError, Grouping
+from carpool.hosts.transformers import Known
 from carpool.hosts.transformers.forward_rows import RowRules, build_batch, on_device
 
 PAD = 0
 
 
-def batch(tokens: torch.Tensor, group: str = "batch", *, exempt_prefill: bool = True, **kwargs: Any) -> Any:
-    rules = RowRules(Grouping.parse(group), exempt_prefill, PAD)
-    return build_batch(rules, (), {"input_ids": tokens, **kwargs})
+class Cache:
+    """All that a forward's rows are read from."""
+
+    def __init__(self, length: int | torch.Tensor) -> None:
+        self.length = length
+
+    def get_seq_length(self) -> int | torch.Tensor:
+        return self.length
+
+
+def batch(
+    tokens: torch.Tensor,
+    group: str = "batch",
+    *,
+    exempt_prefill: bool = True,
+    known: Known | None = None,
+    **kwargs: Any,
+) -> Any:
+    rules = RowRules(Grouping.parse(group), exempt_prefill, (PAD,))
+    return build_batch(rules, (), {"input_ids": tokens, **kwargs}, known)
 
 
 def ids(rows: int, length: int) -> torch.Tensor:
@@ -34,7 +52,8 @@ def test_a_prompt_is_exempt_unless_told_otherwise() -> None:
 
 
 def test_decoding_rows_vote_but_finished_sequences_do_not() -> None:
-    step = batch(torch.tensor([[5], [PAD], [7]]))
+    finished = Known(finished=torch.tensor([False, True, False]))
+    step = batch(torch.tensor([[5], [7], [PAD]]), known=finished, past_key_values=Cache(4))
     assert step.real_N.all()
     assert not step.exempt_N.any()
     assert step.voter_N.tolist() == [True, False, True]
@@ -59,7 +78,7 @@ def test_padding_on_the_left_is_not_real(kind: str) -> None:
 
 
 def test_a_mask_that_covers_the_cache_is_read_from_its_end() -> None:
-    step = batch(ids(2, 1), attention_mask=torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]))
+    step = batch(ids(2, 1), attention_mask=torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]), past_key_values=Cache(3))
     assert step.real_N.all()
 
 
@@ -88,11 +107,7 @@ def test_blocks_follow_positions(block: int, start: int) -> None:
 
 
 def test_blocks_without_position_ids_count_the_cache() -> None:
-    class Cache:
-        def get_seq_length(self) -> int:
-            return 3
-
-    found = batch(ids(1, 3), "block:4", past_key_values=Cache())
+    found = batch(ids(1, 3), "block:4", past_key_values=Cache(3))
     assert found.group_N[0] != found.group_N[1]
     assert found.group_N[1] == found.group_N[2]
 

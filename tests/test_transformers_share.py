@@ -12,7 +12,7 @@ from tiny_models import tiny_model, tokens
 
 import carpool
 from carpool import Batch, CarpoolError, Outcome, parse
-from carpool.hosts.transformers import attach, find_layers
+from carpool.hosts.transformers import Known, attach, find_layers
 from carpool.plans.policy_file import PolicyFile
 
 TIGHT = "xshare(budget=2, warmup=0)"
@@ -142,8 +142,10 @@ def test_finished_sequences_have_no_vote(model: Any) -> None:
         coresets.append(outcome.coreset_GE)
 
     step = torch.tensor([[7], [9], [0]])
-    with carpool.share(model, TIGHT, observe=observe):
+    with carpool.share(model, TIGHT, observe=observe) as run:
+        run.known = Known(finished=torch.tensor([False, False, True]))
         logits(model, step, past_key_values=cache)
+        run.known = None
         logits(model, step[:2], past_key_values=pair)
     assert torch.equal(coresets[0], coresets[2])
     assert torch.equal(coresets[1], coresets[3])
@@ -209,18 +211,6 @@ def test_compiled_before_attach_is_caught() -> None:
     logits(compiled, tokens())
     with pytest.raises(CarpoolError, match=r"never fired.*compiled before attach"):
         share_too_late()
-
-
-def test_assisted_decoding_counts_verification_as_prompt(model: Any) -> None:
-    helper = tiny_model("qwen3_moe", seed=3)
-    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": 63, "assistant_model": helper}
-    with carpool.share(model, TIGHT) as run:
-        model.generate(tokens(1, 5), **settings)
-    assert all(row.rows_exempt > 5 for row in run.report())
-    with carpool.share(model, TIGHT, exempt_prefill=False) as run:
-        model.generate(tokens(1, 5), **settings)
-    assert all(row.rows_exempt == 0 for row in run.report())
-    assert run.changed_rows() > 0
 
 
 def test_router_logits_stay_raw(model: Any) -> None:

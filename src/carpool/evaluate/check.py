@@ -19,8 +19,6 @@ from carpool.plans.pipeline import Outcome
 from carpool.plans.policy_file import AnyPlan, stats_for
 from carpool.routing.batch import Batch
 
-NO_TOKEN = -1  # every row of a text votes, whatever its token
-
 
 @dataclass(frozen=True)
 class Agreement:
@@ -104,7 +102,7 @@ def _lockstep(model: Any, plan: AnyPlan, ids_ST: Tensor, layout: Layout, stats: 
 
 def _decode(model: Any, plan: AnyPlan, ids_ST: Tensor, layout: Layout, stats: Any) -> tuple[Tensor, Tensor]:
     """The same by decoding `stride` positions at a time after one pass over the prompts."""
-    from carpool.hosts.transformers import share
+    from carpool.hosts.transformers import Known, share
 
     read: dict[int, list[Tensor]] = {}
     logits: list[Tensor] = []
@@ -112,13 +110,12 @@ def _decode(model: Any, plan: AnyPlan, ids_ST: Tensor, layout: Layout, stats: An
     def observe(layer: int, batch: Batch, outcome: Outcome) -> None:
         read.setdefault(layer, []).append(outcome.computed_NE.unflatten(0, (layout.batch_size, -1)))
 
-    siblings = layout.grouping.kind == "prompt"  # no forward says whose samples its rows are
-    group = "request" if siblings else layout.grouping
-    settings = {"group": group, "stats": stats, "observe": observe, "pad_token_id": NO_TOKEN}
+    settings = {"group": layout.grouping, "stats": stats, "observe": observe}
     with torch.inference_mode(), share(model, plan, **settings) as run:
+        run.known = Known(finished=False, prompt=layout.samples)  # every row of a text votes, whatever its token
         cache = model(input_ids=ids_ST[:, : layout.prefill], use_cache=True).past_key_values
         read.clear()
-        if layout.stride > 1 or siblings:  # several positions a pass look like a prompt, so say who they are
+        if layout.stride > 1:  # several positions a pass look like a prompt, so say who they are
             groups_G = torch.arange(layout.groups, device=ids_ST.device)
             rows_N = groups_G.repeat_interleave(layout.batch_size // layout.groups * layout.stride)
             run.batch = Batch.of(len(rows_N), device=ids_ST.device, group_N=rows_N, num_groups=layout.groups)

@@ -123,7 +123,7 @@ class CarpoolLM(HFLM):
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         how: dict[str, Any] = {"group": self.grouping, "stats": stats_for(self.plan, self.stats), "observe": self.sums}
-        with torch.inference_mode(), share(self.model, self.plan, pad_token_id=self.tokenizer.pad_token_id, **how):
+        with torch.inference_mode(), share(self.model, self.plan, **how):
             return super()._model_generate(*args, **kwargs)
 
     def get_model_info(self) -> dict[str, Any]:

@@ -7,15 +7,29 @@ rows that are done with this canvas, and after each canvas it learns which seque
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from carpool.errors import CarpoolError
 from carpool.hosts.transformers.here import Here
+from carpool.hosts.transformers.known import Known
 
 STEP, FINALIZE = "_denoising_step", "_finalize_canvas"
 NEEDED = {STEP: ("input_ids", "finished_denoising"), FINALIZE: ("input_ids", "finished_sequences")}
+
+
+@dataclass(frozen=True, eq=False)
+class Canvases:
+    """A denoising step."""
+
+    finished_B: Tensor
+    drafts: bool = False
+
+    def known(self, kwargs: Mapping[str, Any]) -> Known:
+        return Known(finished=self.finished_B)
 
 
 class _Watched:
@@ -32,11 +46,11 @@ class _Step(_Watched):
         ids, ended_B = self.here.ended
         if ids is kwargs["input_ids"]:  # by identity: another call of `generate` starts from other ids
             finished_B = finished_B | ended_B
-        self.here.finished_B = finished_B
+        self.here.loops.append(Canvases(finished_B))
         try:
             return getattr(type(self.model), STEP)(self.model, *args, **kwargs)
         finally:
-            self.here.finished_B = None
+            self.here.loops.pop()
 
 
 class _Finalize(_Watched):

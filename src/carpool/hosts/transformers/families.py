@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from carpool.errors import CarpoolError
+from carpool.hosts.transformers.offload import weight
 from carpool.routing.spec import RouteSpec, Scoring
 
 Read = str | Callable[[Any], Any]
@@ -74,7 +75,7 @@ class Rule:
             num_groups=groups[0],
             kept_groups=groups[1],
             group_score=self.group_score,
-            per_expert_scale_E=None if scale is None else _read(scale, router).detach(),
+            per_expert_scale_E=None if scale is None else _tensor(router, scale),
             score_in_logits_dtype=self.score_in_logits_dtype,
         )
 
@@ -88,7 +89,15 @@ class Rule:
         owner = router if hasattr(router, self.bias.split(".")[0]) else block
         if not hasattr(owner, self.bias.split(".")[0]):
             return None  # switched off by the configuration; a renamed one fails the check at attach
-        return attrgetter(self.bias)(owner).detach().reshape(-1)
+        return _tensor(owner, self.bias).reshape(-1)
+
+
+def _tensor(owner: nn.Module, name: str) -> Tensor:
+    found = weight(owner, name)
+    if found is None:
+        kind = type(owner).__name__
+        raise CarpoolError(f"{kind} has no tensor {name!r}; this version of transformers is not supported")
+    return found.detach()
 
 
 def _read(where: Read, router: nn.Module) -> Any:
@@ -253,6 +262,11 @@ def rule_of(router: nn.Module, where: str) -> Rule:
     for kind in type(router).__mro__:
         if kind.__name__ in RULES:
             return RULES[kind.__name__]
+    if type(router).__module__.split(".")[0] == "peft":
+        raise CarpoolError(
+            f"{where} has an adapter on its router ({type(router).__name__}), so that it routes otherwise than its "
+            "class; merge it with merge_and_unload(), or adapt other modules"
+        )
     if isinstance(router, nn.Linear):
         raise CarpoolError(
             f"{where} routes inside its own forward ({type(router).__name__} gives no more than logits), where Carpool "

@@ -67,12 +67,20 @@ class Forward:
 
     Attributes:
         batch: who its rows are; None if nobody said.
+        early: it may leave the model after its first layers, as drafts of the model itself do.
     """
 
-    def __init__(self, terms: Terms, tally: Tally, batch: Batch | None) -> None:
-        self.terms, self.tally, self.batch = terms, tally, batch
+    def __init__(self, terms: Terms, tally: Tally, batch: Batch | None, early: bool = False) -> None:
+        self.terms, self.tally, self.batch, self.early = terms, tally, batch, early
+        self._again = False
         self._seen: set[int] = set()
         self._left: dict[int, Routing] = {}  # by layer, what the next call of its experts leaves to surrogates
+
+    def again(self) -> Forward:
+        """The same rows, computed a second time: what is decided is the same, and is not counted again."""
+        second = Forward(self.terms, self.tally, self.batch, self.early)
+        second._again = True
+        return second
 
     def reroute(self, position: int, args: tuple[Any, ...], output: Any) -> tuple[Any, ...]:
         """A router's output with the plan's weights and ids in place of its own."""
@@ -85,12 +93,13 @@ class Forward:
         hidden_NH = args[0].reshape(-1, args[0].shape[-1]) if args else None
         plan, stats, surrogates = terms.prepared[position]
         outcome = route(plan, layer.spec, logits_NE, batch, native=native, stats=stats, hidden_NH=hidden_NH)
-        self.tally.add(position, batch, outcome)
         self._seen.add(position)
         if surrogates is not None:
             self._left[position] = outcome.routing
-        if terms.observe is not None:
-            terms.observe(position, batch, outcome)
+        if not self._again:
+            self.tally.add(position, batch, outcome)
+            if terms.observe is not None:
+                terms.observe(position, batch, outcome)
         _, weights, ids = layer.unpack(output)
         slots = list(output)
         slots[weights] = outcome.routing.weights_NK.reshape(output[weights].shape)
@@ -116,8 +125,8 @@ class Forward:
 
     def end(self) -> None:
         """After the model's last module; raises CarpoolError if a layer's router was not called."""
-        layers = self.terms.layers
-        if len(self._seen) != len(layers):
+        layers, last = self.terms.layers, max(self._seen, default=0)
+        if len(self._seen) != (last + 1 if self.early else len(layers)):
             missing = [layer for position, layer in enumerate(layers) if position not in self._seen]
             raise never_fired(missing, "a forward")
         if self._left:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from carpool.errors import CarpoolError
+from carpool.hosts.transformers.known import Known
+from carpool.hosts.transformers.masks import cached_tokens, real_rows
 from carpool.routing.batch import Batch, Grouping
 
 
@@ -24,19 +26,18 @@ class RowRules:
 
     Attributes:
         grouping: which rows share a coreset.
-        exempt_prefill: rows of a prompt (more than one query token of a request in one pass) keep native routing.
-        pad_token_id: a decoding row that is fed this token belongs to a finished sequence and has no vote.
+        exempt_prefill: rows of a prompt keep native routing.
+        endings: tokens that `generate` feeds sequences which have ended; empty where it does not matter who votes. A
+            loop of one's own that feeds one of them has to say what it means.
     """
 
     grouping: Grouping
     exempt_prefill: bool = True
-    pad_token_id: int | None = None
+    endings: tuple[int, ...] = ()
 
 
-def build_batch(
-    rules: RowRules, args: tuple[Any, ...], kwargs: Mapping[str, Any], finished_B: Tensor | None = None
-) -> Batch:
-    """The batch of one forward of a transformers model, without a host sync.
+def build_batch(rules: RowRules, args: tuple[Any, ...], kwargs: Mapping[str, Any], known: Known | None = None) -> Batch:
+    """The batch of one forward of a transformers model.
 
     With the grouping `position`, a pass over several positions stands for as many decoding steps, one a position
     (teacher forcing): nothing in it is a prompt.
@@ -44,22 +45,24 @@ def build_batch(
     Args:
         rules: how rows are read.
         args, kwargs: of the forward.
-        finished_B: canvases that are computed although their request is done with them; None: there are none.
+        known: what the loop knows of its rows.
 
     Raises:
-        CarpoolError: the forward was given neither token ids nor embeddings, or cannot be grouped as asked.
+        CarpoolError: the forward was given neither token ids nor embeddings, cannot be grouped as asked, or does not
+            say who its rows are.
     """
+    known = Known() if known is None else known
     canvas = kwargs.get("decoder_input_ids")
     if isinstance(canvas, Tensor):
-        return _canvases(rules, canvas, finished_B)
+        return _canvases(rules, canvas, known)
     tokens, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
     shaped = embeds if tokens is None else tokens
     if not isinstance(shaped, Tensor):
         raise CarpoolError("a forward without input_ids or inputs_embeds; set run.batch to say who its rows are")
     ends = kwargs.get("cu_seq_lens_q")
     if ends is not None and shaped.shape[0] == 1:
-        return _packed(rules, shaped.shape[1], ends, kwargs.get("position_ids"))
-    return _padded(rules, tokens, shaped.shape[0], shaped.shape[1], shaped.device, kwargs)
+        return _packed(rules, shaped.shape[1], ends, kwargs.get("position_ids"), known)
+    return _padded(rules, tokens, shaped.shape[0], shaped.shape[1], shaped.device, kwargs, known)
 
 
 def has_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -69,25 +72,47 @@ def has_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 
 
 def _padded(
-    rules: RowRules, tokens: Tensor | None, B: int, S: int, device: torch.device, kwargs: Mapping[str, Any]
+    rules: RowRules,
+    tokens: Tensor | None,
+    B: int,
+    S: int,
+    device: torch.device,
+    kwargs: Mapping[str, Any],
+    known: Known,
 ) -> Batch:
     column_N = torch.arange(S, device=device).repeat(B)
     request_N = torch.arange(B, device=device).repeat_interleave(S)
-    given: dict[str, Any] = {"real_N": _real(kwargs.get("attention_mask"), B, S, device).reshape(-1)}
+    past = cached_tokens(kwargs)
+    given: dict[str, Any] = {"real_N": real_rows(kwargs.get("attention_mask"), past, B, S, device).reshape(-1)}
     given |= {"request_N": request_N, "num_requests": B}
-    if S == 1 and tokens is not None and rules.pad_token_id is not None:
-        given["voter_N"] = tokens.reshape(-1) != rules.pad_token_id
-    prompt = S > 1 and rules.grouping.kind != "position"
-    given["prefill_N"] = torch.full_like(request_N, prompt, dtype=torch.bool)
+    finished_B = known.finished_B(B, device)
+    if finished_B is not None:
+        given["voter_N"] = ~finished_B[request_N]
     if rules.grouping.kind == "position":
+        given["prefill_N"] = torch.zeros_like(request_N, dtype=torch.bool)
         given |= {"group_N": column_N, "num_groups": S, "step_N": column_N, "num_steps": S}
-    else:
-        positions_N = _positions(kwargs, B, S, column_N)
-        given |= groups_of(rules.grouping, request_N, B, positions_N, S)
+        return _finish(rules, B * S, device, given)
+    begins = True if S > 1 or past is None else past == 0
+    if S == 1 and B > 1 and known.finished is None and known.prefill is None and tokens is not None:
+        _refuse_endings(rules, tokens, begins)
+    given["prefill_N"] = known.prefill_N(request_N, column_N, B, begins)
+    given |= groups_of(rules.grouping, request_N, B, _positions(kwargs, B, S, column_N, past), S, known)
     return _finish(rules, B * S, device, given)
 
 
-def _canvases(rules: RowRules, canvas_BS: Tensor, finished_B: Tensor | None) -> Batch:
+def _refuse_endings(rules: RowRules, tokens_B1: Tensor, begins: Tensor | bool) -> None:
+    if not rules.endings or torch.compiler.is_compiling() or begins:
+        return
+    endings = torch.tensor(rules.endings, device=tokens_B1.device)
+    fed = torch.isin(tokens_B1, endings).flatten().nonzero().flatten().tolist()
+    if fed:
+        raise CarpoolError(
+            f"sequence {fed[0]} is fed token {int(tokens_B1[fed[0], 0])}, as sequences are that have ended: whether it "
+            "has is for the loop to say, by run.known = Known(finished=...) (False: none has)"
+        )
+
+
+def _canvases(rules: RowRules, canvas_BS: Tensor, known: Known) -> Batch:
     """Rows of canvases: all are real, none is a prompt, and blocks are counted from the start of the canvas.
 
     A finished canvas has no vote, and its output is thrown away. In a group of its own it would have nobody to choose
@@ -98,24 +123,27 @@ def _canvases(rules: RowRules, canvas_BS: Tensor, finished_B: Tensor | None) -> 
     (B, S), device = canvas_BS.shape, canvas_BS.device
     request_B = torch.arange(B, device=device)
     given: dict[str, Any] = {"request_N": request_B.repeat_interleave(S), "num_requests": B}
-    seat_B = request_B
+    seat_B, finished_B = request_B, known.finished_B(B, device)
     if finished_B is not None:
         given["voter_N"] = ~finished_B.repeat_interleave(S)
         seat_B = torch.where(finished_B, (~finished_B).to(torch.int8).argmax(), request_B)
-    given |= groups_of(rules.grouping, seat_B.repeat_interleave(S), B, torch.arange(S, device=device).repeat(B), S)
+    positions_N = torch.arange(S, device=device).repeat(B)
+    given |= groups_of(rules.grouping, seat_B.repeat_interleave(S), B, positions_N, S, known)
     return Batch.of(B * S, device=device, prefill_N=torch.zeros(B * S, dtype=torch.bool, device=device), **given)
 
 
-def _packed(rules: RowRules, N: int, ends: Tensor, position_ids: Tensor | None) -> Batch:
+def _packed(rules: RowRules, N: int, ends: Tensor, position_ids: Tensor | None, known: Known) -> Batch:
     row_N = torch.arange(N, device=ends.device)
-    ends = ends.to(torch.int64)
-    request_N = torch.searchsorted(ends[1:].contiguous(), row_N, right=True).clamp(max=len(ends) - 2)
-    given: dict[str, Any] = {"real_N": row_N < ends[-1], "prefill_N": ends.diff()[request_N] > 1}
-    given |= {"request_N": request_N, "num_requests": len(ends) - 1}
+    ends, requests = ends.to(torch.int64), len(ends) - 1
+    request_N = torch.searchsorted(ends[1:].contiguous(), row_N, right=True).clamp(max=requests - 1)
     positions_N = row_N if position_ids is None else position_ids.reshape(-1, N)[0]
+    several_N = ends.diff()[request_N] > 1
+    prefill_N = several_N if known.prefill is None else known.prefill_N(request_N, positions_N, requests, False)
+    given: dict[str, Any] = {"real_N": row_N < ends[-1], "prefill_N": prefill_N}
+    given |= {"request_N": request_N, "num_requests": requests}
     if rules.grouping.kind == "position":
         raise CarpoolError("grouping by position needs rows of equal length, not packed requests; use 'batch'")
-    given |= groups_of(rules.grouping, request_N, len(ends) - 1, positions_N, N)
+    given |= groups_of(rules.grouping, request_N, requests, positions_N, N, known)
     return _finish(rules, N, ends.device, given)
 
 
@@ -125,14 +153,17 @@ def _finish(rules: RowRules, N: int, device: torch.device, given: dict[str, Any]
     return Batch.of(N, device=device, **given)
 
 
-def groups_of(grouping: Grouping, request_N: Tensor, requests: int, positions_N: Tensor, S: int) -> dict[str, Any]:
+def groups_of(
+    grouping: Grouping, request_N: Tensor, requests: int, positions_N: Tensor, S: int, known: Known | None = None
+) -> dict[str, Any]:
     """Arguments of `Batch.of` for rows of `requests` requests that hold at most `S` consecutive positions each."""
     if grouping.kind == "batch":
         return {}
-    if grouping.kind in ("tenant", "prompt"):
-        raise CarpoolError(
-            f"group={str(grouping)!r}: a forward of a transformers model does not say whose its rows are; set run.batch"
-        )
+    if grouping.kind == "tenant":
+        raise CarpoolError("a forward of a transformers model does not say whose its rows are; set run.batch")
+    if grouping.kind == "prompt":
+        prompt_B = (Known() if known is None else known).prompt_B(requests, request_N.device)
+        return {"group_N": prompt_B[request_N], "num_groups": requests}
     if grouping.kind == "request":
         return {"group_N": request_N, "num_groups": requests}
     # S consecutive positions touch at most this many blocks, so block numbers modulo it are distinct
@@ -140,26 +171,13 @@ def groups_of(grouping: Grouping, request_N: Tensor, requests: int, positions_N:
     return {"group_N": request_N * blocks + (positions_N // grouping.block) % blocks, "num_groups": requests * blocks}
 
 
-def _positions(kwargs: Mapping[str, Any], B: int, S: int, column_N: Tensor) -> Tensor:
-    position_ids, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
+def _positions(kwargs: Mapping[str, Any], B: int, S: int, column_N: Tensor, past: int | Tensor | None) -> Tensor:
+    position_ids = kwargs.get("position_ids")
     if isinstance(position_ids, Tensor):
         # [B, S], [1, S], or [axes, B, S] (multimodal; the first axis is time)
         flat = position_ids[0] if position_ids.ndim == 3 else position_ids
         return flat.expand(B, S).reshape(-1).to(torch.int64)
-    return column_N if cache is None else column_N + cache.get_seq_length()
-
-
-def _real(mask: Any, B: int, S: int, device: torch.device) -> Tensor:
-    """Rows `[B, S]` that stand for a token, from a padding mask `[B, L]` or attention masks `[B, 1, S, L]`."""
-    if isinstance(mask, Mapping):
-        mask = next((m for m in mask.values() if isinstance(m, Tensor)), None)
-    if not isinstance(mask, Tensor):
-        return torch.ones(B, S, dtype=torch.bool, device=device)
-    if mask.ndim == 2:
-        return mask[:, -S:].bool()
-    # a padding row on the left may look at nothing; additive masks hold 0 where a row may look
-    seen = mask if mask.dtype == torch.bool else mask == 0
-    return seen.any(-1).any(1).expand(B, S)
+    return column_N if past is None else column_N + past
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

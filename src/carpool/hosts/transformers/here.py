@@ -6,10 +6,11 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from carpool.hosts.transformers.forward import Forward
 from carpool.hosts.transformers.inside import Block
+from carpool.hosts.transformers.known import Loop
 from carpool.plans.grammar import Plan
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -29,9 +30,16 @@ class Shares(Block, Protocol):
 class Call(NamedTuple):
     """A running forward: the module that was called, its run and the state under which it shares; None is stock."""
 
-    module: nn.Module
+    module: nn.Module | None
     run: Shares | None
     forward: Forward | None
+
+    def again(self) -> Call:
+        """The same, for what is computed a second time."""
+        return Call(None, self.run, None if self.forward is None else self.forward.again())
+
+
+STOCK = Call(None, None, None)
 
 
 class Here(threading.local):
@@ -40,16 +48,16 @@ class Here(threading.local):
     Attributes:
         runs: whose blocks the thread is in, where nothing in them can be suspended.
         calls: the forwards that are running (one, unless something calls the model from within its forward).
+        loops: the decoding loops that are running, the outermost first.
         loose: the state of layers that are called outside of any forward.
-        finished_B: canvases that a denoising step computes for nothing; None at other times.
         ended: the ids after the latest canvas of a denoising loop, and which of its sequences have ended.
     """
 
     def __init__(self) -> None:
         self.runs: list[Shares] = []
         self.calls: list[Call] = []
+        self.loops: list[Loop] = []
         self.loose: Forward | None = None
-        self.finished_B: Tensor | None = None
         self.ended: tuple[Any, Any] = (None, None)
 
     def __reduce__(self) -> tuple[type[Here], tuple[()]]:

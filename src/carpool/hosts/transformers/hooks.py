@@ -17,12 +17,13 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from carpool.errors import CarpoolError
-from carpool.hosts.transformers import batching, denoising
+from carpool.hosts.transformers import batching, denoising, generation, recompute
 from carpool.hosts.transformers.forward import Forward
 from carpool.hosts.transformers.forward_rows import has_rows
 from carpool.hosts.transformers.here import Call, Here, Shares
 from carpool.hosts.transformers.inside import innermost, suspendable
 from carpool.hosts.transformers.layers import MoELayer, entrances, find_layers, models_around
+from carpool.hosts.transformers.refused import refuse_spread
 from carpool.hosts.transformers.router_check import check_on_random
 
 LOCK = threading.RLock()  # of what is attached and open; no forward waits for it
@@ -62,7 +63,9 @@ class Attachment:
                 self._handles.append(module.register_forward_hook(end, always_call=True))
         for module in models_around(model, layers):
             denoising.watch(module, self.here)
-            batching.watch(module, self.owner)
+            generation.watch(module, self.here)
+            batching.watch(module, self.here, self.owner)
+        recompute.follow(modules, self.here)
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -114,6 +117,8 @@ class Attachment:
         if here.calls and all(call.module is not module for call in here.calls):
             return
         run = self.owner()
+        if run is not None and module.training and not torch.compiler.is_compiling():
+            recompute.follow([module], here)
         if last or has_rows(args, kwargs):
             here.calls.append(Call(module, run, None if run is None else run.forward(args, kwargs)))
 
@@ -134,7 +139,8 @@ class _Hook:
     @property
     def idle(self) -> bool:
         """Nobody shares, as far as this thread could be concerned."""
-        return not self.attachment.wanderers and not self.attachment.here.runs
+        here = self.attachment.here
+        return not here.calls and not here.runs and not self.attachment.wanderers
 
 
 class _Begin(_Hook):
@@ -165,7 +171,11 @@ class _Reroute(_Hook):
         if self.idle:
             return output
         forward = self.attachment.current()
-        return output if forward is None else forward.reroute(self.position, args, output)
+        if forward is None:
+            return output
+        if not torch.compiler.is_compiling():
+            recompute.refuse_unknown(module)
+        return forward.reroute(self.position, args, output)
 
 
 class _Supplement(_Hook):
@@ -188,7 +198,7 @@ def attach(model: nn.Module) -> Attachment:
 
     Raises:
         CarpoolError: not a model, no MoE layer, a router that is unknown or routes otherwise than its RouteSpec
-            says, expert parallelism that shows the hook local expert ids, or a model that shares some of its layers
+            says, expert parallelism, or a model that has some layers in common
             with another one that a policy acts on.
     """
     if not isinstance(model, nn.Module):
@@ -210,7 +220,7 @@ def attach(model: nn.Module) -> Attachment:
                     f"{type(model).__name__} has layers of a model that already shares under {known.open[0].plan}; "
                     "leave that block first"
                 )
-        _refuse_local_ids(model)
+        refuse_spread(model, [(layer.name, part) for layer in layers for part in (layer.router, layer.experts)])
         for layer in layers:
             check_on_random(layer)
         for known in found.values():
@@ -222,13 +232,3 @@ def attach(model: nn.Module) -> Attachment:
 
 def _attached(layer: MoELayer) -> list[Attachment]:
     return [hook.attachment for hook in layer.router._forward_hooks.values() if isinstance(hook, _Reroute)]
-
-
-def _refuse_local_ids(model: nn.Module) -> None:
-    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
-    plan = getattr(model, "ep_plan", None) or {}
-    if getattr(distributed, "ep_size", 1) > 1 and "ep_router" in plan.values():
-        raise CarpoolError(
-            "this model's expert-parallel plan uses 'ep_router', which hides the global expert ids from Carpool; "
-            "load it with the plan 'ep_dispatch_experts' or without expert parallelism"
-        )

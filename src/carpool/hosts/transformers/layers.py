@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from dataclasses import dataclass, field
 from itertools import accumulate, takewhile
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,6 +12,7 @@ from carpool.artefacts.identity import Held, Identity, Sample, sample
 from carpool.artefacts.identity import fingerprint as of_routers
 from carpool.errors import CarpoolError
 from carpool.hosts.transformers.families import Rule, rule_of
+from carpool.hosts.transformers.offload import weight
 from carpool.hosts.transformers.refused import refuse
 from carpool.routing.spec import RouteSpec, Routing
 
@@ -43,16 +42,18 @@ class MoELayer:
 
     @property
     def weight_EH(self) -> Tensor:
-        """The router's weight matrix."""
-        for parameter in self.router.parameters():
+        """The router's weight matrix, on the device where the layer computes."""
+        for name, parameter in self.router.named_parameters():
             if parameter.ndim == 2 and parameter.shape[0] == self.num_experts:
-                return parameter
+                held = weight(self.router, name)
+                assert held is not None
+                return held
         raise CarpoolError(f"{self.name}: {type(self.router).__name__} has no weight of {self.num_experts} experts")
 
     def sample(self) -> Sample:
         """Of the experts' weights, in the order that all hosts take it in."""
-        into, out = (_weight(self.experts, name) for name in ("gate_up_proj", "down_proj"))
-        into = _weight(self.experts, "up_proj") if into is None else into
+        into, out = (weight(self.experts, name) for name in ("gate_up_proj", "down_proj"))
+        into = weight(self.experts, "up_proj") if into is None else into
         if out is None or out.dim() != 3:
             return Sample(hidden=f"{type(self.experts).__name__} without a plain down_proj")
         if type(out) not in (nn.Parameter, Tensor):  # sharded over ranks, or quantised behind a tensor's back
@@ -156,18 +157,6 @@ def identity(layers: list[MoELayer]) -> Identity:
         hidden_size=samples[first.index].hidden_size,
         samples=samples,
     )
-
-
-def _weight(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter, brought into memory where accelerate keeps it elsewhere; None where the module has none."""
-    weight = getattr(module, name, None)
-    if isinstance(weight, Tensor) and weight.is_meta:
-        hook: Any = getattr(module, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):
-            with contextlib.suppress(AttributeError, KeyError, TypeError):
-                found: Tensor = one.weights_map[name]
-                return found
-    return weight if isinstance(weight, Tensor) else None
 
 
 def _router(block: nn.Module) -> nn.Module | None:

@@ -1,8 +1,10 @@
-"""Families of transformers that cannot be shared, each with the reason: found by the name of a router or a block."""
+"""What cannot be shared: families of transformers, each with the reason, and experts that other processes hold."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -48,3 +50,26 @@ def refuse(model: nn.Module) -> None:
                 f"Carpool does not share {refusal.family}: {refusal.reason} ({name}: {type(module).__name__}); "
                 "run this model without a policy, or one of the families in docs/families.md with it"
             )
+
+
+def refuse_spread(model: nn.Module, parts: Sequence[tuple[str, nn.Module]]) -> None:
+    """Raises CarpoolError where other processes hold some of the experts, or of a router's rows.
+
+    Args:
+        parts: routers and experts modules, each with the name of its layer.
+    """
+    from torch.distributed.tensor import DTensor
+
+    for where, part in parts:
+        for name, parameter in part.named_parameters():
+            if isinstance(parameter, DTensor) and any(place.is_shard(0) for place in parameter.placements):
+                raise CarpoolError(
+                    f"{where}: {name} of its {type(part).__name__} is spread over {parameter.device_mesh.size()} "
+                    "processes, whose rows and experts Carpool does not see; load the model without expert parallelism"
+                )
+    distributed: Any = getattr(getattr(model, "config", None), "distributed_config", None)
+    if getattr(distributed, "ep_size", None) not in (None, 1):
+        raise CarpoolError(
+            f"this model's experts are spread over {distributed.ep_size} processes (DistributedConfig), whose rows and "
+            "experts Carpool does not see; load it without expert parallelism"
+        )

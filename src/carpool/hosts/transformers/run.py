@@ -19,6 +19,7 @@ from carpool.hosts.transformers.forward import Forward, Observer, Tally, Terms, 
 from carpool.hosts.transformers.forward_rows import RowRules, build_batch
 from carpool.hosts.transformers.hooks import Attachment, attach
 from carpool.hosts.transformers.inside import bound, entered_from
+from carpool.hosts.transformers.known import Known
 from carpool.hosts.transformers.layers import MoELayer, find_layers
 from carpool.hosts.transformers.plans import Prepared, prepare
 from carpool.plans.counters import LayerReport
@@ -42,6 +43,7 @@ class _Mine(threading.local):
 
     def __init__(self, layers: list[MoELayer], batch: Batch | None, tallies: list[Tally]) -> None:
         self.batch = batch
+        self.known: Known | None = None
         self.tally = Tally(layers)
         tallies.append(self.tally)
 
@@ -86,6 +88,16 @@ class Run:
         self._mine.batch = batch
 
     @property
+    def known(self) -> Known | None:
+        """What a loop of your own knows of the rows of the following forwards of this thread (see `Known`); `generate`
+        says it by itself."""
+        return self._mine.known
+
+    @known.setter
+    def known(self, known: Known | None) -> None:
+        self._mine.known = known
+
+    @property
     def grouping(self) -> Grouping:
         """Which rows share, for loops that set `batch` themselves."""
         return self._rules.grouping
@@ -113,10 +125,11 @@ class Run:
     def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Forward:
         """The state of a forward that begins with these arguments."""
         self.check_open()
-        batch = self.batch
+        loops, batch = self._attachment.here.loops, self.batch
+        known = loops[-1].known(kwargs) if loops else None
         if batch is None:
-            batch = build_batch(self._rules, args, kwargs, self._attachment.here.finished_B)
-        return Forward(self._terms, self._mine.tally, batch)
+            batch = build_batch(self._rules, args, kwargs, self.known if known is None else known)
+        return Forward(self._terms, self._mine.tally, batch, early=bool(loops) and loops[-1].drafts)
 
     def loose(self) -> Forward:
         """The state of a layer that is called outside of the model's forward."""
@@ -151,7 +164,6 @@ def share(
     batch: Batch | None = None,
     observe: Observer | None = None,
     exempt_prefill: bool = True,
-    pad_token_id: int | None = None,
 ) -> Iterator[Run]:
     """Let the rows of a model's batches share experts inside a `with` block; outside it the model is stock.
 
@@ -161,14 +173,13 @@ def share(
     Args:
         model: a transformers model of a known family; compile it after `attach`, if at all.
         plan: a policy with guards, such as `"xshare(budget=16) | floor(0.3)"`, or a `PolicyFile`.
-        group: which rows share: `batch`, `request` (a row of the batch), `block:n`, or `position` (a forward over
-            several positions stands for as many decoding steps).
+        group: which rows share: `batch`, `prompt` (samples that one call of `generate` made of one prompt),
+            `request` (a row of the batch), `block:n`, or `position` (a forward over several positions stands for as
+            many decoding steps).
         stats: statistics of `carpool calibrate`, for policies that need them; a policy file names its own.
         batch: who the rows of the next forwards are, instead of reading it from their arguments.
         observe: called after every layer's routing with the layer's place, the batch and the outcome.
-        exempt_prefill: rows of a prompt keep their native routing. Verification passes of assisted decoding have
-            several rows a request too, hence count as prompt; pass False to share in them.
-        pad_token_id: what finished sequences are fed; default: the model's generation settings.
+        exempt_prefill: rows of a prompt keep their native routing. docs/rows.md says which they are.
 
     Raises:
         CarpoolError: what `attach` raises; a bad plan; missing or foreign statistics; a block inside another of the
@@ -178,9 +189,8 @@ def share(
     with torch.inference_mode(False):  # what is made here serves in any mode
         attachment, layers = attach(model), find_layers(model)
         policies = plan if isinstance(plan, PolicyFile) else PolicyFile(parse(plan))
-        pad = _pad_token(model) if pad_token_id is None else pad_token_id
-        rules = RowRules(Grouping.parse(group), exempt_prefill, pad)
-        prepared = prepare(policies, layers, stats)
+        grouping, prepared = Grouping.parse(group), prepare(policies, layers, stats)
+        rules = RowRules(grouping, exempt_prefill, _endings(model) if _votes_matter(grouping, prepared) else ())
         run = Run(attachment, layers, policies.plan, rules, prepared, batch, observe)
     with attachment.inside(run, frames):
         try:
@@ -198,12 +208,16 @@ def _sum(rows: tuple[LayerReport, ...]) -> LayerReport:
     return LayerReport(rows[0].layer, **sums)
 
 
-def _pad_token(model: nn.Module) -> int | None:
-    """What `generate` feeds finished sequences: the pad token, or the first end token where there is none."""
-    for settings in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-        for name in ("pad_token_id", "eos_token_id"):
+def _votes_matter(grouping: Grouping, prepared: list[Prepared]) -> bool:
+    """Whether a sequence that has ended could change what others read."""
+    return grouping.kind in ("batch", "prompt") and any(layer.plan.policy.kind == "group" for layer in prepared)
+
+
+def _endings(model: nn.Module) -> tuple[int, ...]:
+    """What `generate` feeds sequences that have ended: the pad token, or an end token where there is none."""
+    for name in ("pad_token_id", "eos_token_id"):
+        for settings in (getattr(model, "generation_config", None), getattr(model, "config", None)):
             token = getattr(settings, name, None)
-            token = token[0] if isinstance(token, list) and token else token
-            if isinstance(token, int):
-                return token
-    return None
+            if token is not None:
+                return tuple(token) if isinstance(token, list) else (token,)
+    return ()
