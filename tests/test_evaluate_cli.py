@@ -11,6 +11,7 @@ from carpool.cli import demo as demo_command
 from carpool.cli import evaluate as evaluate_command
 from carpool.cli.commands import app
 from carpool.evaluate import series
+from carpool.evaluate.intervals import FEWEST
 from carpool.plans.grammar import parse
 from carpool.plans.policy_file import PolicyFile
 
@@ -49,10 +50,20 @@ def test_evaluate_writes_everything(texts, tmp_path):
     assert oea["changed_rows"] > 0
     assert len(oea["union_by_layer"]) == 2
     assert oea["kl"]["low"] is None  # two batches say nothing about their spread
+    assert done.output.count("do not show how sure these numbers are") == 2  # at either batch size
     details = oea["details"]
     assert set(details["expert_use"]) == {"code", "prose"}
     assert sum(details["displaced_histogram"]) == oea["decoded_tokens"] * 2
     assert details["worst_rows"][0]["text"].split()
+
+
+def test_ten_batches_have_intervals(texts, tmp_path):
+    out = tmp_path / "out.json"
+    done = invoke("evaluate", "-p", "oea(k0=1)", "--batch", "2", "--batches", "10", *SMALL[4:], "--json", out)
+    assert done.exit_code == 0, done.output
+    assert "do not show how sure" not in done.output
+    kl = json.loads(out.read_text())["results"][1]["kl"]
+    assert kl["low"] < kl["value"] < kl["high"]
 
 
 def test_a_domain_without_a_sequence_is_left_out(texts, tmp_path):
@@ -183,6 +194,7 @@ def test_demo_checks_its_number_first(monkeypatch):
 def test_demo_settings_are_valid():
     numbers, rows = series.load_demo()
     assert {"batch", "group", "sequence", "prefill", "batches", "seed"} == set(numbers)
+    assert numbers["batches"] >= FEWEST
     assert all(len(row.plans) == 3 for row in rows)
     for row in rows:
         for plan in row.plans:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from carpool.cli.common import embedded_texts, load, model_facts, progress
+from carpool.cli.common import embedded_texts, load, model_facts, progress, warn_of_few
 from carpool.errors import CarpoolError
 
 if TYPE_CHECKING:
@@ -100,6 +100,8 @@ def _show(console: Console, by_batch: Sequence[Sequence[BlockResult]]) -> None:
 
     for found in by_batch:
         console.print(table(found, console))
+        measured = found[0].denoised.measured
+        warn_of_few(console, measured.layout.batch_size, measured.batches)
         console.print()
     console.print(NOTE, highlight=False, markup=False)
 

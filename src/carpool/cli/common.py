@@ -48,6 +48,18 @@ def require_number(option: str, value: float | None, low: float, high: float = i
         raise CarpoolError(f"{option} {value}: give {span}")
 
 
+def warn_of_few(console: Console, batch_size: int, batches: int) -> None:
+    """Says so where what was measured has no interval."""
+    from carpool.evaluate.intervals import FEWEST
+
+    if batches < FEWEST:
+        console.print(
+            f"[yellow]warning:[/] {batches} batches of {batch_size} do not show how sure these numbers are, so that no "
+            f"interval is given; {FEWEST} would: add documents, raise --batches, or lower --batch",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
 def open_model(model: str | None, plans: Sequence[AnyPlan] = ()) -> Opened:
     """A model's layers and tokenizer, before its weights are read; plans that are impossible for it are refused."""
     from transformers.utils import logging

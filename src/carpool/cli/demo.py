@@ -17,7 +17,10 @@ JSON, PICTURE = "carpool-demo.json", "carpool-demo.png"
 @command("demo")
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(),
-    batches: Annotated[int | None, typer.Option(help="Batches to decode; fewer are faster and less certain.")] = None,
+    batches: Annotated[
+        int | None,
+        typer.Option(help="Batches to decode; default: 12. Fewer than ten allow no verdict."),
+    ] = None,
 ) -> None:
     """Compare stock and every method on the reference model: a table, a picture, and what they mean."""
     from carpool.artefacts.files import require_writable

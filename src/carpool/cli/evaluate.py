@@ -15,6 +15,7 @@ from carpool.cli.common import (
     progress,
     require_statistics,
     statistics_of,
+    warn_of_few,
 )
 from carpool.cli.evaluate_options import Options, Prepared
 
@@ -105,6 +106,7 @@ def show(console: Console, by_batch: list[list[Result]]) -> None:
 
     for found in by_batch:
         console.print(table(found, console))
+        warn_of_few(console, found[0].measured.layout.batch_size, found[0].measured.batches)
         console.print()
     console.print(NOTE, highlight=False, markup=False)
 

@@ -20,7 +20,6 @@ from carpool.cli.app import command
 from carpool.cli.common import Bar, embedded_texts, open_model, progress, require_number, shipped_statistics
 from carpool.cli.options import PREFILL, SEQUENCE, Model, PolicyFileToWrite, Prefill, Seed, SequenceLength, Texts
 from carpool.errors import CarpoolError
-from carpool.evaluate.intervals import FEWEST
 
 if TYPE_CHECKING:
     from carpool.artefacts.identity import Identity
@@ -149,6 +148,7 @@ def prepare(console: Console, options: Options) -> Prepared:
 def check(options: Options) -> tuple[list[Family], Layout]:
     """Families and layout; raises CarpoolError for options that are wrong whatever the model is."""
     from carpool.artefacts.files import require_writable
+    from carpool.evaluate.intervals import FEWEST
     from carpool.evaluate.layout import Layout
     from carpool.routing.batch import Grouping
     from carpool.tune import DEFAULT, family
@@ -168,6 +168,7 @@ def check(options: Options) -> tuple[list[Family], Layout]:
 
 def draw(documents: list[Document], tokenizer: Any, options: Options, layout: Layout, advance: Bar) -> Sequences:
     """Batches of one half of the text; raises CarpoolError where it does not hold enough that share no document."""
+    from carpool.evaluate.intervals import FEWEST
     from carpool.evaluate.sequences import Cut
 
     cut = Cut.of(documents, tokenizer, length=options.sequence, seed=options.seed, progress=advance)
