@@ -223,13 +223,18 @@ def settings_table(content: dict[str, Any], batch: int, domain: str = "all") -> 
     return "\n".join(lines) + "\n"
 
 
+def page(content: dict[str, Any]) -> str:
+    """Markdown: all tables of an experiment; settings by themselves only where domains are mixed."""
+    parts = []
+    if any(series["label"] == OURS for series in content["settings"]["series"]):
+        found = cells(content)
+        parts += [summary(found), table(found), controls_table(found)]
+    mixed = dict.fromkeys(cell["batch"] for cell in content["cells"] if cell["domain"] == "all")
+    return "\n".join([*parts, *(settings_table(content, batch) for batch in mixed)])
+
+
 if __name__ == "__main__":
     import sys
 
     for name in sys.argv[1:]:
-        content = load(Path(name))
-        if any(series["label"] == OURS for series in content["settings"]["series"]):
-            found = cells(content)
-            print("\n".join((summary(found), table(found), controls_table(found))))
-        for batch in dict.fromkeys(cell["batch"] for cell in content["cells"]):
-            print(settings_table(content, batch))
+        print(page(load(Path(name))))

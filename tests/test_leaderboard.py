@@ -207,3 +207,12 @@ def test_settings_are_shown_as_measured() -> None:
     shown = module("compare").settings_table(content(setting("ours", 0.5, 0.08)), 4)
     assert "| ours | `ours(0.5)` |" in shown
     assert "| 50% |" in shown
+
+
+def test_committed_results_are_compared() -> None:
+    compare, names = module("compare"), []
+    for path in (LEADERBOARD / "results").rglob("*.json"):
+        if '"kind": "carpool leaderboard"' in path.read_text():
+            assert "| " in compare.page(compare.load(path)), path
+            names.append(path.stem)
+    assert {"frontier", "domains", "ablation", "checkpoints"} <= set(names)
