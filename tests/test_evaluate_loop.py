@@ -13,13 +13,13 @@ from carpool.errors import CarpoolError
 from carpool.evaluate import lockstep
 from carpool.evaluate.denoising import BlockLayout, denoise
 from carpool.evaluate.interference import interference
+from carpool.evaluate.intervals import FEWEST
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.measure import measure
 from carpool.evaluate.sequences import Sequences
 from carpool.evaluate.study import describe
 from carpool.hosts.transformers import hooks
 from carpool.plans.grammar import parse
-from carpool.plans.policy_file import PolicyFile
 from carpool.routing.batch import Grouping
 from carpool.tune import Trials
 
@@ -41,7 +41,8 @@ def denoised(policy: str, **given: Any) -> Any:
 
 
 def tried(policy: str) -> Any:
-    return Trials(MODEL, MOE, SEQUENCES, LAYOUT, 4).measure([PolicyFile(parse(policy))])
+    many = Sequences(IDS.repeat(3, 1)[:40], torch.arange(40) % 2, ("a", "b"), FEWEST)
+    return Trials(MODEL, MOE, many, LAYOUT).measure([parse(policy)])
 
 
 def interfered(policy: str) -> Any:

@@ -8,7 +8,6 @@ from carpool.artefacts.texts import load_texts
 from carpool.errors import CarpoolError
 from carpool.evaluate.study import Settings, describe, sequences_for, study
 from carpool.plans.grammar import parse
-from carpool.plans.policy_file import PolicyFile
 from carpool.tune import Trials
 from carpool.tune.split import split
 
@@ -16,11 +15,11 @@ from carpool.tune.split import split
 def test_points_are_what_an_evaluation_measures():
     """KL, perplexity over stock's and bytes over stock's; at a tight budget all differ from what stock gives."""
     plans = (parse("xshare(budget=2)"), parse("oea(k0=1)"))
-    settings = Settings(plans, LAYOUT.grouping, (4,), sequence=9, prefill=3, batches=4)
-    (sequences,) = sequences_for(settings, [noise("a", 100, seed) for seed in range(4)], NumberTokenizer())
+    settings = Settings(plans, LAYOUT.grouping, (4,), sequence=9, prefill=3, batches=10)
+    (sequences,) = sequences_for(settings, [noise("a", 50, seed) for seed in range(20)], NumberTokenizer())
     _, *expected = study(MODEL, settings, [sequences])[0]
-    trials = Trials(MODEL, describe(MODEL), sequences, LAYOUT, 4)
-    for point, result in zip(trials.measure([PolicyFile(plan) for plan in plans]), expected, strict=True):
+    trials = Trials(MODEL, describe(MODEL), sequences, LAYOUT)
+    for point, result in zip(trials.measure(plans), expected, strict=True):
         assert point.policy == result.measured.name
         assert point.kl == pytest.approx(result.kl.value)
         assert point.perplexity_ratio == pytest.approx(result.perplexity_ratio.value)
