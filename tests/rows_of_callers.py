@@ -108,6 +108,17 @@ def prompts_end_at(world: World, **settings: Any) -> None:
     )
 
 
+def asked_in_between(world: World) -> None:
+    """The model is asked about something else in the middle of a generation."""
+
+    def between(tokens: Tensor, _: Any) -> Tensor:
+        with torch.no_grad():
+            world.model(input_ids=ids(3, 2))
+        return torch.tensor([True, False])
+
+    world.generate(ids(2, 4), stopping_criteria=[between])
+
+
 @torch.no_grad()
 def decode(world: World, steps: list[list[int]], cache: Any = None, known: Any = None, **given: Any) -> None:
     """A loop of one's own: the prompts, then given tokens."""
@@ -352,6 +363,11 @@ CALLERS = (
         "`generate(guidance_scale=...)`, each step twice", GENERATE,
         "the second forward's rows are the first one's; its one-token prompt is a prompt",
         lambda world: world.generate(ids(2, 4), guidance_scale=1.5), ("pppp pppp", "p p", "v v", "v v", "v v", "v v"),
+    ),
+    Caller(
+        "a forward that something calls in the middle of `generate`", "its cache, its mask",
+        "its rows are its own, and the loop's go on", asked_in_between,
+        ("pppp pppp", "pp pp pp", "e v", "pp pp pp", "e v", "pp pp pp"),
     ),
     Caller(
         "`generate(use_cache=False)`", GENERATE, "refused: its forwards are no decoding steps",

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from carpool import CarpoolError, Grouping
 from carpool.hosts.transformers import Known
@@ -141,3 +143,73 @@ def test_a_batch_moves_between_devices() -> None:
     moved = on_device(found, torch.device("meta"))
     assert moved.voter_N.is_meta
     assert moved.num_groups == found.num_groups
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> tuple[list[int], list[int], int]:
+    """Left padding of each sequence, the numbers of tokens that are fed, and the columns that a mask is made for."""
+    columns = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    padding = draw(st.lists(st.integers(0, columns[0] - 1), min_size=1, max_size=4))
+    return padding, columns, sum(columns) + draw(st.integers(0, 5))
+
+
+@settings(max_examples=60, deadline=None)
+@given(histories(), st.sampled_from(["grown", "whole", "bool", "additive"]), st.booleans())
+def test_padding_is_found_in_every_kind_of_mask(
+    history: tuple[list[int], list[int], int], kind: str, static: bool
+) -> None:
+    """Against the tokens themselves, fed in any pieces: masks as long as the tokens so far or as the whole cache, for
+    columns or for pairs, beside caches that know their length as a number or as a tensor."""
+    padding, pieces, width = history
+    real_BL = torch.tensor([[column >= pad for column in range(width)] for pad in padding])
+    past = 0
+    for size in pieces:
+        end = past + size
+        written_BL = real_BL & (torch.arange(width) < end)
+        seen_BSL = (written_BL.unsqueeze(1) & torch.ones(size, width).tril(past).bool()) & real_BL[:, past:end, None]
+        additive = torch.zeros(seen_BSL.shape).masked_fill(~seen_BSL, torch.finfo(torch.float32).min)
+        masks = {
+            "grown": written_BL[:, :end].long(), "whole": written_BL.long(), "bool": seen_BSL.unsqueeze(1),
+            "additive": additive.unsqueeze(1),
+        }  # fmt: skip
+        length = torch.tensor(past) if static else past
+        given = {"attention_mask": masks[kind], "past_key_values": Cache(length)}
+        found = batch(ids(len(padding), size), **given)
+        assert torch.equal(found.real_N.reshape(-1, size), real_BL[:, past:end])
+        prompt = size > 1 or past == 0
+        assert torch.equal(found.exempt_N, ~found.real_N | torch.tensor(prompt))
+        past = end
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=8))
+def test_samples_of_one_prompt_are_those_of_the_same_key(keys: list[int]) -> None:
+    found = batch(ids(len(keys), 2), "prompt", known=Known(prompt=torch.tensor(keys)))
+    group_B = found.group_N.reshape(-1, 2)[:, 0].tolist()
+    assert max(group_B) < found.num_groups == len(keys)
+    for i, mine in enumerate(keys):
+        for j, other in enumerate(keys):
+            assert (mine == other) == (group_B[i] == group_B[j])
+    in_a_row = batch(ids(6, 2), "prompt", known=Known(prompt=3))
+    assert in_a_row.group_N.tolist() == [0] * 6 + [1] * 6
+
+
+def test_what_a_loop_says_must_fit() -> None:
+    for said in ({"finished": torch.zeros(3).bool()}, {"prefill": torch.zeros(3).bool()}):
+        with pytest.raises(CarpoolError, match=r"run\.known: \w+ has shape \[3\], but the forward has 2 sequences"):
+            batch(ids(2, 1), known=Known(**said), past_key_values=Cache(2))
+    with pytest.raises(CarpoolError, match="5 columns for 4 cached tokens and 2 more"):
+        batch(ids(2, 2), attention_mask=torch.ones(2, 5), past_key_values=Cache(4))
+    with pytest.raises(CarpoolError, match="cache of the type tuple does not say how many"):
+        batch(ids(2, 1), past_key_values=(1, 2))
+
+
+def test_prompts_may_be_said_of_each_sequence() -> None:
+    """Some still read their prompts while others decode; or so many tokens of each do."""
+    cache: Any = {"past_key_values": Cache(2)}
+    mixed = batch(ids(2, 1), known=Known(prefill=torch.tensor([True, False])), **cache)
+    assert mixed.exempt_N.tolist() == [True, False]
+    first = batch(ids(2, 3), known=Known(prefill=2), **cache)
+    assert first.exempt_N.tolist() == [True, True, False] * 2
+    several = batch(ids(2, 3), known=Known(prefill=torch.tensor([0, 3])), **cache)
+    assert several.exempt_N.tolist() == [False] * 3 + [True] * 3
+    assert batch(ids(2, 1), known=Known(finished=True, prefill=False), **cache).voter_N.tolist() == [False] * 2

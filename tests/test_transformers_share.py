@@ -197,7 +197,7 @@ def test_compiled_after_attach_shares_and_switches() -> None:
         with carpool.share(compiled, TIGHT, exempt_prefill=False) as run:
             torch.testing.assert_close(logits(compiled, ids), shared)
             logits(compiled, ids)
-        assert [row.calls for row in run.report()] == [2]
+        assert [(row.layer, row.calls) for row in run.report()] == [("model.layers.0.mlp", 2)]
         assert run.changed_rows() > 0
 
 

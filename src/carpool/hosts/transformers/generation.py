@@ -65,8 +65,9 @@ class _Expand(_Watched):
     def watched(self, generation: Generation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ids, more = self.original(*args, **kwargs)
         generation.samples = kwargs["expand_size"]
-        given = [one.shape[1] for one in (ids, more.get("inputs_embeds")) if isinstance(one, Tensor)]
-        generation.tokens = max(given, default=0)
+        given = [one for one in (ids, more.get("inputs_embeds")) if isinstance(one, Tensor)]
+        generation.rows = max(one.shape[0] for one in given)
+        generation.tokens = max(one.shape[1] for one in given)
         return ids, more
 
 

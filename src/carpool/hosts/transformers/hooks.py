@@ -203,8 +203,7 @@ def attach(model: nn.Module) -> Attachment:
     """
     if not isinstance(model, nn.Module):
         raise CarpoolError(f"expected a transformers model, not {type(model).__name__}")
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-        model = model._orig_mod
+    model = uncompiled(model)
     with LOCK:
         layers = find_layers(model)
         found = {id(known): known for layer in layers for known in _attached(layer)}
@@ -228,6 +227,12 @@ def attach(model: nn.Module) -> Attachment:
         attachment = Attachment(layers)
         attachment.watch(model, layers)
     return attachment
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model itself, for one that `torch.compile` returned."""
+    inner: Any = getattr(model, "_orig_mod", None)
+    return inner if isinstance(model, torch._dynamo.eval_frame.OptimizedModule) else model
 
 
 def _attached(layer: MoELayer) -> list[Attachment]:

@@ -93,6 +93,7 @@ class Generation:
     Attributes:
         drafts: for a call of `generate` of the same model.
         custom: the loop is the caller's own.
+        rows: of its forwards; one of another number is somebody else's, called from within the loop.
         samples: rows of each prompt (returned sequences, beams).
         tokens: of a prompt.
         beams: the rows are beams; which of them go on is decided anew in each step.
@@ -104,7 +105,7 @@ class Generation:
 
     def __init__(self, custom: bool, drafts: bool) -> None:
         self.custom, self.drafts = custom, drafts
-        self.samples, self.tokens, self.beams = 1, 0, False
+        self.rows, self.samples, self.tokens, self.beams = 0, 1, 0, False
         self.reading: bool | None = None
         self.cached, self.verifies, self.began = True, False, False
         self.finished_B: Tensor | None = None
@@ -115,9 +116,10 @@ class Generation:
         Raises:
             CarpoolError: a loop without a cache, whose steps compute all earlier tokens again.
         """
-        first, self.began = not self.began, True
-        if self.custom:
+        given = [kwargs.get(name) for name in ("input_ids", "inputs_embeds")]
+        if self.custom or self.rows not in [len(one) for one in given if isinstance(one, Tensor)]:
             return None
+        first, self.began = not self.began, True
         prefill: bool | int | None = self.reading
         if self.verifies:
             prefill = self.tokens if first else False

@@ -17,7 +17,7 @@ from torch import nn
 from carpool.errors import CarpoolError
 from carpool.hosts.transformers.forward import Forward, Observer, Tally, Terms, never_fired
 from carpool.hosts.transformers.forward_rows import RowRules, build_batch
-from carpool.hosts.transformers.hooks import Attachment, attach
+from carpool.hosts.transformers.hooks import Attachment, attach, uncompiled
 from carpool.hosts.transformers.inside import bound, entered_from
 from carpool.hosts.transformers.known import Known
 from carpool.hosts.transformers.layers import MoELayer, find_layers
@@ -187,7 +187,7 @@ def share(
     """
     frames = entered_from(sys._getframe())
     with torch.inference_mode(False):  # what is made here serves in any mode
-        attachment, layers = attach(model), find_layers(model)
+        attachment, layers = attach(model), find_layers(uncompiled(model))
         policies = plan if isinstance(plan, PolicyFile) else PolicyFile(parse(plan))
         grouping, prepared = Grouping.parse(group), prepare(policies, layers, stats)
         rules = RowRules(grouping, exempt_prefill, _endings(model) if _votes_matter(grouping, prepared) else ())
