@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from carpool import CarpoolError
 from carpool.artefacts.identity import SAMPLES
-from carpool.artefacts.statistics import SIMILARITIES, Statistics, made_by
+from carpool.artefacts.statistics import Statistics, made_by
+from carpool.artefacts.tensor_checks import SIMILARITIES
 from carpool.artefacts.texts import Document
 from carpool.calibrate import token_sequences
 from carpool.cli.commands import app

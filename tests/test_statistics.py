@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from carpool import CarpoolError
 from carpool.artefacts.files import atomic_path, read_safetensors, require_writable, write_text
 from carpool.artefacts.identity import ENTRIES, SAMPLES, Identity, Sample
-from carpool.artefacts.statistics import SIMILARITIES, Statistics, _checksum
+from carpool.artefacts.statistics import Statistics, _checksum
+from carpool.artefacts.tensor_checks import SIMILARITIES
 
 E, LAYERS = 6, (1, 4)
 
@@ -194,7 +195,7 @@ def test_metadata_are_checked(tmp_path, metadata, message):
         Statistics.load(path)
 
 
-@pytest.mark.parametrize("key", ["weight", "layers.x.coverage", "layers.-1.coverage"])
+@pytest.mark.parametrize("key", ["weight", "layers.x.coverage", "layers.-1.coverage", f"layers.{'9' * 5000}.coverage"])
 def test_foreign_tensors_are_refused(tmp_path, key):
     write_raw(tmp_path / "s.safetensors", {key: torch.ones(2)})
     with pytest.raises(CarpoolError, match="none of carpool's"):

@@ -101,6 +101,7 @@ def test_expert_parallelism_is_refused(model: Any) -> None:
         ({"plan": "xshare(budget=9)"}, "9 of 8 experts"),
         ({"plan": "nothing(1)"}, "unknown policy"),
         ({"plan": TIGHT, "group": "galaxy"}, "galaxy"),
+        ({"plan": TIGHT, "group": "block:" + "9" * 5000}, "unknown grouping"),
         ({"plan": "sere(top=1)"}, "carpool calibrate"),
         ({"plan": "sere(top=1)", "stats": "/nowhere/stats.safetensors"}, "/nowhere/stats.safetensors"),
     ],

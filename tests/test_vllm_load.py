@@ -121,7 +121,8 @@ def test_rows_that_are_not_the_batchs_are_refused(shared: Any) -> None:
 def statistics(path: Path, gates: list[torch.Tensor]) -> Path:
     """A statistics file with made-up similarities for a model with these gates, for an engine that took no sample."""
     from carpool.artefacts.identity import ENTRIES, SAMPLES, fingerprint
-    from carpool.artefacts.statistics import SIMILARITIES, Statistics
+    from carpool.artefacts.statistics import Statistics
+    from carpool.artefacts.tensor_checks import SIMILARITIES
 
     generator, layers = torch.Generator().manual_seed(0), {}
     for index in range(len(gates)):

@@ -124,7 +124,7 @@ def _show_similarities(console: Console, stats: Statistics) -> None:
     """A line per layer: coverage, and the median (10th to 90th percentile) of every similarity between experts."""
     import torch
 
-    from carpool.artefacts.statistics import SIMILARITIES
+    from carpool.artefacts.tensor_checks import SIMILARITIES
 
     other_EE = ~torch.eye(stats.num_experts, dtype=torch.bool)
     points = torch.tensor([0.5, 0.1, 0.9])

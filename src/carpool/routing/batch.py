@@ -136,7 +136,7 @@ class Grouping:
         """Raises CarpoolError unless the text is a kind of group; `block:n` with n >= 1."""
         if isinstance(text, Grouping):
             return text
-        match = re.fullmatch(r"(batch|tenant|prompt|request|position)|block:([1-9]\d*)", str(text))
+        match = re.fullmatch(r"(batch|tenant|prompt|request|position)|block:([1-9][0-9]{0,8})", str(text))
         if not match:
             raise CarpoolError(f"unknown grouping {text!r}; use 'batch', 'prompt', 'request', 'position' or 'block:n'")
         if match[2]:
