@@ -112,8 +112,9 @@ def _label(axes: Any, drawn: Sequence[tuple[Curve, str]]) -> None:
         axes.annotate(
             curve.series.label, xy=point, xycoords="data", xytext=(1.025, height), textcoords="axes fraction",
             color=colour, fontsize=11, fontweight="normal" if curve.series.control else "bold", va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "alpha": 0.6, "shrinkB": 4},
-            annotation_clip=False,
+            annotation_clip=False, arrowprops={
+                "arrowstyle": "-", "color": colour, "linewidth": 0.7, "alpha": 0.6, "shrinkB": 4, "relpos": (0, 0.5),
+            },
         )  # fmt: skip
 
 
