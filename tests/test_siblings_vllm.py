@@ -121,6 +121,20 @@ def test_samples_that_are_asked_for_one_by_one_share_by_name_within_a_tenant() -
     assert changed_N[2:].sum() == 0
 
 
+@pytest.mark.parametrize("configured", [True, False])
+def test_requests_are_marked_where_the_plugin_is_configured_and_nowhere_else(llm: Any, configured: bool) -> None:
+    processor = (llm if configured else tiny.stock_engine()).llm_engine.input_processor
+    written = {"_carpool_samples": "x", "mine": 1}
+    for n in (1, 2):
+        given = sampled(n, extra_args=dict(written))
+        request = processor.process_inputs("id", {"prompt_token_ids": [5]}, given, supported_tasks=("generate",))
+        found = request.sampling_params.extra_args
+        assert given.extra_args == written
+        assert found.get("mine") == 1
+        assert found.get("_carpool_samples") != "x" if configured else found == written
+        assert ("_carpool_samples" in found) == (n > 1 or not configured)
+
+
 def victims_samples(llm: Any, seed: int) -> tuple[list[list[int]], list[Any]]:
     """Tokens and log-probabilities of a victim's three samples beside five of strangers, made from a seed; the shape
     of every step is the same."""
