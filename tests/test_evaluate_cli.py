@@ -179,7 +179,7 @@ def test_demo(texts, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     content = json.loads((tmp_path / "carpool-demo.json").read_text())
     (said,) = content["findings"]
-    assert said.startswith("9 batches are too few to say which method is better")
+    assert said.startswith("Too few batches (9) to say which method is better")
     assert said.endswith("Decode 10 or more (--batches 10).")
     assert content["results"][1]["kl"]["low"] is None
 

@@ -126,7 +126,7 @@ def test_few_batches_say_that_they_are_few(batches: int) -> None:
     """Neither a finding, nor an interval, nor a headline."""
     made = curves(ours=[first_of(one, batches) for one in OURS], random=[first_of(one, batches) for one in CONTROL])
     (said,) = findings(made)
-    assert said.startswith(f"{batches} batches are too few to say which method is better")
+    assert said.startswith(f"Too few batches ({batches}) to say which method is better")
     assert said.endswith("Decode 10 or more (--batches 10).")
     assert {(one.ratio.low, one.ratio.high) for one in over_controls(made)} == {(None, None)}
     assert headline(made) == "What sharing experts saves and costs"

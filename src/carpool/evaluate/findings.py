@@ -32,7 +32,7 @@ def findings(curves: Sequence[Curve]) -> list[str]:
     batches = curves[0].stock.measured.batches
     if batches < FEWEST:
         return [
-            f"{batches} batches are too few to say which method is better: the scatter between batches is not known. "
+            f"Too few batches ({batches}) to say which method is better: the scatter between batches is not known. "
             f"Decode {FEWEST} or more (--batches {FEWEST})."
         ]
     methods = [curve for curve in curves if not curve.series.control]

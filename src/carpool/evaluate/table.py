@@ -40,7 +40,7 @@ def table(results: Sequence[Result], console: Console) -> Table:
 
 def of_batches(count: int) -> str:
     """How many batches there are, and whether they are too few for intervals."""
-    return f"{count} batches" + (f" (intervals take {FEWEST})" if count < FEWEST else "")
+    return f"{count} batch{'es' * (count > 1)}" + (f" (intervals take {FEWEST})" if count < FEWEST else "")
 
 
 def comparison(title: str, rows: Sequence[tuple[str, AnyPlan | None, dict[str, str]]]) -> Table:
