@@ -92,4 +92,5 @@ def _against_controls(name: str, demo: Row) -> str:
         lost = [one["low"] is not None and one["low"] > 1 for one in ratios]
         worse = " (**it loses**)" if all(lost) else " (it loses at some settings)" if any(lost) else ""
         said.append(f"{span} times that of {CONTROLS.get(control, control)}{worse}")
-    return f"KL at equal bytes is {', and '.join(said)}." if said else ""
+    listed = " and ".join(filter(None, (", ".join(said[:-1]), *said[-1:])))
+    return f"KL at equal bytes is {listed}." if said else ""
