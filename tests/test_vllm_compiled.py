@@ -36,7 +36,7 @@ MORE_CASES = [
     ("xshare_speculative(budget=10, request_budget=4)", "xshare_speculative(budget=8, request_budget=5)", "batch",
      "softmax"),
     ("sere(top=1, threshold=0)", "sere(top=2, threshold=0.4)", "tenant", "softmax"),
-    ("des_vote(size=6) | protect([3])", "des_vote(size=9) | protect([3])", "tenant", "grouped"),
+    ("des_vote(size=6) | protect([3])", "des_vote(size=9) | protect([3])", "prompt", "grouped"),
     ("random(budget=6)", "random(budget=5, warmup=0)", "request", "softmax"),
 ]  # fmt: skip
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from generators import Block, load, rows, with_interval
 
 PAGE = "docs/siblings.md"
@@ -42,22 +44,39 @@ def overlap(content: dict[str, Any]) -> str:
         f"sequence, seed {given['seed']}; {prompts} prompts with their siblings, {given['batches']} batches of "
         "strangers.\n\n"
     )
-    return head + rows([">sequences", ">siblings", ">strangers", ">of strangers'", *windows], lines)
+    n = max(kin)
+    first = kin[n]["union_by_steps"][0]
+    shares = [union / strangers[n]["union"]["value"] for union in (kin[n]["union"]["value"], first["value"])]
+    tail = (
+        f"\nSo {n} siblings ask for {shares[0]:.0%} of the experts that {n} strangers ask for, and for {shares[1]:.0%} "
+        f"in the first {first['last']} steps, when they have not grown apart.\n"
+    )
+    return head + rows([">sequences", ">siblings", ">strangers", ">of strangers'", *windows], lines) + tail
 
 
 def cost(content: dict[str, Any]) -> str:
     """What policies read and cost among siblings and among strangers."""
-    lines = []
+    lines, found = [], dict[tuple[str, int], list[float]]()
     for row in content["results"]:
         if row["who"] == "siblings" and row["policy"] != "stock":
             n = row["sequences"]
             other = _by_number(content, "strangers", row["policy"])[n]
             lines.append([str(n), f"`{row['policy']}`", *_read(row), *_read(other), _over(row["kl"], other["kl"])])
+            key = row["policy"].partition("(")[0], n
+            found.setdefault(key, []).append(row["kl"]["value"] / other["kl"]["value"])
     heads = [
         ">sequences", "policy", ">siblings: experts", ">of stock", ">KL", ">strangers: experts", ">of stock", ">KL",
         ">KL, siblings' over strangers'",
     ]  # fmt: skip
-    return rows(heads, lines)
+    spans = {key: " to ".join(f"{end(ratios):.2f}" for end in (min, max)) for key, ratios in found.items()}
+    few, many = min(n for _, n in found), max(n for _, n in found)
+    control = [ratio for (name, _), ratios in found.items() if name == "topk" for ratio in ratios]
+    tail = (
+        f"\nUnder `topk`, by which nobody shares, siblings lose {min(control):.2f} to {max(control):.2f} times what "
+        f"strangers lose: so much for how hard their texts are. Under `xshare` {few} siblings lose {spans['xshare', few]} "
+        f"times what strangers lose, and {many} lose {spans['xshare', many]} times as much.\n"
+    )
+    return rows(heads, lines) + tail
 
 
 def several(content: dict[str, Any]) -> str:
@@ -70,7 +89,22 @@ def several(content: dict[str, Any]) -> str:
     ]  # fmt: skip
     size, batches = found[0]["sequences"], found[0]["batches"]
     head = f"{size} sequences a step: four samples of each of four prompts, {batches} batches.\n\n"
-    return head + rows(["shared by", "policy", ">experts", ">of stock", ">KL"], lines)
+    by_prompt, by_batch = (
+        [
+            (row["union"]["value"], row["kl"]["value"])
+            for row in found
+            if row["group"] == group and "xshare" in row["policy"]
+        ]
+        for group in ("prompt", "batch")
+    )
+    read, log_kl = [union for union, _ in by_batch], [math.log(kl) for _, kl in by_batch]
+    times = [kl / math.exp(np.interp(union, read, log_kl)) for union, kl in by_prompt if union <= max(read)]
+    tail = (
+        "\nFor the same bytes `xshare` by prompt loses "
+        f"{' and '.join(f'{one:.1f}' for one in times)} times what `xshare` over the whole batch would lose "
+        "(interpolated): the price of asking nobody.\n"
+    )
+    return head + rows(["shared by", "policy", ">experts", ">of stock", ">KL"], lines) + tail
 
 
 def _read(row: dict[str, Any]) -> list[str]:
