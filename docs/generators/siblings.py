@@ -73,8 +73,8 @@ def cost(content: dict[str, Any]) -> str:
     control = [ratio for (name, _), ratios in found.items() if name == "topk" for ratio in ratios]
     tail = (
         f"\nUnder `topk`, by which nobody shares, siblings lose {min(control):.2f} to {max(control):.2f} times what "
-        f"strangers lose: so much for how hard their texts are. Under `xshare` {few} siblings lose {spans['xshare', few]} "
-        f"times what strangers lose, and {many} lose {spans['xshare', many]} times as much.\n"
+        f"strangers lose: so much for how hard their texts are. Under `xshare` {few} siblings lose "
+        f"{spans['xshare', few]} times what strangers lose, and {many} lose {spans['xshare', many]} times as much.\n"
     )
     return rows(heads, lines) + tail
 
