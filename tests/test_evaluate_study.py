@@ -52,6 +52,15 @@ def test_metrics_against_single_passes():
     assert stock.top1_agreement.value == stock.perplexity_ratio.value == 1.0
 
 
+def test_progress_is_told_all_rows_that_were_announced():
+    """Of stock and of every plan, at every batch size."""
+    chosen = settings("oea(k0=1)", "xshare(budget=2)", batch_sizes=(2, 4))
+    sequences = sequences_for(chosen, TEXTS, NumberTokenizer())
+    told = []
+    study(MODEL, chosen, sequences, advance=told.append)
+    assert sum(told) == chosen.num_rows(sequences) == (2 + 4) * 4 * 9 * 3
+
+
 def test_identity_settings_are_refused_unless_allowed():
     with pytest.raises(CarpoolError, match=r"oea\(k0=2\) changed no row at batch 4"):
         run(settings("oea(k0=2)"))
