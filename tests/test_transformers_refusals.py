@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 from typing import Any
 
 import pytest
@@ -72,27 +73,36 @@ def test_statistics_are_used_and_checked(model: Any) -> None:
 
 
 def test_expert_parallelism_is_refused(model: Any) -> None:
-    from torch.distributed import destroy_process_group, init_process_group
-    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-    from torch.testing._internal.distributed.fake_pg import FakeStore
     from transformers.distributed import DistributedConfig
 
     model.config.distributed_config = DistributedConfig(tp_size=2, ep_size=2)
     with pytest.raises(CarpoolError, match=r"spread over 2 processes \(DistributedConfig\).*without expert"):
         attach(model)
-    model.config.distributed_config = DistributedConfig(tp_size=2)
+
+
+def test_experts_spread_over_processes_are_refused() -> None:
+    # in a process of its own: a process has one default group, and an engine of another test may have made it
+    child = multiprocessing.get_context("spawn").Process(target=_attach_to_shards)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+
+
+def _attach_to_shards() -> None:
+    from torch.distributed import init_process_group
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    model = tiny_model("qwen3_moe")
     experts = model.model.layers[1].mlp.experts
     whole = experts.down_proj.detach().clone()
     init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    try:
-        mesh = init_device_mesh("cpu", (2,))
-        experts.down_proj = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
-        with pytest.raises(CarpoolError, match=r"layers\.1\.mlp: down_proj of its Qwen3MoeExperts is spread over 2"):
-            attach(model)
-        experts.down_proj = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(1)]))
-        assert attach(model)  # plain tensor parallelism: each process has every expert's rows
-    finally:
-        destroy_process_group()
+    mesh = init_device_mesh("cpu", (2,))
+    experts.down_proj = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    with pytest.raises(CarpoolError, match=r"layers\.1\.mlp: down_proj of its Qwen3MoeExperts is spread over 2"):
+        attach(model)
+    experts.down_proj = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(1)]))
+    assert attach(model)  # plain tensor parallelism: each process has every expert's rows
 
 
 @pytest.mark.parametrize(
