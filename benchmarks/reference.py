@@ -84,7 +84,7 @@ class Reference:
 
     def prepared(self, text: str) -> list[tuple[Plan, Any]]:
         """Plan and statistics of every layer."""
-        return [(one[0], one[1]) for one in prepare(self.model, PolicyFile(parse(text)), self.layers, self.stats)]
+        return [(one[0], one[1]) for one in prepare(PolicyFile(parse(text)), self.layers, self.stats)]
 
     def route(self, prepared: list[tuple[Plan, Any]], pool: Pool, layer: int, rows_N: Tensor, batch: Batch) -> Outcome:
         """Route rows of the pool in one layer."""

@@ -2,14 +2,15 @@
 
     python benchmarks/unnormalised_mass.py --output docs/results/unnormalised-mass.json
 
-Models with `norm_topk_prob=False` (OLMoE, Qwen2-MoE) mix by the router's probabilities as they are. Experts that fill up
-for displaced ones have smaller probabilities, so less comes out of the layer than natively: `kept` is that, `rescaled`
-brings a row's weights to its native sum. The reference model renormalises, so the rule is put on it in two ways:
+Models with `norm_topk_prob=False` (OLMoE, Qwen2-MoE) mix by the router's probabilities as they are. Experts that fill
+up for displaced ones have smaller probabilities, so less comes out of the layer than natively: `kept` is that,
+`rescaled` brings a row's weights to its native sum. The reference model renormalises, so the rule is put on it in two
+ways:
 
-    exact       the trained model is stock; `kept` multiplies a changed row by (mass of its experts / native mass), which
-                is what the rule does but for the row's constant factor
-    converted   the routers do not renormalise and each layer's experts are scaled by one number, so that the layer gives
-                nearly what it gave; stock is this model, whose own loss against the trained one is `converted_kl`
+    exact       the trained model is stock; `kept` multiplies a changed row by (mass of its experts / native mass),
+                which is what the rule does but for the row's constant factor
+    converted   the routers do not renormalise, and each layer's experts are scaled by one number, so that the layer
+                gives nearly what it gave; stock is this model, whose distance from the trained one is `converted_kl`
 
 Neither was trained with that rule: a model that was may have learned to live with rows of little mass.
 """
