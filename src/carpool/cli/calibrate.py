@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from carpool.cli.app import command
-from carpool.cli.common import open_model, progress, require_number
+from carpool.cli.common import listed, open_model, progress, require_number, warn
 from carpool.cli.options import Model, RequiredTexts, Seed, WindowLength
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from carpool.calibrate.sequences import Windows
 
 FEW_TOKENS = 32  # an expert's row of `routed` from fewer tokens is mostly noise
-SHOWN = 12  # experts that a warning names
 PREDICTED = 4  # tokens for each coefficient of the norm predictor
 
 
@@ -100,7 +98,7 @@ def show(console: Console, stats: Statistics, windows: Windows, options: Options
     _show_similarities(console, stats)
     if options.energy:
         if stats.tokens < PREDICTED * (stats.hidden_size + 1):
-            _warn(
+            warn(
                 console,
                 f"the predictor of output norms has {stats.hidden_size + 1} coefficients an expert and saw "
                 f"{stats.tokens:,} tokens, so that `base` foresees little of other text; raise --tokens to "
@@ -141,16 +139,16 @@ def _show_similarities(console: Console, stats: Statistics) -> None:
     console.print(table)
     unseen = [name for name, n in few.items() if n == 0]
     if unseen:
-        _warn(
+        warn(
             console,
-            f"no token reached these experts (layer:expert), so nothing is known of their use: {_listed(unseen)}; "
+            f"no token reached these experts (layer:expert), so nothing is known of their use: {listed(unseen)}; "
             "give more or more varied text",
         )
     if len(few) > len(unseen):
-        _warn(
+        warn(
             console,
             f"these experts (layer:expert) got fewer than {FEW_TOKENS} tokens, so that `routed` says little about "
-            f"replacing them: {_listed([f'{name} ({n})' for name, n in few.items() if n])}; give more or more varied "
+            f"replacing them: {listed([f'{name} ({n})' for name, n in few.items() if n])}; give more or more varied "
             "text",
         )
 
@@ -164,19 +162,11 @@ def _show_domains(console: Console, stats: Statistics, domains: list[str]) -> No
         said = f"domains with scores of their own, for `carpool allow-list --domain`: {names}"
         console.print(said, highlight=False, markup=False, soft_wrap=True)
     else:
-        _warn(
+        warn(
             console,
             f"the residual stream of {stats.architecture} was not found (its layers scale or normalise what experts "
             "add), so there are no EASY-EP scores and no `allow_list(size=...)`",
         )
-
-
-def _warn(console: Console, said: str) -> None:
-    console.print(f"[yellow]warning:[/] {escape(said)}", highlight=False, soft_wrap=True)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _show_surrogates(console: Console, stats: Statistics, held: int) -> None:
@@ -190,8 +180,8 @@ def _show_surrogates(console: Console, stats: Statistics, held: int) -> None:
     said = f"surrogates explain {', '.join(shares)} of the experts' output energy on {held:,} tokens of other documents"
     console.print(said, highlight=False, soft_wrap=True)
     if none:
-        _warn(
+        warn(
             console,
             "these experts (layer:expert) got no surrogate, for lack of tokens to fit or to measure it: "
-            f"{_listed(none)}; give more or more varied text",
+            f"{listed(none)}; give more or more varied text",
         )

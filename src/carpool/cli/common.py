@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from carpool.hosts.transformers import MoELayer, Opened
     from carpool.plans.policy_file import AnyPlan
 
+SHOWN = 12  # names that a warning lists
 REQUIRED = (
     "the reference model and its texts are not installed: pip install 'carpool[demo]', or name a model and --text"
 )
@@ -48,16 +49,26 @@ def require_number(option: str, value: float | None, low: float, high: float = i
         raise CarpoolError(f"{option} {value}: give {span}")
 
 
+def warn(console: Console, said: str) -> None:
+    """Print a warning."""
+    console.print(f"[yellow]warning:[/] {escape(said)}", highlight=False, soft_wrap=True)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names; of many, the first and how many more there are."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
 def warn_of_few(console: Console, batch_size: int, batches: int) -> None:
     """Says so where what was measured has no interval."""
     from carpool.evaluate.intervals import FEWEST
 
     if batches < FEWEST:
-        console.print(
-            f"[yellow]warning:[/] {batches} batches of {batch_size} do not show how sure these numbers are, so that no "
-            f"interval is given; {FEWEST} would: add documents, raise --batches, or lower --batch",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        warn(
+            console,
+            f"{batches} batches of {batch_size} do not show how sure these numbers are, so that no interval is given; "
+            f"{FEWEST} would: add documents, raise --batches, or lower --batch",
+        )
 
 
 def open_model(model: str | None, plans: Sequence[AnyPlan] = ()) -> Opened:

@@ -11,11 +11,9 @@ from rich.console import Console
 
 from carpool.cli.app import command
 from carpool.cli.calibrate import require_windows
-from carpool.cli.common import open_model, progress, require_number, statistics_of
+from carpool.cli.common import listed, open_model, progress, require_number, statistics_of, warn
 from carpool.cli.options import Model, PolicyFileToWrite, RequiredTexts, Seed, WindowLength
 from carpool.errors import CarpoolError
-
-SHOWN = 12  # experts that a warning names
 
 
 @command("allow-list")
@@ -44,12 +42,11 @@ def allow_list(
     layers = {index: {"experts": experts} for index, experts in lists.items()}
     PolicyFile(Plan(fixed), layers=layers, model=_model(given)).save(output)
     if unseen:
-        listed = ", ".join(unseen[:SHOWN]) + (f" and {len(unseen) - SHOWN} more" if len(unseen) > SHOWN else "")
-        console.print(
-            f"[yellow]warning:[/] on the list without any token that reached them (layer:expert): {listed}; "
-            "calibrate on more text, or make the list shorter",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        warn(
+            console,
+            f"on the list without any token that reached them (layer:expert): {listed(unseen)}; calibrate on more "
+            "text, or make the list shorter",
+        )
     said = f"{len(first)} of {given.num_experts} experts in {len(lists)} layers for {domain or 'all domains'}"
     console.print(f"{said}; wrote {output}", highlight=False, markup=False, soft_wrap=True)
 

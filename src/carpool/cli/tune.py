@@ -6,10 +6,10 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from math import ceil, log2
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -17,12 +17,11 @@ from rich.markup import escape
 
 from carpool.artefacts.files import atomic_path
 from carpool.cli.app import command
-from carpool.cli.common import Bar, embedded_texts, open_model, progress, require_number, shipped_statistics
-from carpool.cli.options import PREFILL, SEQUENCE, Model, PolicyFileToWrite, Prefill, Seed, SequenceLength, Texts
+from carpool.cli.common import Bar, embedded_texts, open_model, progress, require_number, shipped_statistics, warn
+from carpool.cli.tune_options import Options, Prepared
 from carpool.errors import CarpoolError
 
 if TYPE_CHECKING:
-    from carpool.artefacts.identity import Identity
     from carpool.artefacts.texts import Document
     from carpool.calibrate.sequences import Windows
     from carpool.evaluate.layout import Layout
@@ -33,58 +32,6 @@ if TYPE_CHECKING:
 RANK = 16  # of the surrogates, where statistics are made on the way
 CALIBRATION, WINDOW = 20_000, 256  # tokens for them, and of a sequence
 TOKENS = 9_216  # decoded on either half unless told otherwise, or ten batches
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `carpool tune` takes."""
-
-    model: Model = None
-    text: Texts = None
-    output: PolicyFileToWrite = Path("policy.json")
-    max_kl: Annotated[float | None, typer.Option(help="Target: KL(stock || policy), nats a decoded token.")] = None
-    max_perplexity_ratio: Annotated[float | None, typer.Option(help="Target: perplexity over stock's.")] = None
-    share: Annotated[
-        float | None, typer.Option("--bytes", help="Target instead: share of the bytes that stock reads, least KL.")
-    ] = None
-    policy: Annotated[
-        list[str] | None, typer.Option("--policy", "-p", help="Name, or a plan whose number is tuned; may be repeated.")
-    ] = None
-    group: Annotated[str, typer.Option(help="Rows that share a coreset: batch, request or block:n.")] = "batch"
-    batch: Annotated[int, typer.Option(help="Sequences that decode together where you serve.")] = 16
-    sequence: SequenceLength = SEQUENCE
-    prefill: Prefill = PREFILL
-    tokens: Annotated[
-        int | None,
-        typer.Option(help="Decoded tokens of the search, and as many to verify; default: 9,216, at least ten batches."),
-    ] = None
-    seed: Seed = 0
-    stats: Annotated[
-        Path | None, typer.Option(help="Statistics of `carpool calibrate`; made on the way where policies need some.")
-    ] = None
-    device_map: Annotated[str | None, typer.Option(help="Passed on to transformers, such as auto.")] = None
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """What a search runs on.
-
-    Attributes:
-        families: to choose from. layout: of a batch.
-        data: names and hashes of the files of text. search, verify: sequences of their halves.
-        model: loaded. moe: its numbers. identity: what files made for it are checked against.
-        statistics: file that some families need, or None.
-    """
-
-    families: list[Family]
-    layout: Layout
-    data: list[tuple[str, str]]
-    search: Sequences
-    verify: Sequences
-    model: Any
-    moe: MoE
-    identity: Identity
-    statistics: Path | None
 
 
 @command("tune")
@@ -232,7 +179,7 @@ def show(console: Console, options: Options, target: Target, found: Tuned, batch
     if found.met and target.max_kl is not None and seen.kl_high > target.max_kl:
         console.print("its interval reaches beyond the target: more --tokens would tell")
     if not found.met:
-        console.print(f"[yellow]warning:[/] that misses the target ({target}); more --tokens make the search surer")
+        warn(console, f"that misses the target ({target}); more --tokens make the search surer")
     console.print(f"wrote {options.output}", markup=False)
 
 

@@ -81,8 +81,8 @@ def layers(evaluation: Evaluation, batch: int) -> Any:
     """Union of every layer, stock as bars and policies as lines."""
     import plotly.graph_objects as go
 
-    shown = _representatives(evaluation, batch)
-    made = figure(height=_height(len(shown) + 1))
+    shown = representatives(evaluation, batch)
+    made = figure(height=height_for(len(shown) + 1))
     stock = evaluation.stock(batch)
     names = [str(layer) for layer in range(len(stock.data["union_by_layer"]))]
     made.add_trace(
@@ -92,7 +92,7 @@ def layers(evaluation: Evaluation, batch: int) -> Any:
         made.add_trace(
             go.Scatter(
                 name=row.policy, x=names, y=row.data["union_by_layer"], mode="lines+markers", hovertemplate="%{y:.1f}",
-                line={"color": colour, "width": 2, "dash": _dash(row)}, marker={"size": 7},
+                line={"color": colour, "width": 2, "dash": dash_of(row)}, marker={"size": 7},
             )
         )  # fmt: skip
     made.update_xaxes(title="MoE layer", type="category")
@@ -100,97 +100,22 @@ def layers(evaluation: Evaluation, batch: int) -> Any:
     return made
 
 
-def expert_use(evaluation: Evaluation, batch: int) -> Any | None:
-    """Which experts each domain reads, before and after; None if the file does not say."""
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
-    rows = [row for row in evaluation.at(batch) if row.data.get("details") and row.policy != "stock"]
-    stock = evaluation.stock(batch)
-    if not rows or not stock.data.get("details"):
-        return None
-    before, names = _use(stock)
-    chosen = _middle(rows)
-    figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=("stock", chosen.policy))
-    top = max(max(line) for row in (stock, *rows) for line in _use(row)[0])
-    for column, matrix in ((1, before), (2, _use(chosen)[0])):
-        figure.add_trace(
-            go.Heatmap(
-                z=matrix, y=names, colorscale="Blues", zmin=0, zmax=top, showscale=column == 2,
-                colorbar={"title": {"text": "tokens"}, "tickformat": ".0%", "thickness": 12, "outlinewidth": 0},
-                hovertemplate="%{y}<br>expert %{x}: %{z:.1%} of the tokens<extra></extra>",
-            ),
-            row=1, col=column,
-        )  # fmt: skip
-    _style(figure, height=max(330, 130 + 17 * len(names)))
-    figure.update_yaxes(autorange="reversed", showgrid=False, dtick=1)
-    figure.update_xaxes(title="expert", showgrid=False)
-    menu = [
-        {
-            "label": row.policy,
-            "method": "update",
-            "args": [{"z": [_use(row)[0]]}, {"annotations[1].text": row.policy}, [1]],
-        }
-        for row in rows
-    ]
-    figure.update_layout(
-        margin={"t": 95},
-        updatemenus=[
-            {"buttons": menu, "active": rows.index(chosen), "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom",
-             "pad": {"b": 32}, "bgcolor": "white", "bordercolor": PALE, "font": {"size": 12}}
-        ],
-    )  # fmt: skip
-    return figure
-
-
-def displaced(evaluation: Evaluation, batch: int) -> Any | None:
-    """How many (token, layer) pairs lose how much of their native weight; None if the file does not say."""
-    import plotly.graph_objects as go
-
-    shown = [(row, colour) for row, colour in _representatives(evaluation, batch) if row.data.get("details")]
-    if not shown:
-        return None
-    made = figure(height=_height(len(shown)))
-    for row, colour in shown:
-        counts = row.data["details"]["displaced_histogram"]
-        total, width = max(sum(counts), 1), 1 / len(counts)
-        made.add_trace(
-            go.Scatter(
-                name=row.policy, x=[(index + 0.5) * width for index in range(len(counts))],
-                y=[count / total if count else None for count in counts], mode="lines",
-                line={"shape": "hvh", "color": colour, "width": 2, "dash": _dash(row)},
-                hovertemplate="%{x:.0%}: %{y:.2%}",
-            )
-        )  # fmt: skip
-    made.update_xaxes(title="displaced mass of a token in a layer", tickformat=".0%", range=[0, 1])
-    made.update_yaxes(title="share of (token, layer) pairs", type="log", tickformat=".2~%", dtick=1)
-    return made
-
-
-def _use(row: Row) -> tuple[list[list[float]], list[str]]:
-    """Share of a domain's tokens that read an expert, a line a (layer, domain), and the lines' names."""
-    use = row.data["details"]["expert_use"]
-    count = len(next(iter(use.values())))
-    tokens = {domain: max(sum(layers[0]) / max(row.value("pairs"), 1e-9), 1) for domain, layers in use.items()}
-    lines = [[n / tokens[domain] for n in use[domain][layer]] for layer in range(count) for domain in use]
-    return lines, [f"{domain} · layer {layer}" for layer in range(count) for domain in use]
-
-
-def _representatives(evaluation: Evaluation, batch: int) -> list[tuple[Row, str]]:
-    """One setting of every method, the one closest to half of stock's union, with its colour."""
-    return [(_middle(rows), colour) for _, rows, colour, _ in _lines([evaluation], batch)]
+def representatives(evaluation: Evaluation, batch: int) -> list[tuple[Row, str]]:
+    """One setting of every method, the one closest to half of stock's bytes, with its colour."""
+    return [(middle(rows), colour) for _, rows, colour, _ in _lines([evaluation], batch)]
 
 
 def representative(evaluation: Evaluation, batch: int) -> list[str]:
     """The policies that sections with one setting of every method show."""
-    return [row.policy for row, _ in _representatives(evaluation, batch)]
+    return [row.policy for row, _ in representatives(evaluation, batch)]
 
 
-def _dash(row: Row) -> str:
+def dash_of(row: Row) -> str:
+    """Controls are dotted."""
     return "dot" if row.control else "solid"
 
 
-def _height(entries: int) -> int:
+def height_for(entries: int) -> int:
     """Of a figure whose legend has so many entries, which would scroll in a lower one."""
     return max(400, 120 + 19 * entries)
 
@@ -202,7 +127,8 @@ def _ticks(values: Sequence[float]) -> tuple[list[float], list[str]]:
     return ticks, [f"{tick:.10f}".rstrip("0").rstrip(".") for tick in ticks]
 
 
-def _middle(rows: Sequence[Row]) -> Row:
+def middle(rows: Sequence[Row]) -> Row:
+    """The setting that reads closest to half of stock's bytes."""
     return min(rows, key=lambda row: abs(row.value("bytes_share") - 0.5))
 
 
@@ -264,11 +190,12 @@ def figure(height: int) -> Any:
     import plotly.graph_objects as go
 
     made = go.Figure()
-    _style(made, height)
+    style(made, height)
     return made
 
 
-def _style(figure: Any, height: int) -> None:
+def style(figure: Any, height: int) -> None:
+    """Fonts, colours and grid of the report."""
     figure.update_layout(
         height=height, template="plotly_white", font={"family": FONT, "color": INK, "size": 13},
         margin={"l": 70, "r": 20, "t": 30, "b": 60}, hoverlabel={"bgcolor": "white", "font": {"family": FONT}},

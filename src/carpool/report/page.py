@@ -11,7 +11,7 @@ from typing import Any
 
 from carpool.doctor import Diagnosis
 from carpool.errors import CarpoolError
-from carpool.report import figures
+from carpool.report import details, figures
 from carpool.report.load import BLOCKS, Evaluation, Interference
 from carpool.report.neighbours import neighbours
 from carpool.report.neighbours import table as neighbours_table
@@ -145,13 +145,13 @@ def _first(evaluation: Evaluation) -> list[str]:
     for title, note, draw in (
         ("Layer by layer", chosen, figures.layers),
         ("Who uses which expert", "Share of a domain's tokens that read an expert, before and after. Choose a policy "
-         "above the right picture.", figures.expert_use),
+         "above the right picture.", details.expert_use),
         ("How unevenly tokens lose", "Displaced mass: the share of a token's native routing weight that is not "
-         f"computed. A floor cuts the tail off. {chosen}", figures.displaced),
+         f"computed. A floor cuts the tail off. {chosen}", details.displaced),
     ):  # fmt: skip
         panes = [(f"batch {b}", drawn) for b in evaluation.batches if (drawn := _draw(draw(evaluation, b)))]
         if panes:
-            extra = _worst(evaluation) if draw is figures.displaced else ""
+            extra = _worst(evaluation) if draw is details.displaced else ""
             made.append(_section(title, note, _tabs(panes, min(opened, len(panes) - 1)) + extra))
     panes = [(f"batch {batch}", measurements(evaluation.at(batch))) for batch in evaluation.batches]
     made.append(_section("All results", "Click a heading to sort by it.", _tabs(panes, opened)))
