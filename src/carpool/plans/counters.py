@@ -99,11 +99,40 @@ class Counters:
     def reset(self) -> None:
         self._totals_LF.zero_()
 
+    def reading(self) -> Reading:
+        """The totals as they are now, on their way to the host."""
+        return Reading(self.layers, self._totals_LF)
+
     def report(self) -> list[LayerReport]:
         """Read the totals (this is where the device is waited for)."""
-        rows = self._totals_LF.cpu().tolist()
+        return self.reading().report()
+
+
+class Reading:
+    """Totals that are copied to the host while the device goes on."""
+
+    def __init__(self, layers: list[str], totals_LF: Tensor) -> None:
+        self._layers = layers
+        self._copied: torch.cuda.Event | None = None
+        if totals_LF.device.type == "cpu":
+            self._rows_LF = totals_LF.clone()
+            return
+        self._rows_LF = torch.empty_like(totals_LF, device="cpu", pin_memory=totals_LF.device.type == "cuda")
+        self._rows_LF.copy_(totals_LF, non_blocking=True)
+        if totals_LF.device.type == "cuda":
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    @property
+    def ready(self) -> bool:
+        """Whether `report` would not wait."""
+        return self._copied is None or self._copied.query()
+
+    def report(self) -> list[LayerReport]:
+        if self._copied is not None:
+            self._copied.synchronize()
         reports = []
-        for layer, values in zip(self.layers, rows, strict=True):
+        for layer, values in zip(self._layers, self._rows_LF.tolist(), strict=True):
             named: dict[str, Any] = dict(zip(FIELDS, values, strict=True))
             counts = {name: int(value) for name, value in named.items() if name not in SHARES}
             reports.append(LayerReport(layer, **named | counts))

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from carpool.hosts.vllm.layer import Layer
-from carpool.plans.counters import Counters, LayerReport, totals
+from carpool.plans.counters import Counters, LayerReport, Reading, totals
 
 PERIOD = 1.0  # seconds between two readings of the device's counters
 COUNTERS = {  # field of the counters: metric (Prometheus appends _total), help
@@ -50,23 +50,31 @@ class Metrics:
         self._counters, self._layers, self._publishes = counters, layers, publishes
         self._last: dict[str, float] = {}
         self._next = 0.0
+        self._reading: Reading | None = None
         if publishes:  # the series are there from the start, at 0
             _metrics(), _refusals()
 
     def publish(self, now: bool = False) -> None:
-        """Add what happened since the last time; at most once a `PERIOD` unless told to do it `now`."""
-        if not self._publishes or (not now and time.monotonic() < self._next):
+        """Add what happened since the last time, at most once a `PERIOD` and without waiting for the device: what is
+        still on its way is added by a later call. `now` waits and adds all."""
+        if not self._publishes:
             return
-        self._next = time.monotonic() + PERIOD
-        report = self._counters.report()
-        current = totals(report) | bytes_read(report, self._layers)
+        if now:
+            self._reading = self._counters.reading()
+        elif self._reading is None and time.monotonic() >= self._next:
+            self._reading, self._next = self._counters.reading(), time.monotonic() + PERIOD
+        if self._reading is not None and (now or self._reading.ready):
+            report, self._reading = self._reading.report(), None
+            self._add(totals(report) | bytes_read(report, self._layers))
+
+    def _add(self, current: dict[str, float]) -> None:
         for field, metric in _metrics().items():
             metric.inc(max(0.0, current[field] - self._last.get(field, 0.0)))
         self._last = current
 
     def forget(self) -> None:
         """The counters were reset."""
-        self._last = {}
+        self._last, self._reading = {}, None
 
     def enabled(self, value: bool) -> None:
         """Whether policies are on."""
