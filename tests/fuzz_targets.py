@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from policies_under_test import ROWS
-from report_files import blocks, broken_somewhere, evaluation
+from report_files import blocks, broken_somewhere, evaluation, interference
 from safetensors.torch import save
 from torch import Tensor
 
@@ -244,12 +244,14 @@ def fuzz_logits(rng: random.Random, folder: Path) -> bool:
 
 def fuzz_results(rng: random.Random, folder: Path) -> bool:
     """Files of results whose numbers, lists and names are not what they were, and the page of what is read."""
-    content = broken_somewhere(rng.choice([evaluation, blocks])(), rng)
-    path = folder / "results.json"
+    content = broken_somewhere(rng.choice([evaluation, blocks, interference])(), rng)
+    path, whole = folder / "results.json", folder / "whole.json"
     path.write_text(json.dumps(content))
+    whole.write_text(json.dumps(evaluation()))
+    paths = [whole, path] if "histogram_edges" in content else [path]
 
     def act() -> None:
-        page(*load([path]))
+        page(*load(paths))
 
     return allowed(act)
 
