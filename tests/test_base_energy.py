@@ -45,6 +45,8 @@ def test_an_outlier_does_not_break_the_sums() -> None:
     """A prediction beyond all floats counts as the most there is."""
     assert coreset(routed("base(1)", [0.0, 0.0, 1e4])) == {5}
     assert coreset(routed("base(2)", [1e4, 1e4, 0.0])) == {0, 3}
+    # nor for rows that do not pick the expert: 0 times it is 0, and row 2 is heard
+    assert coreset(routed("base(2)", [1e4, 0.0, math.log(3.5)])) == {3, 5}
 
 
 def test_without_the_routers_input() -> None:

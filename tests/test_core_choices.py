@@ -92,3 +92,25 @@ def test_the_floor_acts_at_the_bound_and_not_before() -> None:
             outcome = route(parse(f"allow_list({own}) | floor({tau!r})"), spec, logits_NE, Batch.of(1))
             assert bool(outcome.changed_N[0]) != acts
             assert float(outcome.displaced_N[0]) <= tau * (1 + 1e-9)
+
+
+def test_a_router_scores_in_float32_unless_its_description_says_otherwise() -> None:
+    """Most families cast logits in 16 bits before the softmax; ranking in 16 bits would tie what they tell apart."""
+    logits_NE = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for scores_NE in RouteSpec(top_k=2).scores(logits_NE):
+        assert torch.equal(scores_NE, logits_NE.float().softmax(-1))
+    assert RouteSpec(top_k=2, score_in_logits_dtype=True).scores(logits_NE)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("text", "least"),
+    [("xshare(2)", 1), ("xshare(2) | min_batch(3) | floor(0.5)", 3), ("topk(1) | min_batch(3)", 1)],
+)
+def test_from_how_many_voters_on_a_plan_acts(text: str, least: int) -> None:
+    """Hosts do not run a plan for fewer; one that looks at single rows acts on any."""
+    plan = parse(text)
+    assert plan.least_voters == least
+    p_NE = [[0.45, 0.35, 0.15, 0.05], [0.05, 0.15, 0.35, 0.45], [0.35, 0.05, 0.45, 0.15]]
+    for rows in (1, 2, 3):
+        changed_N = routed(text, p_NE[:rows], 2, {}).changed_N
+        assert rows >= least or not changed_N.any()

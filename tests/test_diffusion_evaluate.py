@@ -178,6 +178,7 @@ def test_what_decoding_reads_and_keeps(model: Any) -> None:
     alone = [decode(model, describe(model), [parse(plan)], [one], decoding, 1, group="request") for one in prompts]
     sums_alone = [sum(float(each[1].sums[name].sum()) for each in alone) for name in ("union", "layer_forwards")]
     assert second.union_of_group.value == pytest.approx(sums_alone[0] / sums_alone[1]), "what each reads alone"
+    assert not any(each[1].sums["followed"].any() for each in alone), "after stock's text only where that is asked for"
     assert second.agreement.value == pytest.approx(by_hand["same"] / by_hand["tokens"])
     assert second.tokens_per_forward.value == pytest.approx(sums["accepted"] / sums["request_forwards"])
     assert second.perplexity is not None

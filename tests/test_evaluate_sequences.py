@@ -69,6 +69,18 @@ def test_no_document_is_in_two_batches(lengths, batch_size, seed):
         cut.draw(most + 1, batch_size, seed=seed)
 
 
+def test_a_long_document_fills_one_batch_only():
+    """Three documents and windows for three batches, of which two would share the long document."""
+    cut = Cut.of(
+        [numbers("a", size, APART * n) for n, size in enumerate((140, 12, 12))],
+        NumberTokenizer(),
+        length=LENGTH,
+        seed=0,
+    )
+    assert cut.most(4, 0) == 1
+    assert cut.most(1, 0) == 3
+
+
 def test_one_window_of_every_document_before_a_second_of_any():
     found = windows(count=40, texts=MANY, batches=10)  # four windows a batch, four documents
     assert all(len(documents_of(ids)) == 4 for ids in found.ids_ST.split(4))
