@@ -199,11 +199,11 @@ def lora(**where: Any) -> Callable[[Any], Any]:
     return wrap
 
 
-def own_generate(world: World) -> None:
+def own_generate(world: World, *fed: int) -> None:
     """A decoding loop handed to `generate`."""
 
     def loop(model: Any, input_ids: Tensor, **_: Any) -> Tensor:
-        decode(world, [[5, 6, 7]])
+        decode(world, [list(fed)])
         return input_ids
 
     world.generate(ids(3, 5), custom_generate=loop)
@@ -374,8 +374,12 @@ CALLERS = (
         lambda world: world.generate(ids(2, 4), use_cache=False), refused=r"generate\(use_cache=False\) computes every",
     ),
     Caller(
-        "`generate(custom_generate=...)`", "as in a loop of one's own", "as in a loop of one's own", own_generate,
-        ("ppppp ppppp ppppp", "v v v"),
+        "`generate(custom_generate=...)`", "as in a loop of one's own", "as in a loop of one's own",
+        lambda world: own_generate(world, 5, 6, 7), ("ppppp ppppp ppppp", "v v v"),
+    ),
+    Caller(
+        "the same, a sequence is fed the pad token", "not whether it has ended", "refused, as in a loop of one's own",
+        lambda world: own_generate(world, 5, 0, 7), refused="sequence 1 is fed token 0",
     ),
     Caller(
         "continuous batching (`generate_batch`), chunks of a prompt, a prompt of one token", "its manager",

@@ -11,12 +11,15 @@ import pytest
 import torch
 from rows_of_callers import CALLERS, PLAN, Caller, World, ids
 from tiny_models import tiny_model
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import carpool
 from carpool import Batch, CarpoolError, Grouping
+from carpool.hosts.transformers import attach
 from carpool.hosts.transformers.batching import Packed
 from carpool.hosts.transformers.forward_rows import RowRules, build_batch
 from carpool.hosts.transformers.here import Here
+from carpool.hosts.transformers.known import Generation
 
 
 def shown(batch: Batch) -> str:
@@ -90,3 +93,52 @@ def test_samples_of_a_request_in_a_packed_batch() -> None:
     manager.batch_processor = None
     with pytest.raises(CarpoolError, match="continuous batching of this transformers"):
         loop.known({"cu_seq_lens_q": ends})
+
+
+@pytest.mark.parametrize(
+    ("early", "improves", "ended", "through"),
+    [
+        (True, [1, 1], [[1, 1], [0, 1]], [1, 0]),  # as many ended as are asked for
+        (False, [1, 1], [[1, 1], [0, 1]], [0, 0]),
+        (False, [0, 1], [[1, 1], [1, 1]], [1, 0]),  # no running beam could become better than those that ended
+    ],
+)
+def test_beams_of_a_prompt_that_is_through(
+    early: bool, improves: list[int], ended: list[list[int]], through: list[int]
+) -> None:
+    model: Any = tiny_model("qwen3_moe")
+    loop = Generation(custom=False, drafts=False)
+    loops = attach(model).here.loops
+    loops.append(loop)
+    model._beam_search_has_unfinished_sequences(
+        torch.tensor(improves).bool().unsqueeze(1), torch.tensor(ended).bool(), torch.zeros(2, 4).bool(), early
+    )
+    assert loop.finished_B is not None
+    assert loop.finished_B.tolist() == [bool(prompt) for prompt in through for _ in range(2)]
+
+
+def test_a_manager_that_is_kept_belongs_to_the_block_that_uses_it() -> None:
+    """Continuous batching may keep its manager from call to call, in blocks and between them."""
+    model: Any = tiny_model("qwen3_moe")
+    model.set_attn_implementation("sdpa")
+
+    def generate() -> list[int]:
+        made = model.generate_batch(
+            [[5, 6, 7]],
+            generation_config=GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0),
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=16, page_size=16, max_batch_tokens=32),
+            persistent_manager=True,
+        )
+        (one,) = made.values()
+        return list(one.generated_tokens)
+
+    stock = generate()
+    with carpool.share(model, "topk(k=1)") as run:
+        shared = generate()
+    assert run.changed_rows() > 0
+    assert shared != stock
+    assert generate() == stock
+    with carpool.share(model, "topk(k=1)") as again:
+        assert generate() == shared
+    assert again.changed_rows() == run.changed_rows()
+    model.destroy_cached_continuous_batching_manager()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import carpool
 from carpool import CarpoolError
-from carpool.hosts.transformers import attach
+from carpool.hosts.transformers import Known, attach
 
 PLANS = ("xshare(budget=2, warmup=0)", "topk(k=1)", "oea(k0=1)", "lynx(budget=3)")
 TIGHT = PLANS[0]
@@ -224,6 +224,10 @@ def test_a_generator_function_can_be_bound(model: Any) -> None:
 
     with pytest.raises(CarpoolError, match="endless is an asynchronous generator"):
         run.here(endless)
+    with share(model) as run:
+        logits(model)
+        with pytest.raises(CarpoolError, match="returned a generator, which has yet to run"):
+            run.here(lambda: twice())()
 
 
 def test_tasks(model: Any) -> None:
@@ -367,6 +371,8 @@ def test_copies_are_models_of_their_own(model: Any) -> None:
     """Made inside of a block or outside, of the whole model or a part, by copying or pickling."""
     stock, alone = logits(model), shared(model)
     ways: list[Callable[[Any], Any]] = [copy.deepcopy, lambda given: pickle.loads(pickle.dumps(given))]
+    streams = [stream(model)]
+    next(streams[0])  # suspended in a block of its own while the copies are made
     with share(model) as run:
         logits(model)
         twins = [way(model) for way in ways]
@@ -390,22 +396,34 @@ def test_copies_are_models_of_their_own(model: Any) -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_interrupted_forward_leaves_nothing_behind(model: Any, error: type[BaseException]) -> None:
+    """Neither for the forwards of the block, also of the inner model, nor for those after it."""
     stock, alone, layer = logits(model), shared(model), model.model.layers[1]
+    inner = hidden(model.model)
 
     def interrupt(*_: Any) -> None:
         raise error
 
-    with share(model) as run:
+    def interrupted() -> None:
         handle = layer.register_forward_pre_hook(interrupt)
-        with pytest.raises(error):
+        try:
             logits(model)
-        handle.remove()
+        finally:
+            handle.remove()
+
+    with share(model) as run:
+        with pytest.raises(error):
+            interrupted()
+        run.known = Known(finished=torch.ones(4).bool())  # what the interrupted forward did not know
+        assert torch.equal(hidden(model.model), inner)
+        run.known = None
         assert torch.equal(logits(model), alone)
-        with pytest.raises(CarpoolError, match=r"run\.batch"):
-            layer.mlp(torch.zeros(1, 2, 32))
     assert torch.equal(logits(model), stock)
     assert run.changed_rows() > 0
-    assert torch.equal(shared(model), alone)
+    with pytest.raises(error), share(model):
+        interrupted()
+    with pytest.raises(CarpoolError, match="outside the model's forward"), share(model):
+        layer.mlp(torch.zeros(1, 2, 32))
+    assert not attach(model).here.calls
 
 
 def test_a_model_called_from_within_its_forward(model: Any) -> None:

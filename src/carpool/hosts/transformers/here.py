@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import nn
@@ -28,11 +29,13 @@ class Shares(Block, Protocol):
 
 
 class Call(NamedTuple):
-    """A running forward: the module that was called, its run and the state under which it shares; None is stock."""
+    """A running forward: the module that was called, its run and the state under which it shares (None is stock), and
+    the frame of the call, where one can be told."""
 
     module: nn.Module | None
     run: Shares | None
     forward: Forward | None
+    frame: FrameType | None = None
 
     def again(self) -> Call:
         """The same, for what is computed a second time."""

@@ -6,6 +6,7 @@ included: so the hooks are installed once, before compiling, and do nothing whil
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from carpool.hosts.transformers import batching, denoising, generation, recomput
 from carpool.hosts.transformers.forward import Forward
 from carpool.hosts.transformers.forward_rows import has_rows
 from carpool.hosts.transformers.here import Call, Here, Shares
-from carpool.hosts.transformers.inside import innermost, suspendable
+from carpool.hosts.transformers.inside import innermost, running, suspendable
 from carpool.hosts.transformers.layers import MoELayer, entrances, find_layers, models_around
 from carpool.hosts.transformers.refused import refuse_spread
 from carpool.hosts.transformers.router_check import check_on_random
@@ -113,14 +114,18 @@ class Attachment:
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], last: bool) -> None:
         """A module that leads to the layers is called: this begins a forward, unless it is part of a running one."""
-        here = self.here
+        here, traced = self.here, torch.compiler.is_compiling()
+        if here.calls and not traced:  # an interrupt may have ended a forward without its last hook
+            alive = running([call.frame for call in here.calls if call.frame is not None])
+            here.calls[:] = [call for call in here.calls if call.frame is None or id(call.frame) in alive]
         if here.calls and all(call.module is not module for call in here.calls):
             return
         run = self.owner()
-        if run is not None and module.training and not torch.compiler.is_compiling():
+        if run is not None and module.training and not traced:
             recompute.follow([module], here)
         if last or has_rows(args, kwargs):
-            here.calls.append(Call(module, run, None if run is None else run.forward(args, kwargs)))
+            frame = None if traced else sys._getframe(2)  # of the module's call, which runs the hooks
+            here.calls.append(Call(module, run, None if run is None else run.forward(args, kwargs), frame))
 
     def current(self) -> Forward | None:
         """The state of the running forward, or of a layer that is called outside of any; None is stock."""

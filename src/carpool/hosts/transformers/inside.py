@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import wraps
 from types import FrameType
@@ -64,11 +64,24 @@ def innermost(blocks: Sequence[B]) -> B | None:
     return None
 
 
+@torch.compiler.disable
+def running(frames: Iterable[FrameType]) -> set[int]:
+    """Those of the frames, by id, that the calling code was called from."""
+    wanted, found = {id(one) for one in frames}, set()
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if id(frame) in wanted:
+            found.add(id(frame))
+        frame = frame.f_back
+    return found
+
+
 def bound(function: F, inside: Callable[[FrameType], AbstractContextManager[None]]) -> F:
     """The function with its frame inside a block whenever it runs.
 
     Raises:
-        CarpoolError: an asynchronous generator, which hands its frame to others.
+        CarpoolError: an asynchronous generator; later, a function that returns a coroutine or generator of its own
+            instead of running.
     """
     if inspect.isasyncgenfunction(function):
         raise CarpoolError(f"{function.__name__} is an asynchronous generator; bind the coroutine that consumes it")
@@ -92,7 +105,10 @@ def bound(function: F, inside: Callable[[FrameType], AbstractContextManager[None
     @wraps(function)
     def plain(*args: Any, **kwargs: Any) -> Any:
         with inside(sys._getframe()):
-            return function(*args, **kwargs)
+            made = function(*args, **kwargs)
+        if inspect.iscoroutine(made) or inspect.isgenerator(made) or inspect.isasyncgen(made):
+            raise CarpoolError(f"{function} returned a {type(made).__name__}, which has yet to run; bind what makes it")
+        return made
 
     return plain  # type: ignore[return-value]
 
