@@ -399,6 +399,10 @@ CALLERS = (
         lambda world: decode(world, [[5, 6, 7], [8, 9, 10]]), ("ppppp ppppp ppppp", "v v v", "v v v"),
     ),
     Caller(
+        "a loop of one's own, prompts of one token, the pad token among them", "its cache is empty",
+        "they are prompts", lambda world: world.model(input_ids=torch.tensor([[0], [5]])), ("p p",),
+    ),
+    Caller(
         "a loop of one's own, a sequence is fed the pad token", "not whether it has ended",
         "refused where votes matter (group-wide policies over a batch): the loop has to say it",
         lambda world: decode(world, [[5, 0, 7]]), refused=r"sequence 1 is fed token 0, .*run\.known = Known\(finished",
