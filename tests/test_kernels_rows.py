@@ -65,6 +65,25 @@ def test_guards_act_in_their_order(guards: str, budget: int) -> None:
         assert_agree(trial_of(f"xshare({budget}) | {guards} | min_batch(2)", rows=4, seed=seed))
 
 
+def test_the_floor_at_its_very_edge() -> None:
+    """What is displaced may be exactly `tau`."""
+    for tau, kept in ((0.5, 2), (0.49, 3), (0.75, 2), (0.25, 3)):
+        trial = trial_of(f"topk(2) | floor({tau})", rows=3)
+        level = trial.case.with_logits((torch.arange(16) % 4 == 1).float().expand(3, -1) * 4)
+        routing, _, outcome = both(Trial(trial.row, level, trial.plan))
+        assert torch.equal(routing.ids_NK, outcome.routing.ids_NK)
+        assert (outcome.computed_NE.sum(-1) == kept).all()
+
+
+@pytest.mark.parametrize("group_score", ["max", "top2"])
+def test_expert_groups_that_tie(group_score: Any) -> None:
+    """Backfill goes to the groups that a row may use: of two that tie, both ways take the same."""
+    spec = RouteSpec(top_k=3, num_groups=4, kept_groups=2, group_score=group_score)
+    for seed in range(3):
+        trial = trial_of("xshare(6, warmup=0)", rows=9, seed=seed, spec=spec)
+        assert_agree(Trial(trial.row, trial.case.with_logits(trial.case.logits_NE.div(2).round()), trial.plan))
+
+
 def test_one_launch_after_another() -> None:
     """The buffers serve all layers and any number of rows: nothing of a call is left for the next."""
     scratch = Scratch(16, 4, 64, "cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from carpool.kernels.keys import FREE, NATURAL, TIES, WARM, tie
+from carpool.kernels.packed import FREE, NATURAL, TIES, WARM, tie
 from carpool.policies.controls import DRAW, EXPERT
 from carpool.routing.keys import TIE, TIER
 

@@ -31,7 +31,8 @@ from carpool.kernels.counting import (
     set_first,
     share,
 )
-from carpool.kernels.keys import (
+from carpool.kernels.mixing import in_front, merged, mix, take
+from carpool.kernels.packed import (
     EXEMPT,
     NATIVE_BIT,
     NONFINITE,
@@ -43,7 +44,6 @@ from carpool.kernels.keys import (
     rank_of,
     rounded,
 )
-from carpool.kernels.mixing import in_front, merged, mix, take
 from carpool.kernels.rules import floored, front, stand_ins
 
 

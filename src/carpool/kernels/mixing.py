@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from carpool.kernels.keys import expert_of, rounded
+from carpool.kernels.packed import expert_of, rounded
 
 
 @triton.jit

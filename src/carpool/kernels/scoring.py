@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from carpool.kernels.keys import rounded
+from carpool.kernels.packed import rounded
 
 
 @triton.jit
