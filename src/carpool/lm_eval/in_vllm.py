@@ -19,7 +19,7 @@ PROMPTS = (
 
 
 class CarpoolVLLM(VLLM):
-    """See the module. The defaults of serving are added to the policy (docs/vllm.md).
+    """See the module. The defaults of serving are added to the policy (docs/serve.md).
 
     Args:
         pretrained: folder or hub name.
