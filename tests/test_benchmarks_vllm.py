@@ -66,6 +66,24 @@ def test_intervals_of_medians_are_order_statistics(monkeypatch: pytest.MonkeyPat
     assert (few.value, few.low, few.high) == (1, None, None)
 
 
+@pytest.mark.parametrize("name", ["vllm-decode", "vllm-decode-methods", "vllm-decode-surrogates", "diffusion-layer"])
+def test_committed_intervals_are_those_of_the_rounds_beside_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = script("vllm_rounds", monkeypatch)
+    content = json.loads((BENCHMARKS.parent / f"docs/results/{name}.json").read_text())
+    found = 0
+    for states in (cell["states"] for cell in content["cells"].values()):
+        seconds_M = {state: np.array(row.get("seconds_per_block") or row["seconds"]) for state, row in states.items()}
+        for state, row in states.items():
+            others = {"stock": "stock", "ideal": f"ideal: {state}", "replayed": f"replayed: {state}"}
+            for key, other in others.items():
+                shown = row.get(f"throughput_over_{key}") or row.get(f"speed_over_{key}")
+                if shown is not None:
+                    expected = vars(rounds.paired(seconds_M[other], seconds_M[state]))
+                    assert shown == pytest.approx(expected, rel=1e-4), f"{state} over {other}"
+                    found += 1
+    assert found > 20
+
+
 def test_without_a_gpu_the_check_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

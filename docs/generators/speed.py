@@ -11,6 +11,7 @@ from generators import ROOT, Block, load, rows, with_interval
 MODEL = "demo/src/carpool_demo/model/model.safetensors"
 NAMES = {"qwen3-30b-a3b": "Qwen3-30B-A3B", "olmoe-1b-7b": "OLMoE-1B-7B", "gpt-oss-20b": "gpt-oss-20b"}
 FULL = "xshare(budget=1.0)"
+BEST_KEPT_SINCE = "2026-11-29"  # by `random`, unless it is told `warmup=0`
 ALL_HEADS = (
     "threads", "batch", "policy", ">experts read a layer and step", ">tokens/s", ">of stock", ">of random sets",
     ">of the same ids", ">GB of experts a step", ">of read bandwidth",
@@ -135,9 +136,18 @@ def methods(content: dict[str, Any]) -> str:
     ]  # fmt: skip
     numbers = "Statistics are random numbers: they show speed only."
     idle = ", ".join(f"`{text}`" for text in found[0]["idle"])
-    return f"{where(content, found[0])} {numbers}\n\n{rows(heads, lines)}" + (
+    return f"{where(content, found[0])} {numbers}\n\n{rows(heads, lines)}{_renamed(content, named[0])}" + (
         f"\nWithout effect on these weights, and so not timed: {idle}.\n" if idle else ""
     )
+
+
+def _renamed(content: dict[str, Any], names: Iterable[str]) -> str:
+    """What a control that has changed since is called today."""
+    old = [name for name in names if name.startswith("random(") and "warmup" not in name]
+    if not old or content["machine"]["date"] >= BEST_KEPT_SINCE:
+        return ""
+    now = " and ".join(f"`{name}` is today's `{name[:-1]}, warmup=0)`" for name in old)
+    return f"\n{now}: when this was measured no token's best expert was kept.\n"
 
 
 def _speeds(row: dict[str, Any] | None) -> list[str]:
@@ -180,13 +190,15 @@ def speculation(content: dict[str, Any]) -> str:
                         f"{row['natural_union']:.1f}", _ratio(row, "stock"),
                     ]
                 )  # fmt: skip
+    shown = [row["throughput_over_stock"] for one in content["speculation"].values() for row in one["states"].values()]
+    intervals = "with 95 % intervals" if any(one["low"] is not None for one in shown) else "too few for intervals"
     same = hashlib.sha256((ROOT / MODEL).read_bytes()).hexdigest() == content["model_sha256"]
     model = "The reference model" if same else "An earlier version of the reference model"
     about = (
         f"{model}, {content['batch']} requests, {content['prompt_tokens']} prompt and "
         f"{content['new_tokens']} new tokens each, {content['draft_tokens']} draft tokens, greedy. "
-        f"Speeds are medians over {content['rounds']} rounds with 95 % intervals; these weights fit into the caches, "
-        "so they show what a policy costs and nothing of what it saves."
+        f"Speeds are medians over {content['rounds']} rounds, {intervals}; these weights fit into the caches, "
+        f"so they show what a policy costs and nothing of what it saves. {_machine(content)}."
     )
     return f"{about}\n\n{rows(heads, lines)}"
 
@@ -205,9 +217,15 @@ def server(content: dict[str, Any]) -> str:
         f"{NAMES.get(content['geometry'], content['geometry'])} geometry, {content['layers']} layers, "
         f"{content['dtype']}, {content['concurrency']} requests at a time, {content['threads']} thread(s), "
         f"{'eager engines' if content.get('eager') else 'models compiled by vLLM'}, "
-        f"each run of {summary['stock']['completed']} requests on a server of its own."
+        f"each run of {summary['stock']['completed']} requests on a server of its own. "
+        f"{_machine(content)}."
     )
     return f"{about}\n\n{rows(heads, lines)}"
+
+
+def _machine(content: dict[str, Any]) -> str:
+    machine = content["machine"]
+    return f"{machine['cpu']}, vLLM {machine['versions']['vllm']}, {machine['date']}"
 
 
 def _each(content: dict[str, Any], state: str, value: str) -> str:
