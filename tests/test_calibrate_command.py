@@ -153,7 +153,6 @@ def test_command_says_what_its_tokens_cannot_show(command, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "no text was given"),
         (("--text", "text.txt", "-o", "none/out.safetensors"), "does not exist"),
         (("--text", "text.txt", "-o", "."), "not a regular file"),
         (("--text", "text.txt", "--tokens", "10"), "--tokens 10: give 256 or more"),

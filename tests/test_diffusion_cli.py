@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from carpool.cli import block_diffusion, diffuse
 from carpool.cli.commands import app
-from carpool.cli.denoising_view import MASKED, Film, text_of, view
+from carpool.cli.denoising_view import MASKED, Film, picture, text_of, view
 from carpool.diffusion import Decoding, Session, generate
 from carpool.errors import CarpoolError
 
@@ -68,7 +69,12 @@ def test_diffuse_without_a_terminal(texts: list[Path]) -> None:
     done = invoke("diffuse", "--prompt", "5 6 7", "--prompt", "8 9", "--block-size", 4, "--max-new", 6,
                   "--policy", "topk(1)", "--threshold", 0.2, "--ignore-end")  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert "block 1:" in done.output
+    blocks = [line for line in done.output.splitlines() if line.startswith("  block ")]
+    assert len(blocks) == 2 * 3, "a line a block and run"
+    assert all(
+        re.fullmatch(r"  block \d  [ ▁-█]+  \d+ forwards accept \d+(, at most \d at once| one by one)", one)
+        for one in blocks
+    )
     assert MASKED not in done.output
     assert "of 12 positions hold stock's token" in done.output
     assert "tokens a forward" in done.output
@@ -152,6 +158,14 @@ def test_a_judge_with_too_few_tokens() -> None:
 # the view
 
 
+def test_a_picture_is_as_high_as_what_was_accepted_and_never_long() -> None:
+    assert picture([0, 1, 4, 8], 8) == " ▁▄█"
+    assert picture([1] * 7, 1) == "█" * 7
+    assert picture([1] * 63 + [8], 8) == "▁" * 31 + "█", "two forwards a bar, as high as the higher one"
+    assert all(len(picture([1] * count, 3)) <= 32 for count in range(1, 200))
+    assert picture([], 1) == ""
+
+
 def test_a_film_of_a_run() -> None:
     model = small_model()
     prompts = [torch.tensor([5, 6, 7, 8, 9]), torch.tensor([5, 6])]
@@ -173,7 +187,7 @@ def test_a_film_of_a_run() -> None:
 def test_text_of_a_frame() -> None:
     shown = text_of([1, None, 2, 3], Numbers().decode, [1, 5, None, 4])
     assert shown.plain == f"1 {MASKED}2 3 "
-    marked = [shown.plain[span.start : span.end] for span in shown.spans if "yellow" in str(span.style)]
+    marked = [shown.plain[span.start : span.end] for span in shown.spans if "underline" in str(span.style)]
     assert marked == ["3 "]
 
 
@@ -186,5 +200,5 @@ def test_two_runs_side_by_side() -> None:
     assert f"5 6 7 {MASKED}" in shown
     console.print(view(("stock", "topk(k=1)"), ["5 "], [[[7]], [[8]]], [1, 1], Numbers().decode))
     styled = console.export_text(styles=True)
-    assert "\x1b[36m5 \x1b[0m7 " in styled, "the prompt alone is cyan"
-    assert "\x1b[1;33m8 \x1b[0m" in styled
+    assert "\x1b[2m5 \x1b[0m7 " in styled, "the prompt alone is dim"
+    assert "\x1b[1;4m8 \x1b[0m" in styled

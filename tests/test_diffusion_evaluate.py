@@ -13,10 +13,10 @@ from diffusion_tools import MASK, TOP_K, exact_model, prompt
 from rich.console import Console
 
 from carpool import CarpoolError, Grouping, parse, share
+from carpool.cli.block_table import show_blocks
 from carpool.diffusion import Decoding, Session, generate
 from carpool.evaluate import lockstep, loop
 from carpool.evaluate.block_study import BlockSettings, as_dict, block_study
-from carpool.evaluate.block_table import table
 from carpool.evaluate.decoded import metrics
 from carpool.evaluate.denoising import RATIOS, BlockLayout, denoise, noise
 from carpool.evaluate.generations import FIELDS, agreement, decode
@@ -214,7 +214,7 @@ def test_a_study_as_a_table_and_as_json(model: Any) -> None:
     assert content[1]["masked_tokens"] == sum(one["tokens"] for one in content[1]["by_masked_ratio"].values())
     assert content[0]["decoding"]["agreement"]["value"] == 1
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(table(rows, console))
+    show_blocks(console, [rows])
     assert "blocks of 4, threshold 0.15, batch 2, grouped by request" in console.export_text()
 
 

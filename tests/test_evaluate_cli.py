@@ -23,7 +23,6 @@ SMALL = ["--batch", "2,4", "--batches", "2", "--sequence", "9", "--prefill", "3"
 def texts(tmp_path, monkeypatch):
     paths = write_texts(tmp_path)
     monkeypatch.setattr("carpool.hosts.transformers.open_model", opening(small_model(), NumberTokenizer()))
-    monkeypatch.setattr("carpool.cli.common.shipped_statistics", lambda: None)
     for module in (evaluate_command, demo_command):
         monkeypatch.setattr(module, "embedded_texts", lambda: paths)
     return paths

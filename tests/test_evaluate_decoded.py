@@ -12,12 +12,12 @@ import pytest
 from rich.console import Console
 from synthetic_sums import measured
 
+from carpool.cli.block_table import show_blocks
+from carpool.cli.evaluation_table import show_results
 from carpool.diffusion import Decoding
-from carpool.evaluate.block_table import table as block_table
 from carpool.evaluate.decoded import metrics
 from carpool.evaluate.generations import FIELDS, QUARTERS, Generated
 from carpool.evaluate.metrics import results
-from carpool.evaluate.table import table
 
 STOCK = {
     "union": 80, "layer_forwards": 20, "judge_nll": 48, "judged": 24, "same": 24, "tokens": 24, "rows": 40,
@@ -71,33 +71,33 @@ def test_without_a_judge_there_is_no_perplexity() -> None:
     assert (found.perplexity, found.perplexity_ratio) == (None, None)
 
 
-def shown(make: Callable[[Console], Any], width: int) -> tuple[str, list[str]]:
-    """A table as text, and the words of its last line."""
-    console = Console(width=width, record=True, file=io.StringIO())
-    console.print(make(console))
+def shown(show: Callable[[Console, Any], None], found: Any, width: int) -> tuple[str, list[str]]:
+    """What a terminal shows, and the words of the table's last line."""
+    console = Console(width=width, record=True, file=io.StringIO(), force_terminal=True)
+    show(console, [found])
     text = console.export_text()
-    return text, text.splitlines()[-1].split()
+    return text, next(line for line in text.splitlines() if line.startswith("xshare")).split()
 
 
-def test_narrow_tables_leave_out_intervals_and_nothing_else() -> None:
+def test_narrow_tables_leave_out_details_and_nothing_else() -> None:
     found = results([measured(), measured("xshare(budget=2)", 0.5, 0.03, 0.02, coreset=2.0, pairs=7.0, displaced=1.2)])
-    (wide, all_words), (narrow, words) = (shown(lambda console: table(found, console), width) for width in (140, 110))
-    assert words == ["xshare(budget=2)", "2.0", "4.0", "50%", "1.75", "30.0%", "0.0300", "75.0%", "7.54", "1.0202"]
-    assert set(all_words) - set(words) == {f"{found[1].kl.low:.4f}–{found[1].kl.high:.4f}", "–"}
-    assert wide.count("95 %") == 2
-    assert "95 %" not in narrow
+    (wide, all_words), (narrow, words) = (shown(show_results, found, width) for width in (140, 80))
+    assert words == ["xshare(budget=2)", "4.0", "50%", "1.75", "30.0%", "0.0300", "75.0%", "1.0202"]
+    assert set(all_words) - set(words) == {"2.0", "7.54", f"{found[1].kl.low:.4f}–{found[1].kl.high:.4f}", "–"}
+    assert wide.count("95 %:") == 2
+    assert "95 %:" not in narrow
     assert "batch 4, grouped by batch, 12 batches" in narrow
 
 
-def test_narrow_tables_of_block_diffusion_leave_out_intervals_and_nothing_else() -> None:
+def test_narrow_tables_of_block_diffusion_leave_out_details_and_nothing_else() -> None:
     made = results([measured(), measured("xshare(budget=2)", 0.5, 0.03, 0.02)])
     settings = SimpleNamespace(decoding=Decoding(4, 63, threshold=0.5), grouping="request")
     rows: list[Any] = [
         SimpleNamespace(settings=settings, name=one.measured.name, plan=one.measured.plan, denoised=one, decoded=two)
         for one, two in zip(made, metrics([generated(STOCK, 12), generated(PLAN, 12)]), strict=True)
     ]
-    wide, narrow = (shown(lambda console: block_table(rows, console), width) for width in (160, 130))
+    wide, narrow = (shown(show_blocks, rows, width) for width in (170, 130))
     cells = ["2.5", "62%", "1.50", "20.0%", "1.50", "75.0%", "80.0%", "1.181", "0.0300", "75.0%", "1.020"]
     assert narrow[1] == ["xshare(budget=2)", *cells]
     assert set(wide[1]) - set(narrow[1]) == {"–", f"{made[1].kl.low:.4f}–{made[1].kl.high:.4f}"}
-    assert (wide[0].count("95 %"), narrow[0].count("95 %")) == (2, 0)
+    assert (wide[0].count("95 %:"), narrow[0].count("95 %:")) == (2, 0)

@@ -170,7 +170,7 @@ def test_statistics_of_other_experts_behind_the_same_routers_are_refused(stats, 
     with (
         pytest.raises(
             CarpoolError,
-            match=f"another model with the same routers: {said}.*run `carpool calibrate MODEL --text FILE`",
+            match=f"another model with the same routers: {said}.*run `carpool calibrate MODEL -o stats.safetensors`",
         ),
         carpool.share(model, "sere(top=1)", stats=stats),
     ):

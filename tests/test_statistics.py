@@ -100,7 +100,7 @@ def model(**changes):
     ],
 )
 def test_another_models_statistics_are_refused(changes, message):
-    with pytest.raises(CarpoolError, match=f"{message}.*run `carpool calibrate MODEL --text FILE`"):
+    with pytest.raises(CarpoolError, match=f"{message}.*run `carpool calibrate MODEL -o stats.safetensors`"):
         statistics().check(model(**changes))
 
 
@@ -118,7 +118,8 @@ def test_statistics_of_routers_alone_need_no_sample():
     made = statistics(layers=dict.fromkeys(LAYERS, tensors))
     assert not made.check(model(samples={}))
     with pytest.raises(
-        CarpoolError, match=r"'norm_bias' and no sample of the weights.*run `carpool calibrate MODEL --text FILE`"
+        CarpoolError,
+        match=r"'norm_bias' and no sample of the weights.*run `carpool calibrate MODEL -o stats.safetensors`",
     ):
         statistics(layers=dict.fromkeys(LAYERS, tensors | {"norm_bias": torch.ones(E)}))
 

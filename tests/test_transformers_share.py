@@ -209,7 +209,7 @@ def test_compiled_before_attach_is_caught() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(tiny_model("qwen3_moe", num_hidden_layers=1), backend="eager")
     logits(compiled, tokens())
-    with pytest.raises(CarpoolError, match=r"never fired.*compiled before attach"):
+    with pytest.raises(CarpoolError, match=r"never fired.*compiled before it was first shared"):
         share_too_late()
 
 

@@ -1,7 +1,9 @@
 """`carpool tune`: the target is kept on unseen text, nothing cheaper on the grid keeps it, and progress survives."""
 
 import json
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from lockstep_tools import NumberTokenizer, noise, opening, small_model
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 from carpool.artefacts.statistics import Statistics
 from carpool.artefacts.texts import load_texts
 from carpool.cli import tune as tune_command
+from carpool.cli import tune_view
 from carpool.cli.commands import app
 from carpool.errors import CarpoolError
 from carpool.evaluate import loop
@@ -18,9 +21,10 @@ from carpool.evaluate.layout import Layout
 from carpool.evaluate.sequences import Cut, draw
 from carpool.evaluate.study import Settings, describe, study
 from carpool.hosts.transformers import find_layers, share
+from carpool.hosts.vllm.settings import Settings as Served
 from carpool.plans.policy_file import PolicyFile
 from carpool.routing.batch import Grouping
-from carpool.tune import DEFAULT, Point, Target, Trials, Tuned, family, measurable
+from carpool.tune import DEFAULT, Failed, Point, Target, Trials, Tuned, family, measurable, tune
 from carpool.tune import search as search_module
 from carpool.tune import trials as trials_module
 from carpool.tune.split import split
@@ -47,7 +51,6 @@ def command(tmp_path, monkeypatch):
         path.write_text("".join(json.dumps({"text": one.text}) + "\n" for one in documents))
     monkeypatch.setattr("carpool.hosts.transformers.open_model", opening(MODEL, NumberTokenizer()))
     monkeypatch.setattr(tune_command, "embedded_texts", lambda: paths)
-    monkeypatch.setattr(tune_command, "shipped_statistics", lambda: None)
 
     def run(*arguments, small=SMALL):
         out = tmp_path / "policy.json"
@@ -146,11 +149,86 @@ def test_a_policy_file_comes_out(command):
 def test_what_is_printed_is_what_was_verified(high, met, capsys):
     target, seen = Target(max_kl=0.2), Point("xshare(budget=3)", 0.1, 0.07, high, 1.05, 0.4)
     found = Tuned(family("xshare").at(3), replace(seen, kl=0.01), seen, met)
-    tune_command.show(Console(width=400), tune_command.Options(batch=4), target, found, 12)
+    options, files = tune_command.Options(model="some/model", batch=4), tune_command.Files(Path("mine.json"))
+    tune_command.show(Console(width=400), options, target, found, 12, files)
     said = capsys.readouterr().out
+    assert (
+        """vllm serve some/model --additional-config '{"carpool": {"file": "mine.json", "isolation": "batch"}}'"""
+        in said
+    )
     assert f"reads 40.0% of what stock reads, at KL 0.1000 (0.0700 to {high:.4f}, 12 batches)" in said
     assert ("its interval reaches beyond the target" in said) == (met and high > 0.2)
     assert ("misses the target" in said) == (not met)
+
+
+CHEAP, KEPT = Point("xshare(budget=3)", 0.19, 0.1, 0.2, 1.04, 0.589), Point("xshare(budget=4)", 0.1, 0, 0.2, 1.0, 0.623)
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (Target(max_kl=0.2), "KL 0.2600 > 0.2"),
+        (Target(max_perplexity_ratio=1.05), "perplexity x 1.0700 > 1.05"),
+        (Target(bytes=0.6), "reads 61.0% > 60.0%"),
+    ],
+)
+def test_why_cheaper_plans_failed(target, said):
+    failed = Failed(CHEAP, replace(CHEAP, kl=0.26, perplexity_ratio=1.07, share=0.61))
+    found = Tuned(family("xshare").at(4), KEPT, KEPT, True, (failed,))
+    assert tune_view.why_not(found, target) == [
+        f"xshare(budget=3) (58.9% on the searched text) failed verification: {said}"
+    ]
+
+
+def test_what_failed_verification_is_kept(monkeypatch):
+    """The edge of the search is missed on the other text: the answer is the next value, and says why."""
+    search, verify, chosen = trials(0), trials(1), family("xshare")
+    (edge,) = search.measure([chosen.at(search_module.edge([chosen], Target(max_kl=0.1), search)[1])])
+    real = verify.measure
+    monkeypatch.setattr(
+        verify,
+        "measure",
+        lambda plans: [replace(one, kl=0.5) if one.policy == edge.policy else one for one in real(plans)],
+    )
+    found = tune([chosen], Target(max_kl=0.1), search, verify)
+    assert found.met
+    assert [(one.searched, one.verified.kl) for one in found.failed] == [(edge, 0.5)]
+    assert found.plan != edge.policy
+
+
+def test_the_end_names_files_and_the_command(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune_command, "WINDOW", 16)
+    done, out = command("--max-kl", 0.5, "-p", "base")
+    assert done.exit_code == 0, done.output
+    kept = PolicyFile.load(out)
+    said = done.output.splitlines()
+    assert f"wrote {out}" in said
+    stats = out.with_suffix(".safetensors")
+    needed = kept.statistics is not None
+    assert any(line.startswith(f"wrote {stats} (") and ("keep both" in line) == needed for line in said)
+    line = next(line for line in said if line.startswith("serve it: "))
+    *_, model, option, config = shlex.split(line)
+    assert option == "--additional-config"
+    assert Served.of(json.loads(config)).policies == kept
+    assert Path(model, "config.json").exists()
+    assert {one.name for one in tmp_path.iterdir()} == {"a.jsonl", "b.jsonl", out.name, stats.name}
+
+
+def test_json_is_all_there_is_on_standard_output(command):
+    done, out = command("--max-kl", 0.2, "--json")
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert said["policy"] == str(PolicyFile.load(out).plan)
+    assert said["files"] == {"policy": str(out), "statistics": None, "spare": None}
+    assert said["verified"]["kl"] <= 0.2
+    assert said["serve"].startswith("vllm serve ")
+    assert f"wrote {out}" in done.stderr
+
+
+def test_an_infeasible_target_leaves_nothing_hidden(command, tmp_path):
+    done, _ = command("--max-kl", "1e-12")
+    assert done.exit_code == 2
+    assert {one.name for one in tmp_path.iterdir()} == {"a.jsonl", "b.jsonl"}
 
 
 def test_each_half_is_measured_on_its_own(command, tmp_path):
@@ -230,6 +308,7 @@ def test_progress_is_taken_up(command, tmp_path, monkeypatch):
     memory = out.with_name(".policy.json.progress")
     kept = json.loads(memory.read_text())
     assert len(kept["points"]) == 2
+    assert f"interrupted after 2 trials, which are kept in {memory}: the same command goes on from there" in done.output
     monkeypatch.setattr(Trials, "_run", real)
     done, out = command("--max-kl", 0.2)
     assert "resuming after 2 trials" in done.output

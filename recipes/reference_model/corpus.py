@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 CONFIG = HERE / "config.toml"
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
+CHAT = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"  # it learned no roles: text to go on from
 TELLING = 30  # characters
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from corpus import CONFIG, END_OF_TEXT, PAD, load_config
+from corpus import CHAT, CONFIG, END_OF_TEXT, PAD, load_config
 from experts import register
 from loop import prepare, run
 from torch.nn.functional import cross_entropy
@@ -106,13 +106,14 @@ def save_model(model: PreTrainedModel, work: Path, folder: Path | None = None, *
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(work / "tokenizer.json"), eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=PAD
     )
+    tokenizer.chat_template = CHAT
     biases = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith(BIAS)}
     model.to(torch.bfloat16)
     for name, bias_E in biases.items():  # transformers keeps them in fp32: a bf16 bias would choose other experts
         module, _, own = name.rpartition(".")
         setattr(model.get_submodule(module), own, bias_E)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder, save_jinja_files=False)  # one file more would be left out by `package.py`
     (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 

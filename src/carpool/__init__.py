@@ -4,19 +4,22 @@ import carpool
 
 with carpool.share(model, "xshare(budget=16)") as run:
     model.generate(...)
-print(run.report())
+print(run)
 """
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from carpool.errors import CarpoolError
-from carpool.plans.grammar import Plan, parse
-from carpool.plans.pipeline import Outcome, route
-from carpool.plans.policy_file import PolicyFile
-from carpool.routing.batch import Batch, Grouping
-from carpool.routing.spec import RouteSpec, Routing
+if TYPE_CHECKING:
+    from carpool.errors import CarpoolError
+    from carpool.hosts.transformers import share
+    from carpool.plans.grammar import Plan, parse
+    from carpool.plans.pipeline import Outcome, route
+    from carpool.plans.policy_file import PolicyFile
+    from carpool.routing.batch import Batch, Grouping
+    from carpool.routing.spec import RouteSpec, Routing
 
 __version__ = "0.1.0"
 
@@ -34,10 +37,25 @@ __all__ = [
     "share",
 ]
 
+# imported when it is asked for: torch takes seconds, and the command line often needs none of it
+_HOMES = {
+    "carpool.errors": ("CarpoolError",),
+    "carpool.hosts.transformers": ("share",),
+    "carpool.plans.grammar": ("Plan", "parse"),
+    "carpool.plans.pipeline": ("Outcome", "route"),
+    "carpool.plans.policy_file": ("PolicyFile",),
+    "carpool.routing.batch": ("Batch", "Grouping"),
+    "carpool.routing.spec": ("RouteSpec", "Routing"),
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "share":  # transformers is an extra
-        from carpool.hosts.transformers import share
-
-        return share
+    for home, names in _HOMES.items():
+        if name in names:
+            globals()[name] = found = getattr(import_module(home), name)
+            return found
     raise AttributeError(f"module 'carpool' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

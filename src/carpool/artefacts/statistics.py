@@ -33,10 +33,11 @@ FLAGS = {  # of `carpool calibrate`, by how a statistic's name begins
 
 
 def made_by(name: str) -> str:
-    """The command that measures a statistic, with MODEL and FILE for what only the user knows."""
+    """The command that measures a statistic, with MODEL for what only the user knows; a domain's is named after its
+    file of text."""
     flag = next((flag for start, flag in FLAGS.items() if name.startswith(start)), "")
     domain = name.partition("/")[2]
-    return f"carpool calibrate MODEL --text {f'{domain}.jsonl' if domain else 'FILE'}{flag} -o stats.safetensors"
+    return f"carpool calibrate MODEL{f' --text {domain}.jsonl' if domain else ''}{flag} -o stats.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +183,7 @@ class Statistics:
         tensors, metadata = read_safetensors(path)
         if metadata.get("schema") is None:
             raise CarpoolError(
-                f"{path} is no statistics file of carpool; make one with `carpool calibrate MODEL --text FILE`"
+                f"{path} is no statistics file of carpool; make one with `carpool calibrate MODEL -o stats.safetensors`"
             )
         if metadata["schema"] != str(SCHEMA):
             raise CarpoolError(f"{path} has schema {metadata['schema']!r}, this version reads {SCHEMA}; {AGAIN}")

@@ -22,7 +22,7 @@ SIMILARITIES = {  # name: lowest possible value
 ASYMMETRIC = ("similarity_routed",)
 OTHER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int8, torch.bool)
 TOLERANCE = 1e-5
-AGAIN = "run `carpool calibrate MODEL --text FILE` for this model"
+AGAIN = "run `carpool calibrate MODEL -o stats.safetensors` for this model"
 
 
 def check_layer(index: int, tensors: Mapping[str, Tensor], num_experts: int, tokens: int) -> None:

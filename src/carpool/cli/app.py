@@ -6,20 +6,31 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+import carpool
 from carpool.errors import CarpoolError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 errors = Console(stderr=True)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"carpool {carpool.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def about() -> None:
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
     """Share experts between the tokens of a batch: measure, calibrate, compare."""
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from carpool.cli.common import embedded_texts, load, model_facts, progress, warn_of_few
+from carpool.cli.common import embedded_texts, load, model_facts, progress
 from carpool.errors import CarpoolError
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def evaluate_blocks(console: Console, options: Options) -> None:
     """Measure, print a table for every batch size, write the JSON; raises CarpoolError for bad input."""
     from carpool.artefacts.files import require_writable
     from carpool.artefacts.texts import load_texts
+    from carpool.cli.block_table import show_blocks
     from carpool.diffusion import Decoding
     from carpool.evaluate.block_study import BlockSettings, block_sequences, block_study
 
@@ -88,22 +89,11 @@ def evaluate_blocks(console: Console, options: Options) -> None:
         sequences = block_sequences(settings, documents, tokenizer, advance)
     with progress("decoding blocks", settings.work(sequences)) as advance:
         by_batch = block_study(loaded, settings, sequences, judge=judge, stats=statistics, advance=advance)
-    _show(console, by_batch)
+    show_blocks(console, by_batch)
     if options.json_path is not None:
         judged = None if judge is None else Path(options.judge or "reference model").name
         _write(options, settings, loaded, texts, by_batch, judged)
         console.print(f"wrote {options.json_path}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _show(console: Console, by_batch: Sequence[Sequence[BlockResult]]) -> None:
-    from carpool.evaluate.block_table import NOTE, table
-
-    for found in by_batch:
-        console.print(table(found, console))
-        measured = found[0].denoised.measured
-        warn_of_few(console, measured.layout.batch_size, measured.batches)
-        console.print()
-    console.print(NOTE, highlight=False, markup=False)
 
 
 def _write(

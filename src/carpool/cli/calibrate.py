@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from carpool.cli.app import command
-from carpool.cli.common import listed, open_model, progress, require_number, warn
-from carpool.cli.options import Model, RequiredTexts, Seed, WindowLength
+from carpool.cli.common import embedded_texts, listed, open_model, progress, require_number, warn
+from carpool.cli.options import Model, Seed, Texts, WindowLength
+from carpool.cli.table import DETAIL, Column, Row, print_table, say
 
 if TYPE_CHECKING:
     from carpool.artefacts.statistics import Statistics
     from carpool.calibrate.sequences import Windows
 
+RANKS = {"routed": 2, "cosine": 3, "frobenius": 4}  # of similarities, where there is no room for all
 FEW_TOKENS = 32  # an expert's row of `routed` from fewer tokens is mostly noise
 PREDICTED = 4  # tokens for each coefficient of the norm predictor
 
@@ -27,7 +28,7 @@ class Options:
     """What `carpool calibrate` takes."""
 
     model: Model = None
-    text: RequiredTexts = None
+    text: Texts = None
     output: Annotated[Path, typer.Option("--output", "-o", help="Statistics file to write.")] = Path(
         "stats.safetensors"
     )
@@ -57,7 +58,9 @@ def calibrate(options: Options) -> None:
     require_windows(options.tokens, options.sequence, options.seed)
     require_number("--surrogates", options.surrogates, 1)
     require_writable(options.output)
-    paths = options.text or []
+    paths = options.text or embedded_texts()
+    if not options.text:
+        say(console, "without --text: on the embedded texts; measure policies on other text than they were made from")
     documents = load_texts(paths)
     data = [(path.name, sha256_file(path)) for path in paths]
     opened = open_model(options.model)
@@ -127,16 +130,18 @@ def _show_similarities(console: Console, stats: Statistics) -> None:
     other_EE = ~torch.eye(stats.num_experts, dtype=torch.bool)
     points = torch.tensor([0.5, 0.1, 0.9])
     heads = [name.removeprefix("similarity_") for name in SIMILARITIES]
-    table = Table("layer", "fewest tokens", *heads, box=None, header_style="bold")
+    columns = [Column("layer"), Column("fewest tokens", "of its experts", rank=1)]
+    columns += [Column(head, rank=RANKS.get(head, DETAIL)) for head in heads]
+    rows = []
     few: dict[str, int] = {}
     for index, tensors in stats.layers.items():
         coverage_E = tensors["coverage"]
         spread = [tensors[name][other_EE].quantile(points).tolist() for name in SIMILARITIES]
         shown = [f"{median:.2f} ({low:.2f} to {high:.2f})" for median, low, high in spread]
-        table.add_row(str(index), str(int(coverage_E.min())), *shown)
+        rows.append(Row([str(index), str(int(coverage_E.min())), *shown]))
         few |= {f"{index}:{expert}": n for expert, n in enumerate(coverage_E.tolist()) if n < FEW_TOKENS}
-    console.print(f"similarity of two experts, median (10th to 90th percentile), over {stats.tokens:,} tokens:")
-    console.print(table)
+    title = f"similarity of two experts, median (10th to 90th percentile), over {stats.tokens:,} tokens:"
+    print_table(console, columns, rows, title)
     unseen = [name for name, n in few.items() if n == 0]
     if unseen:
         warn(

@@ -24,6 +24,7 @@ from rich.progress import (
 from carpool.errors import CarpoolError
 
 if TYPE_CHECKING:
+    from carpool.artefacts.statistics import Statistics
     from carpool.hosts.transformers import MoELayer, Opened
     from carpool.plans.policy_file import AnyPlan
 
@@ -51,7 +52,7 @@ def require_number(option: str, value: float | None, low: float, high: float = i
 
 def warn(console: Console, said: str) -> None:
     """Print a warning."""
-    console.print(f"[yellow]warning:[/] {escape(said)}", highlight=False, soft_wrap=True)
+    console.print(f"[bold]warning:[/] {escape(said)}", highlight=False, soft_wrap=True)
 
 
 def listed(names: Sequence[str]) -> str:
@@ -88,34 +89,50 @@ def open_model(model: str | None, plans: Sequence[AnyPlan] = ()) -> Opened:
 
 
 def load(model: str | None, stats: Path | None, plans: Sequence[AnyPlan] = ()) -> tuple[Any, Any, Any]:
-    """Model, tokenizer and statistics in one go."""
+    """Model, tokenizer and the statistics that were named, or that come with the model."""
     opened = open_model(model, plans)
-    return opened.weights(), opened.tokenizer, statistics_of(model, stats)
+    given = named_statistics(plans, stats, opened)
+    loaded = opened.weights()
+    return loaded, opened.tokenizer, statistics_of(loaded, given)
 
 
-def statistics_of(model: str | None, stats: Path | None) -> Any:
-    """The statistics that were named, or those that the reference model brings; None where there are none."""
+def named_statistics(plans: Sequence[AnyPlan], stats: Path | None, opened: Opened) -> Statistics | None:
+    """The statistics that were named; None where none were.
+
+    Raises:
+        CarpoolError: before weights are read: the file cannot be; a policy needs statistics, and neither the option nor
+            its own file names any, and none that come with a model can be this one's.
+    """
     from carpool.artefacts.statistics import Statistics
+    from carpool.hosts.transformers.plans import missing_statistics
 
-    source = shipped_statistics() if stats is None and model is None else stats
+    if stats is not None:
+        return Statistics.load(stats)
+    for plan in plans:
+        needy = plan.policy.required_stats() and getattr(plan, "statistics", None) is None
+        if needy and may_be_shipped(opened) is None:
+            raise missing_statistics(plan.policy)
+    return None
+
+
+def statistics_of(model: Any, given: Statistics | None) -> Statistics | None:
+    """The given statistics, or those that come with a model, which knows its own; None where there are none."""
+    from carpool.artefacts.shipped import shipped_with
+    from carpool.artefacts.statistics import Statistics
+    from carpool.hosts.transformers import find_layers, identity
+
+    if given is not None:
+        return given
+    source = shipped_with(identity(find_layers(model)))
     return None if source is None else Statistics.load(source)
 
 
-def require_statistics(plans: Sequence[AnyPlan], stats: Any) -> None:
-    """Raises CarpoolError if a policy needs statistics and neither `stats` nor its own file has any."""
-    from carpool.hosts.transformers.plans import missing_statistics
+def may_be_shipped(opened: Opened) -> Path | None:
+    """Statistics that come with a model which may be this one, as far as it is known before its weights are read."""
+    from carpool.artefacts.shipped import shipped_for
 
-    for plan in plans:
-        if plan.policy.required_stats() and stats is None and getattr(plan, "statistics", None) is None:
-            raise missing_statistics(plan.policy)
-
-
-def shipped_statistics() -> Path | None:
-    """The reference model's statistics, where its distribution has some."""
-    from carpool_demo import HERE
-
-    shipped: Path = HERE / "stats.safetensors"
-    return shipped if shipped.exists() else None
+    first = opened.layers[0]
+    return shipped_for([layer.index for layer in opened.layers], first.num_experts, first.top_k)
 
 
 def model_facts(loaded: Any, name: str | None) -> dict[str, Any]:

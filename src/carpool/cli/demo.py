@@ -7,9 +7,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from carpool.cli.app import command
-from carpool.cli.common import embedded_texts, model_facts, open_model, progress, require_number, statistics_of
+from carpool.cli.common import (
+    embedded_texts,
+    may_be_shipped,
+    model_facts,
+    open_model,
+    progress,
+    require_number,
+    statistics_of,
+)
+from carpool.cli.evaluation_table import show_results
+from carpool.cli.table import say
 
 JSON, PICTURE = "carpool-demo.json", "carpool-demo.png"
 
@@ -30,18 +41,17 @@ def demo(
     from carpool.evaluate.results import text_facts, write
     from carpool.evaluate.series import Curve, load_demo
     from carpool.evaluate.study import Settings, require_possible, sequences_for, study
-    from carpool.evaluate.table import NOTE, table, wide_console
     from carpool.routing.batch import Grouping
 
-    console = wide_console()
+    console = Console()
     require_number("--batches", batches, 1)
     json_path, picture_path = (require_writable(output / name) for name in (JSON, PICTURE))
     paths = embedded_texts()
     documents = load_texts(paths)
     opened = open_model(None)
-    tokenizer, statistics = opened.tokenizer, statistics_of(None, None)
+    tokenizer, shipped = opened.tokenizer, may_be_shipped(opened)
     numbers, series = load_demo()
-    without = [one for one in series if statistics is None and any(plan.policy.required_stats() for plan in one.plans)]
+    without = [one for one in series if shipped is None and any(plan.policy.required_stats() for plan in one.plans)]
     series = [one for one in series if one not in without]
     settings = Settings(
         plans=tuple(plan for one in series for plan in one.plans),
@@ -52,20 +62,19 @@ def demo(
     )  # fmt: skip
     sequences = sequences_for(settings, documents, tokenizer, fewer="lower --batches")
     model = opened.weights()
+    statistics = statistics_of(model, None)
     require_possible(model, settings, statistics)
     with progress("decoding in lockstep", settings.num_rows(sequences)) as advance:
         (results,) = study(model, settings, sequences, stats=statistics, advance=advance)
     curves = [Curve.of(one, results) for one in series]
     said = findings(curves)
 
-    console.print(table(results, console))
-    console.print()
-    console.print(NOTE, style="dim", highlight=False, markup=False)
+    show_results(console, [results])
     for one in without:
         console.print(f"{one.label} is left out: the installed reference model has no statistics.", markup=False)
     console.print()
     for sentence in said:
-        console.print(sentence, highlight=False, markup=False)
+        say(console, sentence)
     console.print()
     decoded = int(results[0].measured.tokens_M.sum())
     plot(

@@ -13,6 +13,8 @@ from torch import Tensor
 from carpool.diffusion import Block, Generation
 
 MASKED = "░"
+HEIGHTS = " ▁▂▃▄▅▆▇█"
+BARS = 32  # of a picture
 Decode = Callable[[list[int]], str]
 Frame = list[list[int | None]]
 
@@ -62,7 +64,7 @@ def text_of(tokens: Sequence[int | None], decode: Decode, other: Sequence[int | 
 
     for place, token in enumerate(tokens):
         differs = other is not None and token is not None and place < len(other) and other[place] not in (None, token)
-        wanted = "bold yellow" if differs else ""
+        wanted = "bold underline" if differs else ""
         if token is None or wanted != style:
             flush()
         style = wanted
@@ -85,7 +87,7 @@ def view(
         grid.add_column(ratio=1)
         parts: list[RenderableType] = []
         for request, prompt in enumerate(prompts):
-            shown = Text.assemble((prompt, "cyan"))
+            shown = Text.assemble((prompt, "dim"))
             if frame is not None:
                 other = frames[0][request] if side and frames[0] is not None else None
                 shown += text_of(frame[request], decode, other)
@@ -97,10 +99,22 @@ def view(
 
 
 def block_lines(made: Generation) -> list[str]:
-    """How many forwards every block took, for a console that cannot redraw."""
-    lines = []
-    for number in sorted({forward.block for forward in made.forwards}):
-        own = [forward for forward in made.forwards if forward.block == number]
-        accepted = [int(forward.accepted_RL.sum()) for forward in own]
-        lines.append(f"  block {number + 1}: {len(own)} forwards, accepted {' '.join(map(str, accepted))}")
-    return lines
+    """A picture of every block: a bar a forward, as high as the tokens that it accepted."""
+    blocks = [
+        [int(forward.accepted_RL.sum()) for forward in made.forwards if forward.block == number]
+        for number in sorted({forward.block for forward in made.forwards})
+    ]
+    most = max([1, *(count for own in blocks for count in own)])
+    widest = max([0, *map(len, blocks)])
+    return [
+        f"  block {number:>{len(str(len(blocks)))}}  {picture(own, most).ljust(min(widest, BARS))}  "
+        f"{len(own)} forwards accept {sum(own)}{f', at most {max(own)} at once' if max(own) > 1 else ' one by one'}"
+        for number, own in enumerate(blocks, start=1)
+    ]
+
+
+def picture(counts: Sequence[int], most: int) -> str:
+    """Bars of these heights; of more than fit, each stands for several forwards and is as high as their highest."""
+    size = -(-len(counts) // BARS)
+    highest = [max(counts[start : start + size]) for start in range(0, len(counts), size or 1)]
+    return "".join(HEIGHTS[-(-count * (len(HEIGHTS) - 1) // most)] for count in highest)

@@ -103,7 +103,7 @@ def diffuse(
             for line in block_lines(generation):
                 console.print(line, highlight=False)
             for start, tokens, other in zip(prompts, film.frames[-1], films[0].frames[-1], strict=True):
-                console.print(Text.assemble((start, "cyan")) + text_of(tokens, decode, other))
+                console.print(Text.assemble((start, "dim")) + text_of(tokens, decode, other))
             console.print()
     for line in _summary(names, made):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

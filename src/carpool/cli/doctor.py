@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from carpool.cli.app import command
+from carpool.cli.options import ShowJson
+from carpool.cli.table import Column, Row, print_table, say
 from carpool.errors import CarpoolError
+
+if TYPE_CHECKING:
+    from carpool.doctor import Diagnosis
+
+ESTIMATE = "* an upper estimate: as if tokens drew experts independently and evenly; `carpool evaluate` measures"
 
 
 @command("doctor")
 def doctor(
     model: Annotated[str, typer.Argument(help="A model's folder, its config.json, or a name in the local cache.")],
     bandwidth: Annotated[float, typer.Option(help="Memory bandwidth in GB/s, for the time a step's reads take.")] = 0.0,
+    as_json: ShowJson = False,
 ) -> None:
     """Read a model's configuration: routing rule, experts read at each batch size, what a policy needs."""
     from carpool.doctor import BATCHES, diagnose
@@ -24,6 +32,9 @@ def doctor(
         raise CarpoolError(f"--bandwidth {bandwidth}: give GB/s, 0 for none")
     console = Console()
     found = diagnose(model)
+    if as_json:
+        typer.echo(json.dumps(_as_dict(found, bandwidth), indent=1))
+        return
     spec = found.spec
     console.print(
         f"[bold]{found.architecture}[/] ({found.family}): {found.moe_layers} of {found.layers} layers are MoE"
@@ -37,18 +48,16 @@ def doctor(
     renormalized = "renormalised" if spec.renormalize or spec.scoring == "softmax_after_topk" else "not renormalised"
     console.print(f"routing: {spec.scoring}, weights {renormalized}, scaling {spec.scaling:g}{bias}{limits}\n")
 
-    table = Table("batch", "experts read per layer*", "% of all", "GB per step", box=None, header_style="bold")
-    if bandwidth > 0:
-        table.add_column("ms per step")
+    columns = [Column("batch"), Column("experts read per layer*"), Column("% of all", rank=2), Column("GB per step")]
+    columns += [Column("ms per step")] if bandwidth > 0 else []
+    rows = []
     for batch in BATCHES:
         union = found.expected_union(batch)
         size = found.step_bytes(union) / 1e9
         row = [str(batch), f"{union:.1f}", f"{100 * union / found.num_experts:.0f}", f"{size:.3g}"]
-        table.add_row(*row, *([f"{1e3 * size / bandwidth:.3g}"] if bandwidth > 0 else []))
-    console.print(table)
-    console.print(
-        "* an upper estimate: as if tokens drew experts independently and evenly; `carpool evaluate` measures\n"
-    )
+        rows.append(Row([*row, *([f"{1e3 * size / bandwidth:.3g}"] if bandwidth > 0 else [])]))
+    print_table(console, columns, rows)
+    say(console, f"{ESTIMATE}\n")
 
     console.print("[bold]Policies to begin with[/]")
     for text, needs in found.suggestions():
@@ -60,3 +69,28 @@ def doctor(
     for device, name in (("cpu", "CPU build"), ("cuda", "GPUs")):
         place = f"{name} (this machine)" if device == here else name
         console.print(f"  {place}: {found.in_vllm[device]}", highlight=False)
+
+
+def _as_dict(found: Diagnosis, bandwidth: float) -> dict[str, Any]:
+    """The same as JSON: sizes in bytes, times in milliseconds where a bandwidth is given."""
+    from carpool.doctor import BATCHES
+
+    spec = found.spec
+    steps = []
+    for batch in BATCHES:
+        union = found.expected_union(batch)
+        size = found.step_bytes(union)
+        times = {"ms_per_step": size / bandwidth / 1e6} if bandwidth > 0 else {}
+        steps.append({"batch": batch, "expected_union": union, "bytes_per_step": size, **times})
+    return {
+        "architecture": found.architecture, "family": found.family, "layers": found.layers,
+        "moe_layers": found.moe_layers, "num_experts": found.num_experts, "top_k": found.top_k,
+        "expert_bytes": found.expert_bytes, "weights": found.weights,
+        "routing": {
+            "scoring": spec.scoring, "renormalize": spec.renormalize, "scaling": spec.scaling,
+            "correction_bias": spec.bias_E is not None, "num_groups": spec.num_groups, "kept_groups": spec.kept_groups,
+        },
+        "steps": steps,
+        "suggestions": [{"policy": text, "needs": needs} for text, needs in found.suggestions()],
+        "vllm": found.in_vllm,
+    }  # fmt: skip

@@ -11,13 +11,13 @@ from carpool.cli.app import command
 from carpool.cli.common import (
     embedded_texts,
     model_facts,
+    named_statistics,
     open_model,
     progress,
-    require_statistics,
     statistics_of,
-    warn_of_few,
 )
 from carpool.cli.evaluate_options import Options, Prepared
+from carpool.cli.evaluation_table import show_results
 
 if TYPE_CHECKING:
     from carpool.evaluate.metrics import Result
@@ -30,9 +30,7 @@ def evaluate(options: Options) -> None:
 
     With --decode block-diffusion: denoise blocks of a text, and decode prompts.
     """
-    from carpool.evaluate.table import wide_console
-
-    console = wide_console()
+    console = Console()
     options.require_one_way()
     if options.blocks:
         from carpool.cli.block_diffusion import evaluate_blocks
@@ -51,7 +49,7 @@ def evaluate(options: Options) -> None:
         report_interference(console, ready, settings, options, **facts(options, settings, ready))
     else:
         by_batch = measure(ready, settings)
-        show(console, by_batch)
+        show_results(console, by_batch)
         write(console, options.json_path, by_batch, ready, **facts(options, settings, ready))
 
 
@@ -82,12 +80,12 @@ def prepare(options: Options, settings: Settings) -> Prepared:
     texts = options.text or embedded_texts()
     documents = load_texts(texts)
     opened = open_model(options.model, settings.plans)
-    statistics = statistics_of(options.model, options.stats)
-    require_statistics(settings.plans, statistics)
+    given = named_statistics(settings.plans, options.stats, opened)
     fewer = f"lower --sequence, --batch or {'--tokens' if options.batches is None else '--batches'}"
     with progress("tokenizing", sum(len(document.text) for document in documents)) as advance:
         sequences = sequences_for(settings, documents, opened.tokenizer, advance, fewer=fewer)
     loaded = opened.weights()
+    statistics = statistics_of(loaded, given)
     require_possible(loaded, settings, statistics)
     return Prepared(loaded, opened.tokenizer, statistics, sequences, texts)
 
@@ -98,17 +96,6 @@ def measure(ready: Prepared, settings: Settings) -> list[list[Result]]:
 
     with progress("evaluating", settings.num_rows(ready.sequences)) as advance:
         return study(ready.model, settings, ready.sequences, stats=ready.statistics, advance=advance)
-
-
-def show(console: Console, by_batch: list[list[Result]]) -> None:
-    """A table for every batch size."""
-    from carpool.evaluate.table import NOTE, table
-
-    for found in by_batch:
-        console.print(table(found, console))
-        warn_of_few(console, found[0].measured.layout.batch_size, found[0].measured.batches)
-        console.print()
-    console.print(NOTE, highlight=False, markup=False)
 
 
 def facts(options: Options, settings: Settings, ready: Prepared) -> dict[str, Any]:

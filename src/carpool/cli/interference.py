@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from carpool.artefacts.files import write_text
 from carpool.cli.common import progress
+from carpool.cli.evaluation_table import POLICY
+from carpool.cli.table import DETAIL, Column, Row, Sheet, say
 from carpool.errors import CarpoolError
 
 if TYPE_CHECKING:
@@ -23,12 +23,20 @@ if TYPE_CHECKING:
     from carpool.evaluate.interference import Interference
     from carpool.evaluate.study import Settings
 
-NOTE = (
-    "every sequence decodes beside several sets of neighbours. KL: stock against policy, nats a token; between: "
-    "one set of neighbours against the next; flipped: tokens whose likeliest next token is not stock's; unstable: "
-    "whose likeliest next token depends on the neighbours; displaced: largest share of a row's native weight that is "
-    "not computed. Stock's row shows the rounding of the kernels."
+NEXT = "one set of neighbours against the next"
+COLUMNS = (
+    POLICY,
+    Column("KL", "stock against policy, nats a token, mean", rank=1),
+    Column("p99", "its 99th percentile", rank=DETAIL),
+    Column("worst", "its maximum", rank=2),
+    Column("between", f"{NEXT}, mean"),
+    Column("p99 between", "its 99th percentile", rank=DETAIL),
+    Column("worst between", "its maximum", rank=DETAIL),
+    Column("flipped", "tokens whose likeliest next token is not stock's", rank=4),
+    Column("unstable", "tokens whose likeliest next token depends on the neighbours"),
+    Column("displaced", "largest share of a row's native weight that is not computed", rank=3),
 )
+NOTE = "Every sequence decodes beside several sets of neighbours; stock's row shows the rounding of the kernels."
 
 
 def for_interference(settings: Settings, co_batches: int) -> Settings:
@@ -61,32 +69,29 @@ def report_interference(console: Console, ready: Prepared, settings: Settings, o
             ready.model, describe(ready.model), settings.plans, sequences, layout, options.co_batches,
             seed=settings.seed, stats=ready.statistics, advance=advance,
         )  # fmt: skip
-    console.print(table(found))
-    console.print()
-    console.print(NOTE, highlight=False, markup=False)
+    show(console, found)
     if options.json_path is not None:
         write(options.json_path, found, ready.tokenizer.decode, co_batches=options.co_batches, **facts)
         console.print(f"wrote {options.json_path}", highlight=False, markup=False, soft_wrap=True)
 
 
-def table(found: Many[Interference]) -> Table:
-    """A row a policy."""
-    made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    first = found[0]
-    made.title = (
-        f"batch {first.layout.batch_size}, {first.sequences} sequences beside {first.deals} sets of neighbours each"
-    )
-    made.title_justify, made.title_style = "left", "bold"
-    made.add_column("policy", overflow="fold")
-    heads = ("KL mean", "p99", "worst", "between mean", "p99", "worst", "flipped", "unstable", "displaced")
-    for name in heads:
-        made.add_column(name, justify="right", no_wrap=True)
+def show(console: Console, found: Many[Interference]) -> None:
+    """A row a policy, and what its columns mean."""
+    first, rows = found[0], []
     for one in found:
-        spreads = [f"{value:.2g}" for s in (one.loss, one.between)
-                   for value in (s.mean, s.quantiles_Q[2], s.quantiles_Q[-1])]  # fmt: skip
-        shares = [f"{value:.1%}" for value in (one.flipped, one.unstable, one.displaced)]
-        made.add_row(Text(one.name), *map(Text, (*spreads, *shares)))
-    return made
+        spreads = [
+            f"{value:.2g}"
+            for spread in (one.loss, one.between)
+            for value in (spread.mean, spread.quantiles_Q[2], spread.quantiles_Q[-1])
+        ]
+        rows.append(
+            Row([one.name, *spreads, *(f"{share:.1%}" for share in (one.flipped, one.unstable, one.displaced))])
+        )
+    sheet = Sheet.of(console, COLUMNS, rows)
+    beside = f"{first.sequences} sequences beside {first.deals} sets of neighbours each"
+    sheet.show(console, title=f"batch {first.layout.batch_size}, {beside}")
+    console.print()
+    say(console, f"{NOTE} {sheet.legend()}")
 
 
 def write(path: Path, found: Many[Interference], decode: Callable[[list[int]], str], **facts: Any) -> None:

@@ -14,9 +14,7 @@ Texts = Annotated[
     list[Path] | None,
     typer.Option("--text", help=".txt or .jsonl, a domain each; may be repeated; default: embedded texts."),
 ]
-RequiredTexts = Annotated[
-    list[Path] | None, typer.Option("--text", help=".txt, or .jsonl with a field text; may be repeated.")
-]
+ShowJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else on standard output.")]
 SequenceLength = Annotated[int, typer.Option(help="Tokens of a sequence, prompt included.")]
 WindowLength = Annotated[int, typer.Option(help="Tokens per sequence.")]
 Prefill = Annotated[int, typer.Option(help="Tokens of the prompt, which keeps its native routing.")]

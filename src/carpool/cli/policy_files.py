@@ -11,8 +11,8 @@ from rich.console import Console
 
 from carpool.cli.app import command
 from carpool.cli.calibrate import require_windows
-from carpool.cli.common import listed, open_model, progress, require_number, statistics_of, warn
-from carpool.cli.options import Model, PolicyFileToWrite, RequiredTexts, Seed, WindowLength
+from carpool.cli.common import embedded_texts, listed, named_statistics, open_model, progress, require_number, warn
+from carpool.cli.options import Model, PolicyFileToWrite, Seed, Texts, WindowLength
 from carpool.errors import CarpoolError
 
 
@@ -55,7 +55,7 @@ def allow_list(
 def threshold(
     model: Model = None,
     skip: Annotated[float, typer.Option(help="Share of (token, expert) pairs to skip, 0 to 1.")] = 0.3,
-    text: RequiredTexts = None,
+    text: Texts = None,
     policy: Annotated[str, typer.Option(help="layer_threshold, tail_mass or top_p.")] = "layer_threshold",
     stats: Annotated[
         Path | None, typer.Option(help="Statistics of `carpool calibrate --sensitivity`, for layer_threshold.")
@@ -85,8 +85,9 @@ def threshold(
             raise CarpoolError(f"layer_threshold needs --stats FILE, made with `{made_by('sensitivity')}`")
         if stats.resolve().parent != output.resolve().parent:
             raise CarpoolError(f"{stats} is not beside {output}: a policy file and its statistics lie in one folder")
-    documents = load_texts(text or [])
-    opened, given = open_model(model), statistics_of(model, stats)
+    documents = load_texts(text or embedded_texts())
+    opened = open_model(model)
+    given = named_statistics([], stats, opened)
     windows = token_sequences(documents, opened.tokenizer, tokens, sequence, seed)
     loaded = opened.weights()
     with progress("searching", windows.ids_BT.numel() * (STEPS.bit_length() + 2)) as advance:

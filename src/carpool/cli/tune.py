@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -13,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from carpool.artefacts.files import atomic_path
 from carpool.cli.app import command
-from carpool.cli.common import Bar, embedded_texts, open_model, progress, require_number, shipped_statistics, warn
+from carpool.cli.common import Bar, embedded_texts, may_be_shipped, open_model, progress, require_number
 from carpool.cli.tune_options import Options, Prepared
+from carpool.cli.tune_view import Files, again, as_dict, show
 from carpool.errors import CarpoolError
 
 if TYPE_CHECKING:
@@ -40,18 +41,28 @@ def tune(options: Options) -> None:
     from carpool.tune import Target
     from carpool.tune import tune as search_for
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, stderr=options.as_json)
     target = Target(options.max_kl, options.max_perplexity_ratio, options.share)
     ready = prepare(console, options)
     memory = options.output.with_name(f".{options.output.name}.progress")
     with progress("tuning", _expected(ready.families, ready.moe), "trials") as bar:
         search, verify = trials(ready, options, memory, lambda policy: bar(1))
         if search.points:
-            bar.say(f"resuming after {len(search.points)} trials")
-        found = search_for(ready.families, target, search, verify, bar.say)
-    write(options, ready, target, found, search, verify)
+            bar.say(f"resuming after {len(search.points)} trials, which {memory} has kept")
+        try:
+            found = search_for(ready.families, target, search, verify, bar.say)
+        except KeyboardInterrupt:
+            for said in again(options, len(search.points), memory):
+                bar.say(said)
+            raise
+        except CarpoolError:
+            memory.unlink(missing_ok=True)
+            raise
+    files = write(options, ready, target, found, search, verify)
     memory.unlink(missing_ok=True)
-    show(console, options, target, found, ready.verify.batches)
+    show(console, options, target, found, ready.verify.batches, files)
+    if options.as_json:
+        typer.echo(json.dumps(as_dict(options, target, found, files), indent=1))
     if not found.met:
         raise typer.Exit(1)
 
@@ -60,6 +71,7 @@ def prepare(console: Console, options: Options) -> Prepared:
     """Split and draw the text, load the model, make statistics where some are needed and none are there; raises
     CarpoolError for what does not fit, before weights are read."""
     from carpool.artefacts.files import sha256_file
+    from carpool.artefacts.shipped import shipped_with
     from carpool.artefacts.statistics import Statistics
     from carpool.artefacts.texts import load_texts
     from carpool.calibrate import token_sequences
@@ -80,16 +92,21 @@ def prepare(console: Console, options: Options) -> Prepared:
     both = (halves.search, halves.verify)
     with progress("tokenizing", sum(len(document.text) for half in both for document in half)) as advance:
         search, verify = (draw(half, opened.tokenizer, options, layout, advance) for half in both)
-    statistics = options.stats or (shipped_statistics() if options.model is None else None)
-    windows = None
-    if statistics is None and any(one.required_stats for one in families):
-        windows = token_sequences(halves.search, opened.tokenizer, CALIBRATION, WINDOW, options.seed, True)
+    shipped = may_be_shipped(opened) if options.stats is None else None
+    needy = options.stats is None and any(one.required_stats for one in families)
+
+    def cut() -> Windows:
+        return token_sequences(halves.search, opened.tokenizer, CALIBRATION, WINDOW, options.seed, True)
+
+    windows, made = cut() if needy and shipped is None else None, None
     model = opened.weights(device_map=options.device_map)
-    if windows is not None:
-        statistics = _calibrate(model, windows, options, data)
+    model_id = identity(find_layers(model))
+    statistics = options.stats or (None if shipped is None else shipped_with(model_id))
+    if needy and statistics is None:
+        statistics = made = _calibrate(model, cut() if windows is None else windows, options, data)
     if statistics is not None and not options.policy:
         families = measurable(families, Statistics.load(statistics).for_layer(opened.layers[0].index))
-    return Prepared(families, layout, data, search, verify, model, moe, identity(find_layers(model)), statistics)
+    return Prepared(families, layout, data, search, verify, model, moe, model_id, statistics, made)
 
 
 def check(options: Options) -> tuple[list[Family], Layout]:
@@ -146,7 +163,7 @@ def trials(ready: Prepared, options: Options, memory: Path, advance: Callable[[s
     )
 
 
-def write(options: Options, ready: Prepared, target: Target, found: Tuned, search: Trials, verify: Trials) -> None:
+def write(options: Options, ready: Prepared, target: Target, found: Tuned, search: Trials, verify: Trials) -> Files:
     """The policy file, with everything that was measured."""
     from carpool.plans.policy_file import PolicyFile
 
@@ -154,33 +171,19 @@ def write(options: Options, ready: Prepared, target: Target, found: Tuned, searc
         "fingerprint": ready.identity.fingerprint, "num_layers": ready.moe.layers, "num_experts": ready.moe.experts,
         "top_k": ready.moe.top_k,
     }  # fmt: skip
+    statistics = _beside(options.output, ready.statistics) if found.plan.policy.required_stats() else None
     PolicyFile(
         found.plan,
         {},
         made_for,
-        _beside(options.output, ready.statistics) if found.plan.policy.required_stats() else None,
+        statistics,
         (
             {"target": target.given, **_measured_on(ready, options), "texts": ready.data},
             *({"text": "search", **asdict(point)} for point in search.points.values()),
             *({"text": "unseen", **asdict(point)} for point in verify.points.values()),
         ),
     ).save(options.output)
-
-
-def show(console: Console, options: Options, target: Target, found: Tuned, batches: int) -> None:
-    """What was chosen, what it reads and costs on unseen text, and whether that keeps the target."""
-    seen = found.verified
-    console.print(f"[bold]{escape(str(found.plan))}[/], for batch {options.batch}:")
-    console.print(
-        f"on text that the search did not see it reads {seen.share:.1%} of what stock reads, at KL {seen.kl:.4f} "
-        f"({seen.kl_low:.4f} to {seen.kl_high:.4f}, {batches} batches) nats a token and perplexity x "
-        f"{seen.perplexity_ratio:.4f}"
-    )
-    if found.met and target.max_kl is not None and seen.kl_high > target.max_kl:
-        console.print("its interval reaches beyond the target: more --tokens would tell")
-    if not found.met:
-        warn(console, f"that misses the target ({target}); more --tokens make the search surer")
-    console.print(f"wrote {options.output}", markup=False)
+    return Files(options.output, statistics, ready.made if statistics is None else None)
 
 
 def _measured_on(ready: Prepared, options: Options) -> dict[str, Any]:

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from carpool.cli.options import PREFILL, SEQUENCE, Model, PolicyFileToWrite, Prefill, Seed, SequenceLength, Texts
+from carpool.cli.options import (
+    PREFILL,
+    SEQUENCE,
+    Model,
+    PolicyFileToWrite,
+    Prefill,
+    Seed,
+    SequenceLength,
+    ShowJson,
+    Texts,
+)
 
 if TYPE_CHECKING:
     from carpool.artefacts.identity import Identity
@@ -45,6 +55,7 @@ class Options:
     stats: Annotated[
         Path | None, typer.Option(help="Statistics of `carpool calibrate`; made on the way where policies need some.")
     ] = None
+    as_json: ShowJson = False
     device_map: Annotated[str | None, typer.Option(help="Passed on to transformers, such as auto.")] = None
 
 
@@ -56,7 +67,7 @@ class Prepared:
         families: to choose from. layout: of a batch.
         data: names and hashes of the files of text. search, verify: sequences of their halves.
         model: loaded. moe: its numbers. identity: what files made for it are checked against.
-        statistics: file that some families need, or None.
+        statistics: file that some families need, or None. made: the same, if this run made it.
     """
 
     families: list[Family]
@@ -68,3 +79,4 @@ class Prepared:
     moe: MoE
     identity: Identity
     statistics: Path | None
+    made: Path | None = None

@@ -17,7 +17,7 @@ from carpool.evaluate.answers import Question, deal, score
 from carpool.evaluate.study import describe
 from carpool.hosts.transformers import share
 from carpool.hosts.transformers.loading import source_of
-from carpool.lm_eval.sums import Sums, by_task, depends, facts, require_company, require_no_cache
+from carpool.lm_eval.sums import Sums, by_task, depends, facts, require_company, require_no_cache, told
 from carpool.plans.policy_file import plan_or_file, stats_for
 from carpool.routing.batch import Grouping
 
@@ -129,4 +129,5 @@ class CarpoolLM(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """The harness puts this into its results, after the tasks."""
         mine = facts(self.plan, self.sums, str(self.grouping), self.batch_size, seed=self.seed)
+        logging.getLogger(__name__).warning(told(mine))
         return super().get_model_info() | {"carpool": mine}

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from lm_eval.models.vllm_causallms import VLLM
 
 from carpool.errors import CarpoolError
-from carpool.lm_eval.sums import Sums, by_task, depends, facts, require_no_cache
+from carpool.lm_eval.sums import Sums, by_task, depends, facts, require_no_cache, told
 from carpool.plans.policy_file import PolicyFile, plan_or_file
 
 PROMPTS = (
@@ -95,4 +95,6 @@ class CarpoolVLLM(VLLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """The harness puts this into its results, after the tasks."""
-        return {"carpool": facts(self.plan, self.sums, self.group, self.together)}
+        mine = facts(self.plan, self.sums, self.group, self.together)
+        logging.getLogger(__name__).warning(told(mine))
+        return {"carpool": mine}

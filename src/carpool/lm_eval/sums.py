@@ -102,6 +102,20 @@ def facts(plan: AnyPlan, sums: Sums, group: str, together: int, **given: Any) ->
     }
 
 
+def told(found: dict[str, Any]) -> str:
+    """What a policy did, in one sentence, from `facts`."""
+    if not found["rows"]:
+        return f"{found['policy']}: nothing was decoded under it"
+    read = found["experts_read"] / found["experts_natively"] if found["experts_natively"] else 1.0
+    changed = found["changed_rows"] / found["rows"]
+    return (
+        f"{found['policy']}, grouped by {found['group']}, {found['requests_together']} requests together: "
+        f"{found['experts_read']:.1f} of {found['experts_natively']:.1f} experts read a layer and step ({read:.0%}), "
+        f"{changed:.0%} of {found['rows']:,} decoded rows (layers added up) routed otherwise than natively, "
+        f"{found['displaced_mass']:.1%} of a row's native weight displaced"
+    )
+
+
 def require_company(plan: AnyPlan, grouping: Grouping, batch_size: int) -> None:
     """Raises CarpoolError for the harness's default of one request at a time, where nobody shares with anybody."""
     if batch_size == 1 and plan.policy.kind == "group" and grouping.kind in ("batch", "position"):

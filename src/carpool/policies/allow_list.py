@@ -39,6 +39,8 @@ class AllowList(Policy):
     left of the groups a row may use (the released mask lets it through there).
 
     Identity: all experts, or `size=E`.
+
+    Example: `allow_list(size=0.5)`.
     """
 
     experts: tuple[int, ...] | None = None

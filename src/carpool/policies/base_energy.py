@@ -36,6 +36,8 @@ class BASE(Policy):
     pick an expert count for it.
 
     Identity: `budget=E` (any budget that holds the natural union).
+
+    Example: `base(budget=0.5)`.
     """
 
     budget: int | float | Tensor

@@ -12,6 +12,8 @@ from carpool.routing.exact import SUM_BITS
 from carpool.routing.keys import TIE, side_by_side
 from carpool.routing.spec import Routing
 
+CONTROLS = ("topk", "random")
+
 
 @register
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class TopK(Policy):
         k: experts per token, 1 to `K`.
 
     Identity: `k=K`.
+
+    Example: `topk(k=4)`.
     """
 
     k: int | Tensor
@@ -63,6 +67,8 @@ class RandomCoreset(Policy):
         seed: another draw.
 
     Identity: `budget=E` (any budget that holds the natural union).
+
+    Example: `random(budget=0.5)`.
     """
 
     budget: int | float | Tensor

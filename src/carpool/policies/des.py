@@ -24,6 +24,8 @@ class DESSeq(OEA):
         k0: best experts of each voter. The paper uses 3 (safe) and 2 (aggressive) with K = 8.
 
     Identity: `k0=K`.
+
+    Example: `des_seq(k0=2)`.
     """
 
     name = "des_seq"
@@ -46,6 +48,8 @@ class DESVote(Policy):
     first), never raw logits; with a correction bias a token ranks with the bias and votes without it.
 
     Identity: `beta=1.0` or `size=E` (any size that holds the natural union).
+
+    Example: `des_vote(beta=0.6)`.
     """
 
     beta: float | None = None

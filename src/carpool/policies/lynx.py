@@ -28,6 +28,8 @@ class Lynx(Policy):
     weights, so ties are common at small batches; they go by the fixed tie rule.
 
     Identity: `budget=E` (or 1.0).
+
+    Example: `lynx(budget=0.5)`.
     """
 
     budget: int | float | Tensor

@@ -25,6 +25,8 @@ class OEA(Policy):
     row at exactly `K`, which is implemented.
 
     Identity: `k0=K`.
+
+    Example: `oea(k0=2)`.
     """
 
     k0: int | Tensor

@@ -37,6 +37,8 @@ class SERE(Policy):
     similarities stay fp32 (in bf16 most of them tie).
 
     Identity: `top=K`, or a `threshold` above 1.
+
+    Example: `sere(top=2)`.
     """
 
     top: int | Tensor

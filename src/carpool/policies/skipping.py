@@ -88,6 +88,8 @@ class TopP(Policy):
     paper mixes with raw probabilities, hence no renormalisation by default.
 
     Identity: `p=1.0`.
+
+    Example: `top_p(p=0.35)`.
     """
 
     p: float | Tensor
@@ -125,6 +127,8 @@ class TailMass(Policy):
     `b` the median of that ratio in a layer; this is `beta = b / (1 + b)`, set per layer in a policy file.
 
     Identity: `beta=0`.
+
+    Example: `tail_mass(beta=0.3)`.
     """
 
     beta: float | Tensor
@@ -166,6 +170,8 @@ class LayerThreshold(Policy):
     renormalises; a row keeps its heaviest expert (the released code may leave it none).
 
     Identity: `tau=0`.
+
+    Example: `layer_threshold(tau=0.02)`.
     """
 
     tau: float | Tensor

@@ -50,6 +50,8 @@ class Surrogate(Policy):
     themselves and adds their output beside the experts' (`carpool.experts.surrogates`).
 
     Identity: `budget=E` (or 1.0).
+
+    Example: `surrogate(budget=0.25)`.
     """
 
     budget: int | float | Tensor

@@ -31,6 +31,8 @@ class XShare(Policy):
     renormalisation; the warm-up counts towards the budget (Algorithm 1 fills the *remaining* budget).
 
     Identity: `budget=E` (or 1.0).
+
+    Example: `xshare(budget=0.5)`.
     """
 
     budget: int | float | Tensor

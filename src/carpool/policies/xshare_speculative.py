@@ -28,12 +28,16 @@ class XShareSpeculative(Policy):
             the coreset holds `max(budget, union)`; with `budget=1` the requests alone decide. `prune` takes the
             experts of largest mass out of that union, so the coreset holds at most `max(budget, warm-up union)`.
 
-    Needs `Batch.request_N`. The verification step then samples from a changed model: acceptance is exact with respect
-    to that one, not to the original.
+    Needs: `Batch.request_N`, the request of each row. Engines say it; `carpool evaluate` does not.
+
+    The verification step then samples from a changed model: acceptance is exact with respect to that one, not to the
+    original.
 
     Reading of the paper: sources leave open which of the two merges is meant, hence both.
 
     Identity: `budget=E`, with `prune` also `request_budget=E`.
+
+    Example: `xshare_speculative(budget=0.5, request_budget=0.25)`.
     """
 
     budget: int | float | Tensor

@@ -10,8 +10,8 @@ from typing import Any
 from carpool.artefacts.json_text import read_json
 from carpool.errors import CarpoolError
 from carpool.evaluate.results import SCHEMA
-from carpool.evaluate.table import CONTROLS
 from carpool.plans.grammar import parse
+from carpool.policies.controls import CONTROLS
 from carpool.report.checked import METRICS, SHARE, Place, require_decoding, require_row
 
 KIND, BLOCKS, INTERFERENCE = "carpool evaluation", "carpool block diffusion", "carpool interference"

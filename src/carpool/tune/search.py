@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from carpool.errors import CarpoolError
 from carpool.plans.grammar import Plan
@@ -16,6 +16,14 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class Failed:
+    """A plan that kept the target on the search's text, and not on text that the search did not see."""
+
+    searched: Point
+    verified: Point
+
+
+@dataclass(frozen=True)
 class Tuned:
     """What a search chose.
 
@@ -24,12 +32,14 @@ class Tuned:
         searched: it, on the search's text.
         verified: it, on text that the search did not see.
         met: whether the target holds there; if not, no candidate kept it and this one came closest.
+        failed: those that were tried before it, and failed there.
     """
 
     plan: Plan
     searched: Point
     verified: Point
     met: bool
+    failed: tuple[Failed, ...] = ()
 
 
 def tune(
@@ -48,18 +58,21 @@ def tune(
     place, step = values.index(value), 1 if target.bounds_quality else -1
     repairs = [values[at] for n in range(REPAIRS + 1) if 0 <= (at := place + step * n) < len(values)]
     closest: Tuned | None = None
+    failed: list[Failed] = []
     for plan in map(family.at, repairs):
         (searched,) = search.measure([plan])
         if not _met(target, searched):
             continue
         (verified,) = verify.measure([plan])
-        found = Tuned(plan, searched, verified, _met(target, verified))
+        found = Tuned(plan, searched, verified, _met(target, verified), tuple(failed))
         if found.met:
             return found
+        say(f"{plan}: failed verification")
+        failed.append(Failed(searched, verified))
         if closest is None or _bounded(verified, target) < _bounded(closest.verified, target):
             closest = found
     assert closest is not None  # the value on the edge keeps the target on the search's text
-    return closest
+    return replace(closest, failed=tuple(one for one in failed if one.searched != closest.searched))
 
 
 def edge(

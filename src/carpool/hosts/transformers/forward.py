@@ -153,5 +153,5 @@ def never_fired(layers: list[MoELayer], where: str, else_: str = "") -> CarpoolE
     return CarpoolError(
         f"armed but never fired: the router of {layers[0].name} and {len(layers) - 1} more was not called in {where}. "
         "Either the model did not run, or its block is replaced by a kernel that routes by itself (mxfp4: load with "
-        f"dequantize=True; use_kernels), or it was compiled before attach(model){else_}"
+        f"dequantize=True; use_kernels), or it was compiled before it was first shared{else_}"
     )

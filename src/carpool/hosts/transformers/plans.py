@@ -18,6 +18,7 @@ from carpool.plans.policy_file import PolicyFile
 from carpool.policies.base import Policy
 
 if TYPE_CHECKING:
+    from carpool.artefacts.identity import Identity
     from carpool.artefacts.statistics import Statistics
 
 
@@ -48,7 +49,8 @@ def prepare(policies: PolicyFile, layers: list[MoELayer], stats: str | Path | St
         return [Prepared(plan, {}) for plan in plans]
     from carpool.artefacts.statistics import made_by
 
-    loaded = _load(policies, layers, stats)
+    model = identity(layers)
+    loaded = _load(policies, model, stats)
     prepared: list[Prepared] = []
     for layer, plan in zip(layers, plans, strict=True):
         tensors = loaded.for_layer(layer.index)
@@ -76,14 +78,17 @@ def missing_statistics(policy: Policy) -> CarpoolError:
     )
 
 
-def _load(policies: PolicyFile, layers: list[MoELayer], stats: str | Path | Statistics | None) -> Statistics:
+def _load(policies: PolicyFile, model: Identity, stats: str | Path | Statistics | None) -> Statistics:
+    from carpool.artefacts.shipped import shipped_with
     from carpool.artefacts.statistics import Statistics
 
     source = policies.statistics if stats is None else stats
     if source is None:
-        raise missing_statistics(policies.policy)
+        source = shipped_with(model)
+    if source is None:
+        raise missing_statistics(next(plan.policy for plan in policies.plans if plan.policy.required_stats()))
     loaded = source if isinstance(source, Statistics) else Statistics.load(source)
-    if caveat := loaded.check(identity(layers)):
+    if caveat := loaded.check(model):
         _warn_once(caveat)
     return loaded
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
@@ -24,7 +24,8 @@ from carpool.hosts.transformers.layers import MoELayer, find_layers
 from carpool.hosts.transformers.plans import Prepared, prepare
 from carpool.plans.counters import LayerReport
 from carpool.plans.grammar import Plan, parse
-from carpool.plans.policy_file import PolicyFile
+from carpool.plans.policy_file import PolicyFile, plan_or_file
+from carpool.plans.summary import Report, Summary
 from carpool.policies.base import Policy
 from carpool.routing.batch import Batch, Grouping
 
@@ -64,13 +65,13 @@ class Run:
         self,
         attachment: Attachment,
         layers: list[MoELayer],
-        plan: Plan,
+        policies: PolicyFile,
         rules: RowRules,
         prepared: list[Prepared],
         batch: Batch | None,
         observe: Observer | None,
     ) -> None:
-        self.plan, self.layers = plan, layers
+        self.plan, self.layers, self._name = policies.plan, layers, str(policies)
         self.frames: dict[int, FrameType] = {}
         self.closed = False
         self._attachment, self._rules = attachment, rules
@@ -114,9 +115,21 @@ class Run:
         """
         return bound(function, lambda frame: self._attachment.inside(self, {id(frame): frame}))
 
-    def report(self) -> list[LayerReport]:
-        """Totals of every layer since the run began."""
-        return [_sum(rows) for rows in zip(*(tally.report() for tally in self._tallies), strict=True)]
+    def report(self) -> Report:
+        """Totals of every layer since the run began: a list that prints as a table."""
+        return Report(_sum(rows) for rows in zip(*(tally.report() for tally in self._tallies), strict=True))
+
+    def summary(self) -> Summary:
+        """What happened so far, over all layers; `print(run)` shows it, and so does a notebook."""
+        shares = self.surrogate_shares()
+        sizes = [(size, size * share) for size, share in zip(map(_expert_bytes, self.layers), shares, strict=True)]
+        return Summary.of(self._name, str(self.grouping), self.report(), sizes)
+
+    def __str__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
 
     def changed_rows(self) -> int:
         """Rows, summed over layers, that were routed otherwise than natively."""
@@ -137,13 +150,11 @@ class Run:
         return Forward(self._terms, self._mine.tally, self.batch)
 
     def surrogate_shares(self) -> list[float]:
-        """Bytes of one surrogate over those of one expert, by layer; 0 without surrogates. Experts count at most two
-        bytes a number, or a model held in fp32 for accuracy would make its surrogates look small."""
-        shares = []
-        for layer, prepared in zip(self.layers, self._terms.prepared, strict=True):
-            size = sum(p.numel() * min(p.element_size(), 2) for p in layer.experts.parameters()) / layer.num_experts
-            shares.append(0.0 if prepared.surrogates is None else prepared.surrogates.bytes / size)
-        return shares
+        """Bytes of one surrogate over those of one expert, by layer; 0 without surrogates."""
+        return [
+            0.0 if prepared.surrogates is None else prepared.surrogates.bytes / _expert_bytes(layer)
+            for layer, prepared in zip(self.layers, self._terms.prepared, strict=True)
+        ]
 
     def check_open(self) -> None:
         """Raises CarpoolError if the block was left."""
@@ -154,44 +165,65 @@ class Run:
             )
 
 
-@contextmanager
 def share(
     model: nn.Module,
-    plan: str | Policy | Plan | PolicyFile,
+    plan: str | Path | Policy | Plan | PolicyFile,
     *,
     group: str | Grouping = "batch",
     stats: str | Path | Statistics | None = None,
     batch: Batch | None = None,
     observe: Observer | None = None,
     exempt_prefill: bool = True,
-) -> Iterator[Run]:
+) -> AbstractContextManager[Run]:
     """Let the rows of a model's batches share experts inside a `with` block; outside it the model is stock.
 
     Inside is what the block calls, however deep. Forwards of other threads and tasks are stock, and so is what runs
     while a generator or coroutine is suspended in its block; `Run.here` binds functions that are called there.
 
     Args:
-        model: a transformers model of a known family; compile it after `attach`, if at all.
-        plan: a policy with guards, such as `"xshare(budget=16) | floor(0.3)"`, or a `PolicyFile`.
+        model: a transformers model of a known family; compile it after it was shared once, if at all: compiled code
+            does not see hooks that come later.
+        plan: a policy with guards, such as `"xshare(budget=16) | floor(0.3)"`, the path of a policy file, or either as
+            an object.
         group: which rows share: `batch`, `prompt` (samples that one call of `generate` made of one prompt),
             `request` (a row of the batch), `block:n`, or `position` (a forward over several positions stands for as
             many decoding steps).
-        stats: statistics of `carpool calibrate`, for policies that need them; a policy file names its own.
+        stats: statistics of `carpool calibrate`, for policies that need them; a policy file names its own, and those
+            of an installed reference model are found by its fingerprint.
         batch: who the rows of the next forwards are, instead of reading it from their arguments.
         observe: called after every layer's routing with the layer's place, the batch and the outcome.
         exempt_prefill: rows of a prompt keep their native routing. docs/rows.md says which they are.
 
     Raises:
-        CarpoolError: what `attach` raises; a bad plan; missing or foreign statistics; a block inside another of the
-            same model or of a part of it; a router that was not called in a forward, or in none at all.
+        CarpoolError: a plan or grouping that cannot be read, or is impossible for the model, at once; on entering, a
+            model that cannot be shared, statistics that are missing or foreign, a block inside another of the same
+            model or of a part of it; on leaving, a router that was not called in a forward, or in none at all.
     """
+    if isinstance(plan, str | Path):
+        plan = plan_or_file(plan) if isinstance(plan, str) else PolicyFile.load(plan)
+    policies, grouping = plan if isinstance(plan, PolicyFile) else PolicyFile(parse(plan)), Grouping.parse(group)
+    for layer in find_layers(uncompiled(model)):
+        policies.plan_for(layer.index).check(layer.num_experts, layer.top_k)
+    return _sharing(model, policies, grouping, stats, batch, observe, exempt_prefill)
+
+
+@contextmanager
+def _sharing(
+    model: nn.Module,
+    policies: PolicyFile,
+    grouping: Grouping,
+    stats: str | Path | Statistics | None,
+    batch: Batch | None,
+    observe: Observer | None,
+    exempt_prefill: bool,
+) -> Iterator[Run]:
+    """The block itself: see `share`."""
     frames = entered_from(sys._getframe())
     with torch.inference_mode(False):  # what is made here serves in any mode
         attachment, layers = attach(model), find_layers(uncompiled(model))
-        policies = plan if isinstance(plan, PolicyFile) else PolicyFile(parse(plan))
-        grouping, prepared = Grouping.parse(group), prepare(policies, layers, stats)
+        prepared = prepare(policies, layers, stats)
         rules = RowRules(grouping, exempt_prefill, _endings(model) if _votes_matter(grouping, prepared) else ())
-        run = Run(attachment, layers, policies.plan, rules, prepared, batch, observe)
+        run = Run(attachment, layers, policies, rules, prepared, batch, observe)
     with attachment.inside(run, frames):
         try:
             yield run
@@ -206,6 +238,11 @@ def share(
 def _sum(rows: tuple[LayerReport, ...]) -> LayerReport:
     sums: dict[str, Any] = {one.name: sum(getattr(row, one.name) for row in rows) for one in fields(LayerReport)[1:]}
     return LayerReport(rows[0].layer, **sums)
+
+
+def _expert_bytes(layer: MoELayer) -> float:
+    """Of one expert; at most two a number, or a model held in fp32 would make its surrogates look small."""
+    return sum(p.numel() * min(p.element_size(), 2) for p in layer.experts.parameters()) / layer.num_experts
 
 
 def _votes_matter(grouping: Grouping, prepared: list[Prepared]) -> bool:
