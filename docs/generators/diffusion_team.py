@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from carpool.evaluate.intervals import FEWEST
 from generators import Block, load, rows, with_interval
 
 HEADS = (
@@ -20,6 +21,8 @@ def blocks() -> list[Block]:
 def table(content: dict[str, Any]) -> str:
     """Every configuration against vanilla decoding of the same prompts."""
     lines = []
+    batches = content["prompts"] // content["batch"]
+    enough = batches >= FEWEST
     for setting in content["settings"]:
         vanilla = setting["rows"][0]
         for row in setting["rows"]:
@@ -27,7 +30,7 @@ def table(content: dict[str, Any]) -> str:
                 f"{setting['threshold']:g}", "vanilla" if row is vanilla else _name(row), f"{row['apf']:.1f}",
                 f"{row['tpf']:.2f}", f"{row['apt']:.2f}", f"{row['apt'] / vanilla['apt']:.0%}",
                 f"{row['rows_per_forward']:.0f}", _share(row["agreement"]),
-                _ratio(row["perplexity_ratio"]),
+                _ratio(row["perplexity_ratio"], enough),
             ])  # fmt: skip
     model, one = content["model"], content["settings"][0]
     said = (
@@ -36,7 +39,8 @@ def table(content: dict[str, Any]) -> str:
         f"{content['new_tokens']} decoded after each, seed {content['seed']}. The authors' measures, of one request: "
         "APF, distinct experts a layer and forward; TPF, tokens accepted a forward; APT, their ratio. Forwards that "
         "write finished blocks are not counted. A branch is a row of its own. Agreement is with vanilla's text; "
-        "perplexity is of the generated text under the reference model, with 95 % intervals over batches."
+        "perplexity is of the generated text under the reference model, "
+        + ("with 95 % intervals over batches." if enough else f"{batches} batches, too few for intervals.")
     )
     return f"{said}\n\n{rows(HEADS, lines)}"
 
@@ -49,5 +53,7 @@ def _share(value: dict[str, Any]) -> str:
     return f"{value['value']:.0%}"
 
 
-def _ratio(value: dict[str, Any] | None) -> str:
-    return "" if value is None else with_interval(value)
+def _ratio(value: dict[str, Any] | None, enough: bool) -> str:
+    if value is None:
+        return ""
+    return with_interval(value if enough else value | {"low": None, "high": None})
