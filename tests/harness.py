@@ -35,7 +35,7 @@ class Trial:
         """Route the case, or a variation of it, under the plan, or a variation of it."""
         case, plan = case or self.case, plan or self.plan
         plan.check(case.experts, case.spec.top_k)
-        stats = plan.policy.prepare(self.stats())
+        stats = plan.prepare(self.stats())
         hidden_NH = hidden(case) if self.row.hidden else None
         return route(plan, case.spec, case.logits_NE, case.batch, native=native, stats=stats, hidden_NH=hidden_NH)
 

@@ -50,3 +50,15 @@ def unexplained(num_experts: int, generator: torch.Generator) -> dict[str, Tenso
         "surrogate_energy": torch.randn(num_experts, generator=generator).exp(),
         "surrogate_unexplained": share_E.clamp_max(1.0),
     }
+
+
+def planes(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Experts that are stored at 2, 3 and 4 bits, with energies that differ; batches of 1, 2 and 4 voters sampled."""
+    share_LE = torch.tensor([0.1, 0.03, 0.008]).unsqueeze(-1) * (0.5 + torch.rand(num_experts, generator=generator))
+    return {
+        "planes_shape": torch.tensor([32, 4, 4, 2, 3, 4]),
+        "depth_bytes": torch.tensor([0.15625, 0.21875, 0.28125]),
+        "depth_energy": torch.randn(num_experts, generator=generator).exp(),
+        "depth_error": share_LE,
+        "depth_use": torch.rand(3, 8, num_experts, generator=generator).square(),
+    }

@@ -12,7 +12,7 @@ from typing import Any
 import more_twins
 import torch
 import twins
-from layer_statistics import allow_lists, no_stats, norm_predictor, sensitivity, similarities, unexplained
+from layer_statistics import allow_lists, no_stats, norm_predictor, planes, sensitivity, similarities, unexplained
 from torch import Tensor
 
 Texts = Callable[[int, int], list[str]]  # from E and K
@@ -204,6 +204,19 @@ ROWS = (
         coreset_bound=xshare_bound,
         knobs=("budget", "warmup"),
         stats=unexplained,
+    ),
+    Row(
+        name="depth",
+        texts=lambda E, K: [
+            "depth(price=0.03)",
+            "depth(price=0.3, levels=[0, 2, 16])",
+            "depth(price=0.1, levels=[2, 4], energy='equal')",
+            "depth(bytes=0.15)",
+            "depth(price=30)",
+        ],
+        identity=lambda E, K: ["depth(price=0, levels=[0, 16])"],
+        twin=None,  # lost energies are floats, see test_depth
+        stats=planes,
     ),
     Row(
         name="top_p",

@@ -49,7 +49,10 @@ def test_the_floor_holds_whatever_the_batch(row: Row, data: st.DataObject, tau: 
     for total, lost in lost_weights(trial, outcome):
         assert sum(lost.values()) <= (Fraction(tau) + ROUNDING) * total
     assert (outcome.displaced_N <= tau + 1e-12).all()
-    if tau == 0:
+    if tau == 0 and outcome.routing.depth_NK is not None:
+        needed_NK = outcome.routing.weights_NK != 0
+        assert (outcome.routing.depth_NK >= trial.plan.prepare(trial.stats())["deepest"])[needed_NK].all()
+    elif tau == 0:
         assert not outcome.changed_N.any()
     if tau == 1 and sum(isinstance(guard, Floor) for guard in guards) == 1:
         assert torch.equal(outcome.allowed_NE, outcome.unfloored_NE)

@@ -155,7 +155,7 @@ def as_knob(value: float) -> torch.Tensor:
 def test_a_lone_row_is_native_under_min_batch(row: Row, data: st.DataObject) -> None:
     trial = data.draw(trials(row, guards=(" | min_batch(2)", " | min_batch(3) | short_circuit")))
     outcome = trial.run()
-    if trial.plan.policy.kind == "token":
+    if trial.plan.policy.kind == "token" or trial.plan.policy.alone:
         bare = trial.run(plan=Plan(trial.plan.policy))
         assert_same(outcome.routing, bare.routing)
         return

@@ -25,6 +25,7 @@ SCHEMA = 1
 MIN_TOKENS = 256
 LONGEST_INDEX = 6  # digits of a layer's number
 OF_ROUTERS = ("coverage", "sensitivity", "gate_sum", "ratio_quantiles")  # how such names begin
+COMPRESSED = ("planes_", "depth_")  # how the names of what `carpool compress` makes begin
 FLAGS = {  # of `carpool calibrate`, by how a statistic's name begins
     "sensitivity": " --sensitivity",
     "surrogate_": " --surrogates 16",
@@ -35,6 +36,8 @@ FLAGS = {  # of `carpool calibrate`, by how a statistic's name begins
 def made_by(name: str) -> str:
     """The command that measures a statistic, with MODEL for what only the user knows; a domain's is named after its
     file of text."""
+    if name.startswith(COMPRESSED):
+        return "carpool compress MODEL -o experts.safetensors"
     flag = next((flag for start, flag in FLAGS.items() if name.startswith(start)), "")
     domain = name.partition("/")[2]
     return f"carpool calibrate MODEL{f' --text {domain}.jsonl' if domain else ''}{flag} -o stats.safetensors"

@@ -20,7 +20,9 @@ SIMILARITIES = {  # name: lowest possible value
     "similarity_routed": float("-inf"),
 }
 ASYMMETRIC = ("similarity_routed",)
-OTHER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int8, torch.bool)
+OTHER_DTYPES = (
+    torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.uint8, torch.bool,
+)  # fmt: skip
 TOLERANCE = 1e-5
 AGAIN = "run `carpool calibrate MODEL -o stats.safetensors` for this model"
 

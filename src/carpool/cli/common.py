@@ -109,7 +109,7 @@ def named_statistics(plans: Sequence[AnyPlan], stats: Path | None, opened: Opene
     if stats is not None:
         return Statistics.load(stats)
     for plan in plans:
-        needy = plan.policy.required_stats() and getattr(plan, "statistics", None) is None
+        needy = plan.required_stats() and getattr(plan, "statistics", None) is None
         if needy and may_be_shipped(opened) is None:
             raise missing_statistics(plan.policy)
     return None

@@ -36,12 +36,14 @@ class Watch:
     Attributes:
         sums: by layer position, `[fields, M]` float64 in the order of `LAYER_FIELDS`.
         shares: bytes of one surrogate over those of one expert, by layer; `bytes` counts both in experts.
+        sizes: bytes of one expert over those in 16 bits, by layer and depth.
     """
 
     def __init__(self, layout: Steps, copies: int) -> None:
         self.layout, self.copies = layout, copies
         self.sums: dict[int, Tensor] = {}
         self.shares: list[float] = []
+        self.sizes: list[Tensor] = []
 
     def __call__(self, layer: int, batch: Batch, outcome: Outcome) -> None:
         steps, tokens = self.layout.by_step, self.layout.by_token
@@ -49,6 +51,7 @@ class Watch:
             raise CarpoolError(f"layer {layer} routed twice in one forward pass; lockstep evaluation needs one call")
         union_M = steps(outcome.union_SE.sum(-1), self.copies)
         surrogates_M = steps(outcome.surrogates_SE.sum(-1), self.copies)
+        read_SE = self.sizes[layer].to(outcome.depth_SE.device)[outcome.depth_SE]
         values = (
             union_M,
             steps(outcome.natural_SE.sum(-1), self.copies),
@@ -59,7 +62,7 @@ class Watch:
             tokens(outcome.changed_N, self.copies),
             steps(outcome.overflow_SE.sum(-1), self.copies),
             surrogates_M,
-            union_M + surrogates_M * self.shares[layer],
+            steps(read_SE.sum(-1), self.copies) + surrogates_M * self.shares[layer],
         )
         self.sums[layer] = torch.stack([value.double() for value in values])
 
@@ -112,7 +115,7 @@ def forward(
 
     how: dict[str, Any] = {"group": layout.grouping, "stats": stats_for(plan, stats), "batch": batch, "observe": seen}
     with torch.inference_mode(), share(model, plan, **how) as run:
-        watch.shares = run.surrogate_shares()
+        watch.shares, watch.sizes = run.surrogate_shares(), run.expert_sizes()
         logits_RV = layout.logits(model, ids_ST.to(device))
     if len(watch.sums) != num_layers:
         raise CarpoolError(

@@ -6,15 +6,20 @@ The text is parsed, never evaluated: names, literals and `|` are all there is.
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from carpool.errors import CarpoolError
-from carpool.plans.guards import GUARDS, DecodeOnly, Floor, Guard, MinBatch, ShortCircuit
+from carpool.plans.guards import GUARDS, Bits, DecodeOnly, Floor, Guard, MinBatch, ShortCircuit
 from carpool.policies import Policy, policies
 from carpool.policies.registry import policy_class
+from carpool.routing.spec import ALL_BITS
 
+PLANES = "planes_shape"  # the statistic that says at which depths experts are stored
 MAX_TEXT = 10_000  # characters; deeper nesting than any policy needs would exhaust the parser's stack
 SHOWN = 200  # characters of a text that an error repeats
 
@@ -36,6 +41,34 @@ class Plan:
         for guard in self.guards:
             guard.check(num_experts, top_k)
 
+    @property
+    def reads_depths(self) -> bool:
+        """Whether it says how deep experts are read, for which they have to be stored in planes."""
+        return self.policy.reads_depths or any(guard.reads_depths for guard in self.guards)
+
+    def required_stats(self) -> tuple[str, ...]:
+        """Names of the per-layer statistics that policy and guards need."""
+        return (*self.policy.required_stats(), *((PLANES,) if self.reads_depths else ()))
+
+    def prepare(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `Inputs.stats` shall hold for a layer, derived once from the statistics file's tensors.
+
+        Raises:
+            CarpoolError: experts that are not stored at a depth that a guard asks for.
+        """
+        given = self.policy.prepare(stats)
+        if not self.reads_depths:
+            return given
+        offered = stats[PLANES][3:]
+        caps = [guard.depth for guard in self.guards if isinstance(guard, Bits)]
+        for depth in caps:
+            if depth != ALL_BITS and depth not in offered.tolist():
+                raise CarpoolError(
+                    f"bits({depth}): the experts are stored at {offered.tolist()} bits; use one of these"
+                )
+        deepest = given.get("deepest", offered.amax())
+        return given | {"deepest": deepest.clamp_max(min([ALL_BITS, *caps]))}
+
     def for_serving(self) -> Plan:
         """With the defaults of serving (`decode_only`, `min_batch(2)`, `short_circuit`) where they are not given."""
         defaults = (DecodeOnly(), MinBatch(2), ShortCircuit())
@@ -45,7 +78,7 @@ class Plan:
     @cached_property
     def least_voters(self) -> int:
         """Voters of a batch below which the plan changes nothing, so that it need not run."""
-        if self.policy.kind == "token":
+        if self.policy.kind == "token" or self.policy.alone:
             return 1
         return max([1, *(guard.voters for guard in self.guards if isinstance(guard, MinBatch))])
 

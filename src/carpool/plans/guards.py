@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from carpool.policies.base import Inputs, Policy, require
 from carpool.routing.batch import Batch
+from carpool.routing.spec import ALL_BITS
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Guard:
     """Base of all guards; the hooks default to doing nothing and run in this order."""
 
     name: ClassVar[str]
+    reads_depths: ClassVar[bool] = False  # whether it says how deep experts are read
 
     def check(self, num_experts: int, top_k: int) -> None:
         """Raises CarpoolError if the parameters are impossible for a layer with `E` experts, `K` a token."""
@@ -33,8 +35,18 @@ class Guard:
         """Change what each row may use, bool `[N, E]`."""
         return allowed_NE
 
+    def read_depth(self, inputs: Inputs, depth_GE: Tensor | None) -> Tensor | None:
+        """Change how deep a group reads experts, int64 `[G, E]` (see `Policy.read_depth`)."""
+        return depth_GE
+
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(repr(getattr(self, field.name)) for field in fields(self))})"
+        shown = [repr(getattr(self, one.name)) for one in fields(self) if one.default is MISSING]
+        shown += [
+            f"{one.name}={value!r}"
+            for one in fields(self)
+            if (value := getattr(self, one.name)) != one.default and one.default is not MISSING
+        ]
+        return f"{self.name}({', '.join(shown)})"
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,8 @@ class DecodeOnly(Guard):
 @dataclass(frozen=True)
 class MinBatch(Guard):
     """Groups with fewer than `voters` voters keep their native routing (there is little to share, and a policy
-    that looks at one token alone harms it most). Token-local policies do not look at the batch and are left alone."""
+    that looks at one token alone harms it most). Left alone are token-local policies, which do not look at the batch,
+    and those that save something for a single row, too (`depth`)."""
 
     voters: int
 
@@ -66,7 +79,7 @@ class MinBatch(Guard):
         return allowed_NE | self._few(policy, inputs)[inputs.batch.group_N]
 
     def _few(self, policy: Policy, inputs: Inputs) -> Tensor:
-        return (inputs.voters_G1 < self.voters) & (policy.kind == "group")
+        return (inputs.voters_G1 < self.voters) & (policy.kind == "group" and not policy.alone)
 
 
 @dataclass(frozen=True)
@@ -126,27 +139,64 @@ class ShortCircuit(Guard):
 
 
 @dataclass(frozen=True)
+class Bits(Guard):
+    """Experts are read with at most so many bits of their weights (they are stored in planes, `carpool compress`). Rows
+    that are exempt read all there is.
+
+    Beside a policy that chooses experts this is sharing on quantised experts; with `topk` alone, plain quantisation.
+    """
+
+    depth: int
+
+    name = "bits"
+    reads_depths = True
+
+    def __post_init__(self) -> None:
+        good = type(self.depth) is int and 1 <= self.depth <= ALL_BITS
+        require(good, f"bits({self.depth!r}): give the most bits that are read of a weight, 1 to {ALL_BITS}")
+
+    def read_depth(self, inputs: Inputs, depth_GE: Tensor | None) -> Tensor | None:
+        shape = (inputs.batch.num_groups, inputs.num_experts)
+        if depth_GE is None:
+            depth_GE = torch.full(shape, ALL_BITS, dtype=torch.int64, device=inputs.scores_NE.device)
+        return depth_GE.clamp_max(self.depth)
+
+
+@dataclass(frozen=True)
 class Floor(Guard):
     """No row loses more than a share `tau` of its native weight: a row that would gets its own best native experts
     back until it does not. The floor beats every budget; what it adds is counted.
 
     A pair that is left to a surrogate is lost in full: what a surrogate explains is a mean over tokens, and this is a
     bound on each. `tau=0` gives every row its native routing, `tau=1` never acts.
+
+    Where experts are read at depths, what is read with fewer than `depth` bits counts as lost, too (default: the most
+    that the plan reads of any expert).
     """
 
     tau: float | Tensor
+    depth: int | None = None
 
     name = "floor"
 
     def __post_init__(self) -> None:
         good = isinstance(self.tau, Tensor) or (type(self.tau) in (int, float) and 0 <= self.tau <= 1)
         require(good, f"floor({self.tau!r}): give the largest share of its weight a row may lose, 0 to 1")
+        deep = self.depth is None or (type(self.depth) is int and 1 <= self.depth <= ALL_BITS)
+        require(
+            deep, f"floor(depth={self.depth!r}): give the bits below which a weight counts as lost, 1 to {ALL_BITS}"
+        )
 
-    def allowed(self, policy: Policy, inputs: Inputs, allowed_NE: Tensor) -> Tensor:
-        """Adds the heaviest displaced native experts while more than `tau` would still be displaced."""
+    def bound(self, inputs: Inputs, allowed_NE: Tensor, depth_GE: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Adds the heaviest native experts that are displaced, or read too shallow, while more than `tau` would still
+        be; a group reads as deep as the row that asks for most."""
         ids_NK = inputs.native_ids_NK.long()
         weights_NK = inputs.native_weight_NK
-        missing_NK = weights_NK * ~allowed_NE.gather(-1, ids_NK)
+        kept_NE = allowed_NE
+        if depth_GE is not None:
+            least = torch.minimum(inputs.stats["deepest"], depth_GE.new_tensor(self.depth or ALL_BITS))
+            kept_NE = allowed_NE & (Policy.by_row(inputs, depth_GE) >= least)
+        missing_NK = weights_NK * ~kept_NE.gather(-1, ids_NK)
         heaviest = missing_NK.sort(dim=-1, descending=True, stable=True)
         # what is displaced if this expert and all lighter ones stay out
         left_NK = heaviest.values.flip(-1).cumsum(-1).flip(-1)
@@ -154,7 +204,12 @@ class Floor(Guard):
         # `minimum`: the two sums may round differently, and tau=1 never acts; `<= 0`: a weight may be 0
         back_NK = (torch.minimum(left_NK, total_N1) > self.tau * total_N1) | (self.tau <= 0)
         added_NE = torch.zeros_like(allowed_NE).scatter(-1, ids_NK.gather(-1, heaviest.indices), back_NK)
-        return allowed_NE | added_NE
+        if depth_GE is not None:
+            raised_GE = inputs.batch.group_any(added_NE & inputs.batch.real_N.unsqueeze(-1))
+            depth_GE = torch.where(raised_GE, torch.maximum(depth_GE, least), depth_GE)
+        return allowed_NE | added_NE, depth_GE
 
 
-GUARDS: dict[str, type[Guard]] = {guard.name: guard for guard in (DecodeOnly, MinBatch, Protect, ShortCircuit, Floor)}
+GUARDS: dict[str, type[Guard]] = {
+    guard.name: guard for guard in (DecodeOnly, MinBatch, Protect, ShortCircuit, Bits, Floor)
+}

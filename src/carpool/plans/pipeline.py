@@ -7,17 +7,17 @@ logits ──► RouteSpec.scores ──► Policy.coreset ──► Policy.allo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from carpool.plans.grammar import Plan
 from carpool.plans.guards import Floor
-from carpool.policies.base import Inputs
+from carpool.policies.base import Inputs, Policy
 from carpool.routing.batch import Batch
 from carpool.routing.lazy import lazy_property
-from carpool.routing.spec import RouteSpec, Routing, mask_of
+from carpool.routing.spec import ALL_BITS, RouteSpec, Routing, mask_of
 
 TINY = 1e-30  # below every weight that matters; keeps 0 / 0 out
 
@@ -82,6 +82,17 @@ class Outcome:
     def union_SE(self) -> Tensor:
         """Experts that each step reads."""
         return self.inputs.batch.step_any(self.computed_NE)
+
+    @lazy_property
+    def depth_SE(self) -> Tensor:
+        """Bits of each expert's weights that a step reads, 0 for experts that it does not, int64 `[S, E]`: an expert is
+        read once, at its deepest use."""
+        ids_NK, depth_NK = self.routing.ids_NK.long(), self.routing.depth_NK
+        if depth_NK is None:
+            return self.union_SE * ALL_BITS
+        used_NK = torch.where(self.routing.weights_NK != 0, depth_NK, 0)
+        zeros_NE = torch.zeros(self.allowed_NE.shape, dtype=torch.int64, device=ids_NK.device)
+        return self.inputs.batch.step_max(zeros_NE.scatter_reduce(-1, ids_NK, used_NK, "amax"))
 
     @lazy_property
     def surrogates_SE(self) -> Tensor:
@@ -163,6 +174,7 @@ def decide(
 
     # a group without a voter has nobody to choose for it
     mute_G1 = inputs.voters_G1 == 0
+    depth_GE = plan.policy.read_depth(inputs)
     coreset_GE = plan.policy.coreset(inputs) | inputs.free_GE | mute_G1
     for guard in plan.guards:
         coreset_GE = guard.coreset(plan.policy, inputs, coreset_GE)
@@ -170,10 +182,12 @@ def decide(
     for guard in plan.guards:
         if not isinstance(guard, Floor):
             unfloored_NE = guard.allowed(plan.policy, inputs, unfloored_NE)
+    for guard in plan.guards:
+        depth_GE = guard.read_depth(inputs, depth_GE)
     allowed_NE = unfloored_NE
     for guard in plan.guards:
         if isinstance(guard, Floor):
-            allowed_NE = guard.allowed(plan.policy, inputs, allowed_NE)
+            allowed_NE, depth_GE = guard.bound(inputs, allowed_NE, depth_GE)
 
     changed_N = (inputs.native_NE & ~allowed_NE).any(-1)
     changed_N1 = changed_N.unsqueeze(-1)
@@ -184,5 +198,16 @@ def decide(
         shared.surrogate_ids_NK,  # weight 0 in rows that are unchanged: nothing of theirs is displaced
         shared.surrogate_weights_NK,
     )
+    if depth_GE is not None:
+        depth_NK = _by_pair(inputs, torch.where(mute_G1 | inputs.free_GE, ALL_BITS, depth_GE), routing.ids_NK)
+        routing = replace(routing, depth_NK=depth_NK)
+        changed_N = changed_N | ((depth_NK < ALL_BITS) & (routing.weights_NK != 0)).any(-1)
     loss_E = plan.policy.expected_loss(inputs)
     return Outcome(routing, inputs, coreset_GE, allowed_NE, unfloored_NE, changed_N, nonfinite_N, loss_E)
+
+
+def _by_pair(inputs: Inputs, depth_GE: Tensor, ids_NK: Tensor) -> Tensor:
+    """Bits that each pair is computed with: its group's; all of them in exempt rows, and where a guard let a row have
+    an expert that its group does not read."""
+    depth_NK = Policy.by_row(inputs, depth_GE).gather(-1, ids_NK.long())
+    return torch.where(inputs.batch.exempt_N.unsqueeze(-1) | (depth_NK == 0), ALL_BITS, depth_NK)

@@ -71,6 +71,10 @@ class PolicyFile:
         """The plan of layers without settings of their own, then those of the layers that have some."""
         return [self.plan, *map(self.plan_for, self.layers)]
 
+    def required_stats(self) -> tuple[str, ...]:
+        """Names of the per-layer statistics that any layer's plan needs."""
+        return tuple(dict.fromkeys(name for plan in self.plans for name in plan.required_stats()))
+
     def check(self, num_experts: int, top_k: int) -> None:
         """Raises CarpoolError if any layer's plan is impossible for `E` experts, `K` a token."""
         for plan in self.plans:

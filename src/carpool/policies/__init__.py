@@ -4,6 +4,7 @@ from carpool.policies.allow_list import AllowList
 from carpool.policies.base import Inputs, Policy
 from carpool.policies.base_energy import BASE
 from carpool.policies.controls import RandomCoreset, TopK
+from carpool.policies.depth import Depth
 from carpool.policies.des import DESSeq, DESVote
 from carpool.policies.lynx import Lynx
 from carpool.policies.oea import OEA
@@ -22,6 +23,7 @@ __all__ = [
     "AllowList",
     "DESSeq",
     "DESVote",
+    "Depth",
     "Inputs",
     "LayerThreshold",
     "Lynx",

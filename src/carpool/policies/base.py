@@ -102,6 +102,12 @@ class Inputs:
         return torch.zeros_like(self.weights_NE).scatter(-1, self.native_ids_NK.long(), self.native_weight_NK.float())
 
     @lazy_property
+    def native_share_NE(self) -> Tensor:
+        """Share of each row's native weight by expert, float64, 0 elsewhere."""
+        weight_NE = self.native_weight_NE
+        return weight_NE / weight_NE.sum(-1, keepdim=True, dtype=torch.float64).clamp_min(1e-30)
+
+    @lazy_property
     def free_GE(self) -> Tensor:
         """Experts that exempt rows of the group read anyway: they cost nothing. Those of other groups do not count, or
         a request in a group of its own would depend on whose prompt runs beside it."""
@@ -142,6 +148,8 @@ class Policy:
     kind: ClassVar[Literal["token", "group"]] = "group"
     needs: ClassVar[tuple[str, ...]] = ()
     needs_hidden: ClassVar[bool] = False  # whether `Inputs.hidden_NH` must be given
+    alone: ClassVar[bool] = False  # whether it saves something in a group of one row, too
+    reads_depths: ClassVar[bool] = False  # whether it says how deep experts are read, see `read_depth`
 
     @property
     def surrogates(self) -> bool:
@@ -167,6 +175,11 @@ class Policy:
         """The experts a group may use, bool `[G, E]`; default: all of them."""
         shape = (inputs.batch.num_groups, inputs.num_experts)
         return torch.ones(shape, dtype=torch.bool, device=inputs.scores_NE.device)
+
+    def read_depth(self, inputs: Inputs) -> Tensor | None:
+        """Bits of each expert's weights that a group reads, int64 `[G, E]`: an offered depth, `ALL_BITS`, or 0 for
+        experts that are not in the coreset; None: all bits of every expert."""
+        return None
 
     def allowed(self, inputs: Inputs, coreset_GE: Tensor) -> Tensor:
         """The experts a row may use, bool `[N, E]`; default: its group's coreset."""

@@ -103,6 +103,11 @@ class Batch:
         """Whether any row of a step has the mask set, `[S, X]`."""
         return _any_by(mask_NX, self.step_N, self.num_steps)
 
+    def step_max(self, values_NX: Tensor) -> Tensor:
+        """The largest of a step's non-negative integers, `[S, X]`."""
+        zeros = torch.zeros(self.num_steps, values_NX.shape[1], dtype=values_NX.dtype, device=values_NX.device)
+        return zeros.scatter_reduce(0, self.step_N.unsqueeze(-1).expand_as(values_NX), values_NX, "amax")
+
 
 def _sum_by(values_NX: Tensor, index_N: Tensor, count: int) -> Tensor:
     if count == 1:

@@ -15,6 +15,7 @@ from carpool.errors import CarpoolError
 from carpool.routing.keys import MAX_EXPERTS
 
 Scoring = Literal["softmax", "softmax_after_topk", "sigmoid", "sqrtsoftplus", "probabilities"]
+ALL_BITS = 16  # the depth that stands for an expert as the model holds it
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,15 @@ class Routing:
         surrogate_ids_NK: int32 in `[0, E)`, experts that a row leaves to their surrogates
             (`carpool.experts.surrogates`); None where a policy leaves none. Slots of weight 0 mean nothing.
         surrogate_weights_NK: what the surrogates' outputs are mixed by, in the convention of `weights_NK`.
+        depth_NK: int64, bits of its expert's weights that each pair is computed with, `ALL_BITS` for the original (or
+            all that is stored); None where every pair is.
     """
 
     ids_NK: Tensor
     weights_NK: Tensor
     surrogate_ids_NK: Tensor | None = None
     surrogate_weights_NK: Tensor | None = None
+    depth_NK: Tensor | None = None
 
 
 def mask_of(ids_NK: Tensor, num_experts: int) -> Tensor:

@@ -74,7 +74,7 @@ class Forward:
         self.terms, self.tally, self.batch, self.early = terms, tally, batch, early
         self._again = False
         self._seen: set[int] = set()
-        self._left: dict[int, Routing] = {}  # by layer, what the next call of its experts leaves to surrogates
+        self._left: dict[int, Routing] = {}  # by layer, what the next call of its experts does not do itself
 
     def again(self) -> Forward:
         """The same rows, computed a second time: what is decided is the same, and is not counted again."""
@@ -91,10 +91,10 @@ class Forward:
             terms.checked.add(position)
         batch = self._rows(layer, logits_NE)
         hidden_NH = args[0].reshape(-1, args[0].shape[-1]) if args else None
-        plan, stats, surrogates = terms.prepared[position]
+        plan, stats, surrogates, stored = terms.prepared[position]
         outcome = route(plan, layer.spec, logits_NE, batch, native=native, stats=stats, hidden_NH=hidden_NH)
         self._seen.add(position)
-        if surrogates is not None:
+        if surrogates is not None or stored is not None:
             self._left[position] = outcome.routing
         if not self._again:
             self.tally.add(position, batch, outcome)
@@ -107,21 +107,33 @@ class Forward:
         return tuple(slots)
 
     def supplement(self, position: int, args: tuple[Any, ...], output: Any) -> Any:
-        """The output of a layer's experts with that of the surrogates added; `args[0]` is their input."""
+        """What a layer's experts give with each pair at its depth, and with the surrogates' output added; `args[0]` is
+        the experts' input."""
         routing = self._left.pop(position, None)
         if routing is None:
             return output
-        hidden, (plan, _, surrogates) = args[0], self.terms.prepared[position]
-        if surrogates is None or not isinstance(output, Tensor) or output.shape != hidden.shape:
+        layer, hidden, (plan, _, surrogates, stored) = (
+            self.terms.layers[position],
+            args[0],
+            self.terms.prepared[position],
+        )
+        if not isinstance(output, Tensor) or output.shape != hidden.shape:
             raise CarpoolError(
-                f"{self.terms.layers[position].name}: its experts do not return one sum a row, to which the "
-                f"surrogates' output could be added; use another policy than {plan}"
+                f"{layer.name}: its experts do not return one sum a row, which could be computed at a depth or with "
+                f"surrogates; use another policy than {plan}"
             )
-        ids_NK, weights_NK = routing.surrogate_ids_NK, routing.surrogate_weights_NK
-        assert ids_NK is not None
-        assert weights_NK is not None
-        added_NH = surrogates(hidden.reshape(-1, hidden.shape[-1]), ids_NK, weights_NK)
-        return output + added_NH.to(output.dtype).reshape(output.shape)
+        hidden_NH, made_NH = (one.reshape(-1, hidden.shape[-1]) for one in (hidden, output))
+        if stored is not None:
+            assert routing.depth_NK is not None
+            made_NH = stored.output(
+                layer.experts, hidden_NH, routing.ids_NK, routing.weights_NK.to(hidden.dtype), routing.depth_NK, made_NH
+            )
+        if surrogates is not None:
+            assert routing.surrogate_ids_NK is not None
+            assert routing.surrogate_weights_NK is not None
+            added_NH = surrogates(hidden_NH, routing.surrogate_ids_NK, routing.surrogate_weights_NK)
+            made_NH = made_NH + added_NH.to(output.dtype)
+        return made_NH.reshape(output.shape)
 
     def end(self) -> None:
         """After the model's last module; raises CarpoolError if a layer's router was not called."""
@@ -131,8 +143,8 @@ class Forward:
             raise never_fired(missing, "a forward")
         if self._left:
             raise CarpoolError(
-                f"{layers[min(self._left)].name} did not call its experts module after its router, so that the "
-                "surrogates' output could not be added; load the model without kernels that replace the block"
+                f"{layers[min(self._left)].name} did not call its experts module after its router, so that "
+                "what the plan does in their place was not done; load the model without kernels that replace the block"
             )
 
     def _rows(self, layer: MoELayer, logits_NE: Tensor) -> Batch:

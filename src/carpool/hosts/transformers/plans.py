@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from carpool.errors import CarpoolError
+from carpool.experts.stored import StoredExperts
 from carpool.experts.surrogates import Surrogates
 from carpool.hosts.transformers.layers import MoELayer, identity
 from carpool.plans.grammar import Plan
 from carpool.plans.policy_file import PolicyFile
-from carpool.policies.base import Policy
 
 if TYPE_CHECKING:
     from carpool.artefacts.identity import Identity
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 
 
 class Prepared(NamedTuple):
-    """A layer's plan, what its policy made of the statistics, and the surrogates if it leaves pairs to some."""
+    """A layer's plan, what it made of the statistics, the surrogates if it leaves pairs to some, and the experts in
+    planes if it reads them at depths."""
 
     plan: Plan
     stats: Mapping[str, Tensor]
     surrogates: Surrogates | None = None
+    stored: StoredExperts | None = None
 
 
 def prepare(policies: PolicyFile, layers: list[MoELayer], stats: str | Path | Statistics | None) -> list[Prepared]:
@@ -45,7 +47,7 @@ def prepare(policies: PolicyFile, layers: list[MoELayer], stats: str | Path | St
     plans = [policies.plan_for(layer.index) for layer in layers]
     for layer, plan in zip(layers, plans, strict=True):
         plan.check(layer.num_experts, layer.top_k)
-    if not any(plan.policy.required_stats() for plan in plans):
+    if not any(plan.required_stats() for plan in plans):
         return [Prepared(plan, {}) for plan in plans]
     from carpool.artefacts.statistics import made_by
 
@@ -54,26 +56,27 @@ def prepare(policies: PolicyFile, layers: list[MoELayer], stats: str | Path | St
     prepared: list[Prepared] = []
     for layer, plan in zip(layers, plans, strict=True):
         tensors = loaded.for_layer(layer.index)
-        missing = [name for name in plan.policy.required_stats() if name not in tensors]
+        missing = [name for name in plan.required_stats() if name not in tensors]
         if missing:
             raise CarpoolError(
-                f"{plan.policy} needs the statistic {missing[0]!r}, which the file lacks for layer {layer.index}; "
+                f"{plan} needs the statistic {missing[0]!r}, which the file lacks for layer {layer.index}; "
                 f"make the file with `{made_by(missing[0])}`" + _known_domains(missing[0], tensors)
             )
         device = layer.weight_EH.device
-        given = plan.policy.prepare({name: tensor.to(device) for name, tensor in tensors.items()})
+        given = plan.prepare({name: tensor.to(device) for name, tensor in tensors.items()})
         surrogates = Surrogates.of(tensors, device) if plan.policy.surrogates else None
-        prepared.append(Prepared(plan, given, surrogates))
+        stored = StoredExperts.of(tensors, device) if plan.reads_depths else None
+        prepared.append(Prepared(plan, given, surrogates, stored))
     return prepared
 
 
-def missing_statistics(policy: Policy) -> CarpoolError:
+def missing_statistics(plan: Plan | PolicyFile) -> CarpoolError:
     """What to say to somebody who gave none."""
     from carpool.artefacts.statistics import made_by
 
-    name = policy.required_stats()[0]
+    name = plan.required_stats()[0]
     return CarpoolError(
-        f"{policy} needs the statistic {name!r}; "
+        f"{plan} needs the statistic {name!r}; "
         f"make it with `{made_by(name)}` and pass stats='stats.safetensors' (--stats on the command line)"
     )
 
@@ -86,7 +89,7 @@ def _load(policies: PolicyFile, model: Identity, stats: str | Path | Statistics 
     if source is None:
         source = shipped_with(model)
     if source is None:
-        raise missing_statistics(next(plan.policy for plan in policies.plans if plan.policy.required_stats()))
+        raise missing_statistics(policies)
     loaded = source if isinstance(source, Statistics) else Statistics.load(source)
     if caveat := loaded.check(model):
         _warn_once(caveat)

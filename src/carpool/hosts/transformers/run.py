@@ -12,7 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from carpool.errors import CarpoolError
 from carpool.hosts.transformers.forward import Forward, Observer, Tally, Terms, never_fired
@@ -28,6 +28,7 @@ from carpool.plans.policy_file import PolicyFile, plan_or_file
 from carpool.plans.summary import Report, Summary
 from carpool.policies.base import Policy
 from carpool.routing.batch import Batch, Grouping
+from carpool.routing.spec import ALL_BITS
 
 if TYPE_CHECKING:
     from carpool.artefacts.statistics import Statistics
@@ -148,6 +149,12 @@ class Run:
         """The state of a layer that is called outside of the model's forward."""
         self.check_open()
         return Forward(self._terms, self._mine.tally, self.batch)
+
+    def expert_sizes(self) -> list[Tensor]:
+        """What reading an expert at a depth takes over its bytes in 16 bits, by layer, float64 `[17]` by depth."""
+        plain = torch.zeros(ALL_BITS + 1, dtype=torch.float64, device="cpu")
+        plain[ALL_BITS] = 1
+        return [plain if one.stored is None else one.stored.sizes() for one in self._terms.prepared]
 
     def surrogate_shares(self) -> list[float]:
         """Bytes of one surrogate over those of one expert, by layer; 0 without surrogates."""

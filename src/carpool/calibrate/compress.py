@@ -1,0 +1,166 @@
+"""Experts in planes: quantises every layer's experts and measures what `depth` has to know of them.
+
+`B` sequences, `T` tokens each, `N` rows, `E` experts, `K` experts per token, `L` depths, `V` powers of two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from carpool.calibrate.capture import Layer, Routed, calm, capture
+from carpool.calibrate.moments import Moments, Projections, by_expert
+from carpool.calibrate.run import BATCH_TOKENS, require_fitting
+from carpool.errors import CarpoolError
+from carpool.experts.planes import GROUP
+from carpool.experts.rounding import nested_feedback, nested_round
+from carpool.experts.stored import StoredExperts
+
+Method = Literal["round", "gptq", "moequant"]
+METHODS: tuple[Method, ...] = ("moequant", "gptq", "round")
+DEPTHS = (2, 3, 4, 5, 6)
+OCTAVES = 9  # numbers of voters: 1, 2, ..., 256
+SAMPLES = 32  # batches of each
+LAYERS_AT_ONCE_NUMBERS = 1 << 29  # second moments held at once, 2 GiB
+
+
+def compress(
+    model: Any,
+    layers: Sequence[Layer],
+    sequences_BT: Tensor,
+    held_B: Tensor,
+    *,
+    depths: tuple[int, ...] = DEPTHS,
+    group: int = GROUP,
+    method: Method = "moequant",
+    seed: int = 0,
+    progress: Callable[[int, Tensor], None] = lambda layer, error_L: None,
+) -> dict[int, dict[str, Tensor]]:
+    """Every layer's experts in planes, with the statistics of `carpool.policies.Depth`, by layer index.
+
+    The experts of a layer are quantised on the tokens that its router sends them, with the hidden states of the
+    unquantised model. Memory beyond the model: the second moments of as many layers as fit `LAYERS_AT_ONCE_NUMBERS`,
+    whose forward passes are made together.
+
+    Args:
+        sequences_BT: token ids without padding. held_B: the sequences that measure what the others decide.
+        depths: offered ones, ascending. group: inputs that share a scale.
+        method: `round` to the nearest; `gptq` with error feedback by the inputs' second moments; `moequant` the same,
+            every token counted by its gate weight squared.
+        seed: of the sampled batches.
+        progress: told the index of every layer that is done, and the share of its energy that each depth loses.
+
+    Raises:
+        CarpoolError: sequences that do not fit the model, experts that cannot be compressed, or no text to measure on.
+    """
+    require_fitting(model, sequences_BT)
+    if not held_B.any() or held_B.all():
+        raise CarpoolError("the text leaves no sequence to measure on, or none to fit to: give more text")
+    found: dict[int, dict[str, Tensor]] = {}
+    with torch.inference_mode(), calm(model):
+        for some in _chunks(layers):
+            moments = [Moments(Projections(layer), gated=method == "moequant") for layer in some]
+            for routed in _passes(model, some, sequences_BT[~held_B]):
+                for moment, one in zip(moments, routed, strict=True):
+                    moment.update(one)
+            held = [_joined(list(one)) for one in zip(*_passes(model, some, sequences_BT[held_B]), strict=True)]
+            for layer, moment, seen in zip(some, moments, held, strict=True):
+                stored = _quantised(moment, depths, group, method)
+                measured = measure(moment.projections, stored, seen, seed)
+                found[layer.index] = {
+                    **stored.tensors(), **measured, "coverage": moment.coverage_E.cpu(), **layer.sample().tensors,
+                }  # fmt: skip
+                energy_E = measured["depth_energy"]
+                progress(layer.index, (measured["depth_error"] * energy_E).sum(-1) / energy_E.sum().clamp_min(1e-30))
+    return found
+
+
+def measure(projections: Projections, stored: StoredExperts, seen: Routed, seed: int) -> dict[str, Tensor]:
+    """`depth_energy [E]`, `depth_error [L, E]`, `depth_bytes [L]`, `depth_use [V, S, E]` on tokens that the quantiser
+    did not see (see `carpool.policies.Depth`). An expert without any has the layer's mean."""
+    E, depths = len(projections.into_ERH), stored.depths
+    energy_E, count_E = torch.zeros(2, E)
+    error_LE = torch.zeros(len(depths), E)
+    per_expert = by_expert(seen, E)
+    for expert, rows_C, _ in per_expert:
+        energy_E[expert] = _output(projections, seen, rows_C, expert).square().sum()
+        count_E[expert] = len(rows_C)
+    for place, depth in enumerate(depths):
+        into_ERH, out_EHI = stored.into.read(depth), stored.out.read(depth)
+        for expert, rows_C, _ in per_expert:
+            whole_CH = _output(projections, seen, rows_C, expert)
+            between_CI = projections.between(seen.hidden_NH[rows_C].float(), expert, into_ERH[expert])
+            error_CH = projections.output(between_CI, expert, out_EHI[expert]) - whole_CH
+            error_LE[place, expert] = error_CH.square().sum()
+    known_E = energy_E > 0
+    share_LE = torch.where(
+        known_E, error_LE / energy_E.clamp_min(1e-30), error_LE.sum(-1, keepdim=True) / energy_E.sum()
+    )
+    mean_E = torch.where(known_E, energy_E / count_E.clamp_min(1), energy_E.sum() / count_E.sum().clamp_min(1))
+    sizes = stored.sizes()[list(depths)]
+    return {
+        "depth_energy": mean_E,
+        "depth_error": share_LE.clamp(0, 1),
+        "depth_bytes": sizes.float(),
+        "depth_use": _use(seen, E, seed),
+    }
+
+
+def _output(projections: Projections, seen: Routed, rows_C: Tensor, expert: int) -> Tensor:
+    return projections.output(projections.between(seen.hidden_NH[rows_C].float(), expert), expert)
+
+
+def _use(seen: Routed, num_experts: int, seed: int) -> Tensor:
+    """Sums of squared shares of weight over random batches of `2**v` tokens, float32 `[V, S, E]`."""
+    share_NK = seen.weights_NK.float() / seen.weights_NK.float().sum(-1, keepdim=True).clamp_min(1e-30)
+    use_NE = torch.zeros(len(share_NK), num_experts).scatter_add_(-1, seen.ids_NK.long().cpu(), share_NK.square().cpu())
+    generator = torch.Generator("cpu").manual_seed(seed)
+    sums = []
+    for octave in range(OCTAVES):
+        drawn_SB = torch.randint(len(use_NE), (SAMPLES, 2**octave), generator=generator)
+        sums.append(use_NE[drawn_SB].sum(1))
+    return torch.stack(sums)
+
+
+def _quantised(moment: Moments, depths: tuple[int, ...], group: int, method: Method) -> StoredExperts:
+    pairs = (
+        (moment.projections.into_ERH, moment.into_EHH),
+        (moment.projections.out_EHI, moment.out_EII),
+    )
+    if method == "round":
+        return StoredExperts(*(nested_round(weight_ERI, depths, group) for weight_ERI, _ in pairs))
+    return StoredExperts(*(nested_feedback(weight_ERI, moment_EII, depths, group) for weight_ERI, moment_EII in pairs))
+
+
+def _chunks(layers: Sequence[Layer]) -> list[list[Layer]]:
+    chunks: list[list[Layer]] = []
+    room = 0
+    for layer in layers:
+        held = {name: one.numel() for name, one in layer.experts.named_parameters()}
+        hidden = layer.weight_EH.shape[1]
+        width = held.get("down_proj", 0) // (layer.num_experts * hidden)
+        size = layer.num_experts * (hidden**2 + width**2)
+        if not chunks or size > room:
+            chunks.append([])
+            room = LAYERS_AT_ONCE_NUMBERS
+        chunks[-1].append(layer)
+        room -= size
+    return chunks
+
+
+def _passes(model: Any, layers: Sequence[Layer], sequences_BT: Tensor) -> Iterator[list[Routed]]:
+    rows = max(1, BATCH_TOKENS // sequences_BT.shape[1])
+    for ids_BT in sequences_BT.split(rows):
+        yield capture(model, layers, ids_BT)
+
+
+def _joined(parts: list[Routed]) -> Routed:
+    return Routed(
+        torch.cat([part.hidden_NH for part in parts]),
+        torch.cat([part.ids_NK for part in parts]),
+        torch.cat([part.weights_NK for part in parts]),
+        None,
+    )
