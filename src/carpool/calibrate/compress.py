@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,8 +19,8 @@ from carpool.experts.planes import GROUP
 from carpool.experts.rounding import nested_feedback, nested_round
 from carpool.experts.stored import StoredExperts
 
-Method = Literal["round", "gptq", "moequant"]
-METHODS: tuple[Method, ...] = ("moequant", "gptq", "round")
+Method = Literal["energy", "moequant", "gptq", "round"]
+POWERS: dict[Method, int] = {"energy": 2, "moequant": 1, "gptq": 0, "round": 0}  # of the gate's weight
 DEPTHS = (2, 3, 4, 5, 6)
 OCTAVES = 9  # numbers of voters: 1, 2, ..., 256
 SAMPLES = 32  # batches of each
@@ -35,9 +35,10 @@ def compress(
     *,
     depths: tuple[int, ...] = DEPTHS,
     group: int = GROUP,
-    method: Method = "moequant",
+    method: Method = "energy",
     seed: int = 0,
-    progress: Callable[[int, Tensor], None] = lambda layer, error_L: None,
+    known: Mapping[int, dict[str, Tensor]] | None = None,
+    done: Callable[[int, dict[str, Tensor]], None] = lambda layer, tensors: None,
 ) -> dict[int, dict[str, Tensor]]:
     """Every layer's experts in planes, with the statistics of `carpool.policies.Depth`, by layer index.
 
@@ -48,10 +49,11 @@ def compress(
     Args:
         sequences_BT: token ids without padding. held_B: the sequences that measure what the others decide.
         depths: offered ones, ascending. group: inputs that share a scale.
-        method: `round` to the nearest; `gptq` with error feedback by the inputs' second moments; `moequant` the same,
-            every token counted by its gate weight squared.
+        method: `round` to the nearest; `gptq` with error feedback by the inputs' second moments; `moequant` the same
+            with every token counted by its gate weight, `energy` by that squared, as the lost energy counts it.
         seed: of the sampled batches.
-        progress: told the index of every layer that is done, and the share of its energy that each depth loses.
+        known: layers that an earlier run has done.
+        done: given every layer's index and tensors as soon as they are known.
 
     Raises:
         CarpoolError: sequences that do not fit the model, experts that cannot be compressed, or no text to measure on.
@@ -59,10 +61,10 @@ def compress(
     require_fitting(model, sequences_BT)
     if not held_B.any() or held_B.all():
         raise CarpoolError("the text leaves no sequence to measure on, or none to fit to: give more text")
-    found: dict[int, dict[str, Tensor]] = {}
+    found: dict[int, dict[str, Tensor]] = dict(known or {})
     with torch.inference_mode(), calm(model):
-        for some in _chunks(layers):
-            moments = [Moments(Projections(layer), gated=method == "moequant") for layer in some]
+        for some in _chunks([layer for layer in layers if layer.index not in found]):
+            moments = [Moments(Projections(layer), POWERS[method]) for layer in some]
             for routed in _passes(model, some, sequences_BT[~held_B]):
                 for moment, one in zip(moments, routed, strict=True):
                     moment.update(one)
@@ -73,9 +75,14 @@ def compress(
                 found[layer.index] = {
                     **stored.tensors(), **measured, "coverage": moment.coverage_E.cpu(), **layer.sample().tensors,
                 }  # fmt: skip
-                energy_E = measured["depth_energy"]
-                progress(layer.index, (measured["depth_error"] * energy_E).sum(-1) / energy_E.sum().clamp_min(1e-30))
-    return found
+                done(layer.index, found[layer.index])
+    return {layer.index: found[layer.index] for layer in layers}
+
+
+def lost(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Share of a layer's output energy that each depth loses, `[L]`, where all experts are used alike."""
+    energy_E = tensors["depth_energy"]
+    return (tensors["depth_error"] * energy_E).sum(-1) / energy_E.sum().clamp_min(1e-30)
 
 
 def measure(projections: Projections, stored: StoredExperts, seen: Routed, seed: int) -> dict[str, Tensor]:

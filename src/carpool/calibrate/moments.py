@@ -64,11 +64,11 @@ class Moments:
     """Running sums of one layer.
 
     Attributes:
-        into_EHH, out_EII: `sum v x x'` over an expert's tokens, `v` 1 or the gate's weight squared. coverage_E: tokens.
+        into_EHH, out_EII: `sum w^p x x'` over an expert's tokens, `w` the gate's weight. coverage_E: tokens.
     """
 
-    def __init__(self, projections: Projections, gated: bool) -> None:
-        self.projections, self.gated = projections, gated
+    def __init__(self, projections: Projections, power: int) -> None:
+        self.projections, self.power = projections, power
         E, _, H = projections.into_ERH.shape
         width, device = projections.out_EHI.shape[-1], projections.into_ERH.device
         self.into_EHH = torch.zeros(E, H, H, device=device)
@@ -80,7 +80,7 @@ class Moments:
         for expert, rows_C, weight_C in by_expert(routed, len(self.coverage_E)):
             x_CH = routed.hidden_NH[rows_C].float()
             y_CI = self.projections.between(x_CH, expert)
-            value_C1 = weight_C.square().unsqueeze(-1) if self.gated else torch.ones_like(x_CH[:, :1])
+            value_C1 = weight_C.pow(self.power).unsqueeze(-1)
             self.into_EHH[expert] += x_CH.T @ (value_C1 * x_CH)
             self.out_EII[expert] += y_CI.T @ (value_C1 * y_CI)
             self.coverage_E[expert] += len(rows_C)

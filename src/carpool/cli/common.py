@@ -111,7 +111,7 @@ def named_statistics(plans: Sequence[AnyPlan], stats: Path | None, opened: Opene
     for plan in plans:
         needy = plan.required_stats() and getattr(plan, "statistics", None) is None
         if needy and may_be_shipped(opened) is None:
-            raise missing_statistics(plan.policy)
+            raise missing_statistics(plan)
     return None
 
 

@@ -42,15 +42,23 @@ class StoredExperts:
         """Bytes of one expert as it is stored."""
         return self.into.bytes_stored + self.out.bytes_stored
 
+    @property
+    def share_stored(self) -> float:
+        """The same over its bytes in 16 bits."""
+        return self.bytes_stored / self._whole
+
+    @property
+    def _whole(self) -> int:
+        rows = self.into.planes_DERB.shape[2]
+        return 2 * (rows * self.into.width + self.into.width * self.out.width)
+
     def sizes(self) -> Tensor:
         """What reading an expert at a depth takes over its bytes in 16 bits, float64 `[17]` by depth: 0 at depth 0, 1
         for the original; infinite where nothing is stored."""
-        _, _, R, _ = self.into.planes_DERB.shape
-        whole = 2 * (R * self.into.width + self.into.width * self.out.width)
         found = torch.full((ALL_BITS + 1,), torch.inf, dtype=torch.float64, device="cpu")
         found[0], found[ALL_BITS] = 0, 1
         for depth in self.depths:
-            found[depth] = self.bytes_read(depth) / whole
+            found[depth] = self.bytes_read(depth) / self._whole
         return found
 
     def tensors(self) -> dict[str, Tensor]:

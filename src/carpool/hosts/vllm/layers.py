@@ -70,6 +70,8 @@ def prepare(layer: Layer, plan: Plan) -> dict[str, Tensor]:
             engine does not give.
     """
     plan.check(layer.num_experts, layer.spec.top_k)
+    if plan.reads_depths:
+        raise CarpoolError(f"{plan} reads experts at depths, which vLLM's kernels cannot; use transformers for it")
     missing = [name for name in plan.policy.required_stats() if name not in layer.statistics]
     if missing:
         raise CarpoolError(
