@@ -229,7 +229,7 @@ def fuzz_logits(rng: random.Random, folder: Path) -> bool:
         top_k=top_k, scoring=rng.choice(["softmax", "sigmoid", "sqrtsoftplus"]), renormalize=rng.random() < 0.5
     )
     plan = parse(text)
-    stats = plan.policy.prepare(row.stats(experts, generator))
+    stats = plan.prepare(row.stats(experts, generator))
     hidden_NH = torch.randn(rows, 4, generator=generator) * rng.choice([0.0, 1.0, 1e20]) if row.hidden else None
     outcome = route(plan, spec, logits_NE, batch, stats=stats, hidden_NH=hidden_NH)
     finite_N = logits_NE.isfinite().all(-1)

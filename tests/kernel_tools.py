@@ -21,7 +21,7 @@ def both(trial: Trial, native: Routing | None = None, plan: Any = None, **how: A
     """The kernels' routing and counters, and the outcome of the general path, from the same scores."""
     case, plan = trial.case, plan or trial.plan
     native = a_host(case) if native is None else native
-    stats = plan.policy.prepare(trial.stats())
+    stats = plan.prepare(trial.stats())
     scores = scored(case.spec, case.logits_NE)
     hidden_NH = hidden(case) if trial.row.hidden else None
     outcome = decide(

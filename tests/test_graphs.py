@@ -48,7 +48,7 @@ def arguments(trial: Trial) -> dict[str, Any]:
         "logits_NE": case.logits_NE,
         "batch": case.batch,
         "native": case.spec.native(case.logits_NE),
-        "stats": trial.plan.policy.prepare(trial.stats()),
+        "stats": trial.plan.prepare(trial.stats()),
         "hidden_NH": hidden(case) if trial.row.hidden else None,
     }
 

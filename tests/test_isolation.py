@@ -127,7 +127,7 @@ def strangers(rng: random.Random, count: int) -> list[Request]:
 def run(row: Row, text: str, logits_NE: Tensor, batch: Batch) -> Outcome:
     plan = parse(text)
     experts = logits_NE.shape[1]
-    stats = plan.policy.prepare(row.stats(experts, torch.Generator().manual_seed(0)))
+    stats = plan.prepare(row.stats(experts, torch.Generator().manual_seed(0)))
     extras = {name: value for name, value in row.extras(len(logits_NE), experts).items() if name == "device_E"}
     hidden_NH = logits_NE.nan_to_num().clamp(-8, 8)[:, :4] if row.hidden else None
     return route(plan, RouteSpec(top_k=8), logits_NE, replace(batch, **extras), stats=stats, hidden_NH=hidden_NH)

