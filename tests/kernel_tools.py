@@ -46,8 +46,6 @@ def assert_agree(trial: Trial, **how: Any) -> None:
     assert torch.equal(routing.ids_NK, theirs.ids_NK)
     assert routing.ids_NK.dtype == theirs.ids_NK.dtype
     assert_close(routing.weights_NK, theirs.weights_NK)
-    if not trial.case.rows:  # no program runs, and none counts
-        return
     assert torch.equal(routing.weights_NK[~outcome.changed_N], theirs.weights_NK[~outcome.changed_N])
     assert (routing.surrogate_ids_NK is None) == (theirs.surrogate_ids_NK is None)
     if routing.surrogate_ids_NK is not None:

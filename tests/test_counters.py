@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policies_under_test import ROWS, Row
 
+from carpool import Batch, RouteSpec, parse, route
 from carpool.plans.counters import FIELDS, Counters, totals
 
 COUNTED = [row for row in ROWS if row.name in ("oea", "surrogate")]
@@ -97,3 +98,17 @@ def routed_without_values():
     from carpool import Batch, RouteSpec, parse, route
 
     return route(parse("oea(1) | floor(0.3)"), RouteSpec(top_k=2), torch.randn(3, 6), Batch.of(3))
+
+
+def test_padding_hides_no_overflow() -> None:
+    """Whatever logits it holds: natively routed padding that would read what the floor added is no reader."""
+    spec, plan = RouteSpec(top_k=2), parse("xshare(2, warmup=0) | floor(0.2)")
+    logits_NE = torch.tensor([[4.0, 3.0, 0, 0], [4, 3, 0, 0], [4, 3, 0, 0], [0, 0, 4, 3]])
+    alone = route(plan, spec, logits_NE, Batch.of(4))
+    for value in (0.0, float("nan"), float("inf")):
+        padded_NE = torch.cat([logits_NE, torch.tensor([[value, 0, 1, 1]])])
+        native = spec.native(padded_NE.nan_to_num())
+        native.ids_NK[-1] = torch.tensor([2, 3])
+        outcome = route(plan, spec, padded_NE, Batch.of(5, real_N=torch.arange(5) < 4), native=native)
+        assert int(alone.overflow_SE.sum()) == int(outcome.overflow_SE.sum()) == 2
+        assert not outcome.nonfinite_N.any()

@@ -19,7 +19,7 @@ from carpool import Batch, CarpoolError, Plan, RouteSpec, Routing, parse
 from carpool.kernels import launch
 from carpool.kernels.launch import Fused, Scratch
 from carpool.kernels.traits import TRAITS, uncovered
-from carpool.plans.counters import FIELDS
+from carpool.plans.counters import FIELDS, measured
 from carpool.plans.guards import Floor, MinBatch
 from carpool.plans.pipeline import scored
 from carpool.policies import Lynx, policy_class
@@ -129,6 +129,32 @@ def test_padding_follows_the_first_row() -> None:
             assert not routing.surrogate_weights_NK[5:].any()
         assert totals_F[FIELDS.index("rows")] == 5
         assert totals_F[FIELDS.index("rows_changed")] == changed_N.sum()
+
+
+@pytest.mark.parametrize("follow", [False, True])
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("-inf")])
+def test_padding_hides_no_overflow(follow: bool, value: float) -> None:
+    """What the floor adds is counted whatever logits padding holds, in a recorded graph and outside of one."""
+    for seed in range(3):
+        trial = trial_of("xshare(2, warmup=0) | floor(0.2)", rows=12, real_N=torch.arange(12) < 6, seed=seed)
+        logits_NE = trial.case.logits_NE.clone()
+        logits_NE[6:, 0] = value
+        _, totals_F, _ = both(Trial(trial.row, trial.case.with_logits(logits_NE), trial.plan), follow=follow)
+        alone = trial_of("xshare(2, warmup=0) | floor(0.2)", rows=12, seed=seed).case.logits_NE[:6]
+        shorter = trial_of("xshare(2, warmup=0) | floor(0.2)", rows=6, real_N=torch.ones(6, dtype=torch.bool))
+        _, expected_F, _ = both(Trial(shorter.row, shorter.case.with_logits(alone), shorter.plan))
+        place = FIELDS.index("floor_overflow")
+        assert totals_F[place] == expected_F[place] > 0
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_a_call_without_rows(follow: bool) -> None:
+    """Counts as one, as on the general path; in a recorded graph nobody votes in it."""
+    trial = trial_of("xshare(4)", rows=0)
+    routing, totals_F, outcome = both(trial, follow=follow)
+    assert routing.ids_NK.shape == (0, 4)
+    expected_F = measured(trial.case.batch, outcome) * (not follow)
+    assert totals_F.tolist() == expected_F.tolist()
 
 
 def test_a_graph_without_voters_counts_nothing() -> None:

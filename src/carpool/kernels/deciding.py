@@ -174,21 +174,21 @@ def decide(
 
     # count, and leave the buffers as they were found
     real, read = own & ((state & REAL) != 0), own & ((state & READ) != 0)
-    nonfinite = own & ((state & NONFINITE) != 0)
+    nonfinite = read & ((state & NONFINITE) != 0)
     step_E = steps_SE + tl.load(step_N + row) * EXPERTS
     bits_K = tl.where(read, NATIVELY, 0) | tl.where(added_K & own, ADDED, 0)
     natural = set_first(step_E, ids_K, bits_K, NATIVELY, held)
     bits_K = tl.where(read, COMPUTED, 0) | tl.zeros_like(slots)
     if tau is not None:
         only_K = tl.sum(((new_K[:, None] == ids_K[None, :]) & added_K[None, :]).to(tl.int32), 1) > 0
-        bits_K = bits_K | tl.where((real | nonfinite) & (only_K == 0), COVERED, 0)
+        bits_K = bits_K | tl.where(read & (only_K == 0), COVERED, 0)
     union = set_first(step_E, new_K, bits_K, COMPUTED, held)
 
     values = tl.zeros([LANES], tl.int64)
     values = lane(values, ROWS, read)
     values = lane(values, ROWS_EXEMPT, real & exempt)
     values = lane(values, ROWS_CHANGED, changed)
-    values = lane(values, ROWS_NONFINITE, nonfinite & read)
+    values = lane(values, ROWS_NONFINITE, nonfinite)
     values = lane(values, NATURAL_UNION, natural)
     values = lane(values, UNION, union)
     values = lane(values, PAIRS, tl.sum((read & held & (final_K != 0)).to(tl.int32)))

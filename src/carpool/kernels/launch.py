@@ -16,6 +16,7 @@ from carpool.kernels.counting import LANES
 from carpool.kernels.deciding import decide
 from carpool.kernels.traits import Traits, coreset_guards, traits_of, uncovered
 from carpool.kernels.voting import vote
+from carpool.plans.counters import FIELDS
 from carpool.plans.grammar import Plan
 from carpool.plans.guards import DecodeOnly, Floor, MinBatch, Protect
 from carpool.plans.pipeline import scored
@@ -118,6 +119,9 @@ class Fused:
         """
         count = len(logits_NE)
         if count == 0:
+            if not follow:  # no program would run to count the call
+                totals_F[FIELDS.index("calls")] += 1
+                totals_F[FIELDS.index("steps")] += batch.num_steps
             return native
         ids_NK, weights_NK = torch.empty_like(native.ids_NK), torch.empty_like(native.weights_NK)
         left: tuple[Tensor | None, Tensor | None] = (None, None)

@@ -35,7 +35,7 @@ def measured(batch: Batch, outcome: Outcome) -> Tensor:
     foreseen = (one * 0, one * 0) if left_NK is None else (outcome.surrogates_SE.sum(), (left_NK != 0).sum())
     values = (
         one, one * batch.num_steps, real_N.sum(), (guarded.real_N & guarded.exempt_N).sum(),
-        outcome.changed_N.sum(), (outcome.nonfinite_N & real_N).sum(),
+        outcome.changed_N.sum(), outcome.nonfinite_N.sum(),
         batch.step_any(outcome.inputs.native_NE & real_N1).sum(), batch.step_any(outcome.computed_NE & real_N1).sum(),
         coreset_GE.sum(), (kept_NK & real_N1).sum(), *foreseen, outcome.overflow_SE.sum(),
         (outcome.displaced_N * real_N).sum(), (outcome.expected_loss_N * real_N).sum(),

@@ -34,7 +34,7 @@ class Outcome:
         allowed_NE: the experts each row may use.
         unfloored_NE: the same before the floor.
         changed_N: rows whose routing differs from the native one.
-        nonfinite_N: rows with NaN or infinite logits; they kept their native routing.
+        nonfinite_N: real rows with NaN or infinite logits; they kept their native routing.
         loss_E: share of a displaced pair's weight that calibration expects to be lost; None: all of it.
     """
 
@@ -166,8 +166,8 @@ def decide(
     A host may compile this. The scores stay outside, so that the experts chosen do not depend on how a compiler
     rounds an exponential.
     """
-    nonfinite_N = ~logits_NE.isfinite().all(-1)
-    batch = batch.dropping(nonfinite_N)
+    unclear_N = ~logits_NE.isfinite().all(-1)
+    nonfinite_N, batch = unclear_N & batch.real_N, batch.dropping(unclear_N)
     for guard in plan.guards:
         batch = guard.batch(batch)
     inputs = Inputs(spec, scores_NE, weights_NE, native.ids_NK, batch, stats, hidden_NH)
