@@ -7,12 +7,15 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import vllm_models as tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
 from carpool.hosts.vllm.request_keys import SAMPLES, group_key, mark_samples, samples_of
+from carpool.hosts.vllm.step_rows import Requests, Rows
 
 tiny.set_environment()
 LEVELS = ("request", "prompt", "tenant", "batch")
@@ -107,3 +110,38 @@ def test_groups_are_nested_and_never_wider_than_the_isolation(sent: list[tuple[A
         if isolation == "tenant":
             assert same_tenant or not joined
             assert kin == same_tenant
+
+
+EXTRAS = st.sampled_from([None, {"carpool": "off"}, {"carpool_tenant": "a"}, {"carpool_tenant": "b"}, {SAMPLES: "x"}])
+
+
+@pytest.mark.parametrize("group", LEVELS)
+@given(
+    extras=st.lists(EXTRAS, min_size=1, max_size=6),
+    steps=st.lists(st.lists(st.integers(0, 5), max_size=5, unique=True), max_size=6),
+)
+def test_requests_that_come_go_and_move_are_read_anew(group: str, extras: list[Any], steps: list[list[int]]) -> None:
+    """Buffers that have seen other steps say the same as new ones; equal parameters are no same request."""
+    requests = [params(extras[i % len(extras)]) for i in range(6)]
+    kept = Rows(16, 6, group, torch.device("cpu"), "batch")
+    for chosen in steps:
+        new = Rows(16, 6, group, torch.device("cpu"), "batch")
+        for rows in (kept, new):
+            given = [requests[i] for i in chosen]
+            lengths = np.array([1 + i % 2 for i in chosen], np.int64)
+            rows.fill(Requests(lengths, np.zeros(len(chosen), bool), given), 12)
+        assert kept.sharing == new.sharing
+        for ours, theirs in zip(kept.tensors(12), new.tensors(12), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_the_same_requests_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from carpool.hosts.vllm import step_rows
+
+    read: list[Any] = []
+    monkeypatch.setattr(step_rows, "opted_out", lambda given: bool(read.append(given)))
+    rows = Rows(8, 4, "batch", torch.device("cpu"))
+    requests = [params() for _ in range(3)]
+    for step in ([requests] * 3) + [requests[:2], requests]:
+        rows.fill(Requests(np.ones(len(step), np.int64), np.zeros(len(step), bool), list(step)), 3)
+    assert len(read) == 3 + 2 + 3

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,9 @@ class Rows:
         self._zero_N = torch.zeros(size, dtype=torch.int64, device=device)
         self._slots_R = torch.zeros(max(2, max_requests), dtype=torch.int64, device=device)
         self._views: dict[int, tuple[Tensor, ...]] = {}
+        self._parameters: list[Any] = []
+        self._out_R = np.zeros(0, bool)
+        self._group_R = np.zeros(0, np.int64)
         self._shares = np.zeros(0, dtype=bool)
         self._places_M: Tensor | None = None
 
@@ -77,16 +81,15 @@ class Rows:
         Prompt rows, recomputed rows and requests that opted out are exempt.
         """
         lengths = requests.lengths
-        out = np.fromiter(map(opted_out, requests.parameters), bool, len(lengths))
-        shares = np.repeat(~requests.prefill & ~out, lengths)
+        self._read(requests.parameters)
+        shares = np.repeat(~requests.prefill & ~self._out_R, lengths)
         count = len(shares)
         self.expected, self.sharing = num_rows, int(shares.sum())
         self._shares, self._places_M = shares, None
         request_N, keyed_N = self._numbers_2N[:, : num_rows + 1]  # a lone row may get one of padding
         request_N[:count], request_N[count:] = np.repeat(np.arange(len(lengths)), lengths), 0
         if self.group in KEYED:
-            keys = (group_key(parameters, self.group, self._isolation) for parameters in requests.parameters)
-            keyed_N[:count], keyed_N[count:] = np.repeat(_numbers(keys, len(lengths)), lengths), 0
+            keyed_N[:count], keyed_N[count:] = np.repeat(self._group_R, lengths), 0
         real_N, voter_N, exempt_N = self._flags_3N
         real_N[:count], real_N[count:] = True, False
         voter_N[:count], voter_N[count:] = shares, False
@@ -94,6 +97,16 @@ class Rows:
         if self._sent_2N.device.type != "cpu":
             for sent, array in ((self._sent_2N, self._numbers_2N), (self._sent_3N, self._flags_3N)):
                 sent.copy_(_sendable(array, sent.device), non_blocking=True)
+
+    def _read(self, parameters: list[Any]) -> None:
+        """What requests say of themselves, read once: from step to step they are mostly the same objects."""
+        if len(parameters) == len(self._parameters) and all(map(is_, parameters, self._parameters)):
+            return
+        count = len(parameters)
+        self._out_R = np.fromiter(map(opted_out, parameters), bool, count)
+        if self.group in KEYED:
+            self._group_R = _numbers((group_key(given, self.group, self._isolation) for given in parameters), count)
+        self._parameters = parameters
 
     def clear(self) -> None:
         """No request is running: whatever is forwarded now (profiling, warm-up, graph capture) is padding."""
