@@ -20,6 +20,7 @@ OPPOSITE = dict(OPPOSITES) | {new: old for old, new in OPPOSITES}
 TRUE, FALSE = cst.Name("True"), cst.Name("False")
 SKIPPED = (cst.Annotation, cst.Decorator, cst.Import, cst.ImportFrom, cst.Raise, cst.FormattedString)
 TYPES = {"dict", "list", "tuple", "type", "set"}
+UNSEEN = {"sem"}  # of atomic operations: where no other program runs it changes nothing
 UNSWAPPED = {"isinstance", "getattr", "where", "gather", "scatter", "full"}  # they fail on every call
 Place = tuple[cst.CSTNode, list[tuple[str, cst.CSTNode]]]
 
@@ -104,17 +105,10 @@ def _of_call(node: cst.Call, imported: set[str]) -> Iterator[tuple[str, cst.CSTN
         if not (isinstance(receiver, cst.Name) and receiver.value in imported):
             yield "call dropped", receiver
     for at, argument in enumerate(node.args):
-        if argument.keyword is not None:
+        if argument.keyword is not None and argument.keyword.value not in UNSEEN:
             rest = [*node.args[:at], *node.args[at + 1 :]]
             yield "keyword argument dropped", node.with_changes(args=_without_last_comma(rest))
-    swaps = isinstance(name, cst.Name) and name.value not in {
-        "isinstance",
-        "where",
-        "gather",
-        "scatter",
-        "full",
-        "getattr",
-    }
+    swaps = isinstance(name, cst.Name) and name.value not in UNSWAPPED
     if swaps and len(node.args) >= 2 and all(one.keyword is None and one.star == "" for one in node.args[:2]):
         first, second = node.args[:2]
         swapped = [first.with_changes(value=second.value), second.with_changes(value=first.value), *node.args[2:]]

@@ -1,4 +1,4 @@
-"""Mutation testing: of small faults put into the core, `evaluate` and `tune`, how many do the fast tests notice?
+"""Mutation testing: of small faults put into the code, how many do the fast tests notice?
 
     python -m venv /tmp/mutation && /tmp/mutation/bin/pip install -r tests/requirements-mutation.txt
     /tmp/mutation/bin/python tests/mutation_run.py --output mutation.json
@@ -26,6 +26,7 @@ import time
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,17 @@ SLACK = 60  # seconds beyond three times what the tests take on the code as it i
 
 @dataclass(frozen=True)
 class Room:
-    """What is mutated, how often, and the tests that run: one pytest process a stage, what kills fastest first."""
+    """What is mutated, how often, and the tests that run: one pytest process a stage, what kills fastest first.
+
+    Attributes:
+        paths: folders that these tests import from besides.
+    """
 
     folders: tuple[str, ...]
     count: int
     stages: tuple[tuple[str, ...], ...]
     left_out: tuple[str, ...] = ("__init__.py",)
+    paths: tuple[str, ...] = ()
 
 
 ROOMS = {
@@ -70,6 +76,7 @@ ROOMS = {
     ),
     "tune": Room(("tune",), 10, (("tune_*", "tune", "benchmarks_tuned"),)),
     "calibrate": Room(("calibrate",), 0, (("surrogate_fit", "surrogates_in_models"),)),
+    "kernels": Room(("kernels",), 20, (("kernels_rows",), ("kernels_agree", "kernels_vllm")), paths=(".venv/triton",)),
 }  # fmt: skip
 
 
@@ -140,7 +147,9 @@ def named_mutants() -> list[Mutant]:
 # a process that has imported all but the package, and forks for every run of the tests: imports take longer than most
 SERVER = """
 import json, os, signal, sys
-import hypothesis, numpy, pytest, rich.console, torch, transformers, typer.testing
+import hypothesis, numpy, pytest, rich.console, torch, typer.testing
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # as conftest.py does, before anything imports Triton
 import transformers.models.qwen3_moe.modeling_qwen3_moe
 print("ready", flush=True)
 for line in sys.stdin:
@@ -159,9 +168,13 @@ for line in sys.stdin:
 
 
 class Copy:
-    """A working copy of the repository in a temporary folder, and the tests that run in it."""
+    """A working copy of the repository in a temporary folder, and the tests that run in it.
 
-    def __init__(self, folder: Path, python: Path) -> None:
+    Args:
+        paths: folders of the repository that the tests import from besides.
+    """
+
+    def __init__(self, folder: Path, python: Path, paths: Sequence[str]) -> None:
         self.root = folder
         for path in ROOT.iterdir():
             if path.name in COPIED and path.is_dir():
@@ -170,8 +183,8 @@ class Copy:
                 shutil.copy(path, folder / path.name)
             elif path.name != ".git":
                 (folder / path.name).symlink_to(path)
-        paths = os.pathsep.join(str(folder / part) for part in ("src", "demo/src"))
-        environment = os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        found = os.pathsep.join(str(folder / part) for part in ("src", "demo/src", *paths))
+        environment = os.environ | {"PYTHONPATH": found, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         self.server = subprocess.Popen(
             [str(python), "-c", SERVER], cwd=folder, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -279,14 +292,18 @@ def main() -> None:
             sys.exit(f"{given.output} is of another seed, other counts or other code; name another file")
         done = earlier["results"]
     left = [one for one in mutants if one.key not in {result["key"] for result in done}]
-    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
-        copy = Copy(Path(folder), given.python.absolute())
+    with ExitStack() as folders:
+        copies: dict[tuple[str, ...], Copy] = {}
         for name in dict.fromkeys(one.room for one in left):
-            copy.measure(name)
-            print(f"{name}: {sum(copy.usual[name]):.0f} s for the tests", flush=True)
+            paths = ROOMS[name].paths
+            if paths not in copies:
+                folder = folders.enter_context(tempfile.TemporaryDirectory(prefix="mutation-"))
+                copies[paths] = Copy(Path(folder), given.python.absolute(), paths)
+            copies[paths].measure(name)
+            print(f"{name}: {sum(copies[paths].usual[name]):.0f} s for the tests", flush=True)
         for at, mutant in enumerate(left, len(done) + 1):
             start = time.monotonic()
-            outcome, by = copy.judge(mutant)
+            outcome, by = copies[ROOMS[mutant.room].paths].judge(mutant)
             taken = round(time.monotonic() - start, 1)
             print(f"[{at}/{len(mutants)}] {outcome} in {taken} s: {mutant.file}: {mutant.label} {by}", flush=True)
             fields = {name: value for name, value in asdict(mutant).items() if name != "code"}
