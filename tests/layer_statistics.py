@@ -61,4 +61,6 @@ def planes(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
         "depth_energy": torch.randn(num_experts, generator=generator).exp(),
         "depth_error": share_LE,
         "depth_use": torch.rand(3, 8, num_experts, generator=generator).square(),
+        "depth_gate": torch.rand(num_experts, generator=generator),
+        "coverage": torch.randint(0, 99, (num_experts,), generator=generator),
     }

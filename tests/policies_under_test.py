@@ -219,6 +219,20 @@ ROWS = (
         stats=planes,
     ),
     Row(
+        name="hobbit",
+        texts=lambda E, K: ["hobbit(4, 2)", "hobbit(high=16, low=3, first=0.3, second=1.0)", "hobbit(3, 2, 0.0, 0.0)"],
+        identity=lambda E, K: ["hobbit(high=16, low=16, second=1.0)"],
+        twin=None,  # shares are floats, see test_depth_rules
+        stats=planes,
+    ),
+    Row(
+        name="bit_plan",
+        texts=lambda E, K: ["bit_plan(bits=2.5)", "bit_plan(4, levels=[4])", "bit_plan(3, alpha=0, beta=0)"],
+        identity=lambda E, K: [],
+        twin=None,  # see test_depth_rules
+        stats=planes,
+    ),
+    Row(
         name="top_p",
         texts=lambda E, K: ["top_p(0.3)", "top_p(p=0.05)", "top_p(0.5, renormalize=True)", "top_p(0.0)"],
         identity=lambda E, K: ["top_p(1.0)"],

@@ -33,6 +33,8 @@ def finite(case: Case) -> torch.Tensor:
 @every_policy
 @given(data=st.data())
 def test_the_identity_setting_is_native_bit_for_bit(row: Row, data: st.DataObject) -> None:
+    if not row.identity(4, 2):
+        pytest.skip("it has none")
     trial = data.draw(trials(row, identity=True))
     host = a_host(trial.case)
     outcome = trial.run(native=host)

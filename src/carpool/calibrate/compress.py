@@ -86,8 +86,8 @@ def lost(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def measure(projections: Projections, stored: StoredExperts, seen: Routed, seed: int) -> dict[str, Tensor]:
-    """`depth_energy [E]`, `depth_error [L, E]`, `depth_bytes [L]`, `depth_use [V, S, E]` on tokens that the quantiser
-    did not see (see `carpool.policies.Depth`). An expert without any has the layer's mean."""
+    """`depth_energy [E]`, `depth_error [L, E]`, `depth_bytes [L]`, `depth_use [V, S, E]`, `depth_gate [E]` on tokens
+    that the quantiser did not see (see `carpool.policies.Depth`). An expert without any has the layer's mean."""
     E, depths = len(projections.into_ERH), stored.depths
     energy_E, count_E = torch.zeros(2, E)
     error_LE = torch.zeros(len(depths), E)
@@ -113,6 +113,7 @@ def measure(projections: Projections, stored: StoredExperts, seen: Routed, seed:
         "depth_error": share_LE.clamp(0, 1),
         "depth_bytes": sizes.float(),
         "depth_use": _use(seen, E, seed),
+        "depth_gate": _gate(seen, E),
     }
 
 
@@ -130,6 +131,13 @@ def _use(seen: Routed, num_experts: int, seed: int) -> Tensor:
         drawn_SB = torch.randint(len(use_NE), (SAMPLES, 2**octave), generator=generator)
         sums.append(use_NE[drawn_SB].sum(1))
     return torch.stack(sums)
+
+
+def _gate(seen: Routed, num_experts: int) -> Tensor:
+    """Share of the router's weight that each expert gets, float32 `[E]`."""
+    sums_E = torch.zeros(num_experts, dtype=torch.float64)
+    sums_E.index_add_(0, seen.ids_NK.flatten().long().cpu(), seen.weights_NK.flatten().double().cpu())
+    return (sums_E / sums_E.sum()).float()
 
 
 def _quantised(moment: Moments, depths: tuple[int, ...], group: int, method: Method) -> StoredExperts:

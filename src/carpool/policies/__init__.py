@@ -3,9 +3,11 @@
 from carpool.policies.allow_list import AllowList
 from carpool.policies.base import Inputs, Policy
 from carpool.policies.base_energy import BASE
+from carpool.policies.bit_plan import BitPlan
 from carpool.policies.controls import RandomCoreset, TopK
 from carpool.policies.depth import Depth
 from carpool.policies.des import DESSeq, DESVote
+from carpool.policies.hobbit import Hobbit
 from carpool.policies.lynx import Lynx
 from carpool.policies.oea import OEA
 from carpool.policies.registry import policies, policy_class, register
@@ -21,9 +23,11 @@ __all__ = [
     "OEA",
     "SERE",
     "AllowList",
+    "BitPlan",
     "DESSeq",
     "DESVote",
     "Depth",
+    "Hobbit",
     "Inputs",
     "LayerThreshold",
     "Lynx",

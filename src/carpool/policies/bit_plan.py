@@ -1,0 +1,122 @@
+"""MC's bit plan: how many bits each expert has is settled by calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from carpool.policies.base import Inputs, Policy, require
+from carpool.policies.registry import register
+
+SHORT = 1e-9
+
+
+@register
+@dataclass(frozen=True)
+class BitPlan(Policy):
+    """Give every expert of a layer a number of bits for good, so that what calibration expects to be lost is least.
+
+    Based on MC (arXiv 2410.06270), its pre-loading mixed-precision quantisation: with `f` the share of tokens that pick
+    an expert, `w` the share of the router's weight that it gets, and `e_b` what the layer's output loses (Frobenius
+    norm) if this expert alone has `b` bits,
+
+        minimise  sum f^alpha w^beta e_b^gamma    with `bits` bits an expert on average,
+
+    and, where both are offered, at least one expert with 2 and one with 3 bits. Solved exactly by dynamic programming.
+
+    Parameters:
+        bits: mean bits of a weight, scales not counted.
+        levels: bits that an expert may have; default: all that are stored.
+        alpha: power of the share of tokens.
+        beta: power of the share of weight.
+        gamma: power of the loss. `alpha=0, beta=0, gamma=2` minimises the lost energy itself.
+
+    Reading of the paper: `gamma=2`, as printed; the released code raises the loss to `alpha` instead (`gamma=1`).
+
+    Statistics: those of `depth`, and `depth_gate [E]`, the share of the router's weight that an expert gets.
+
+    Example: `bit_plan(bits=2.5)`.
+
+    Identity: none.
+    """
+
+    bits: float
+    levels: tuple[int, ...] | None = None
+    alpha: float = 1.0
+    beta: float = 1.5
+    gamma: float = 2.0
+
+    name = "bit_plan"
+    paper = "MC, arXiv 2410.06270"
+    kind = "token"
+    needs = ("planes_shape", "depth_energy", "depth_error", "depth_use", "depth_gate", "coverage")
+    reads_depths = True
+
+    def __post_init__(self) -> None:
+        good = type(self.bits) in (int, float) and 0 < self.bits <= 8
+        require(good, f"bits={self.bits!r}: give the mean bits of a weight, up to 8")
+        if self.levels is not None:
+            good = isinstance(self.levels, list | tuple) and all(type(one) is int for one in self.levels)
+            good = good and len(self.levels) > 0 and list(self.levels) == sorted(set(self.levels))
+            require(good, f"levels={self.levels!r}: give bits in ascending order, such as [2, 3, 4]")
+            object.__setattr__(self, "levels", tuple(self.levels))
+
+    def prepare(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`bits [E]`, int64.
+
+        Raises:
+            CarpoolError: a level that is not stored, or bits that no plan has.
+        """
+        stored = stats["planes_shape"][3:].tolist()
+        levels = list(self.levels or stored)
+        unknown = [one for one in levels if one not in stored]
+        require(not unknown, f"levels={levels}: {unknown[:1]} is not stored; use {stored}")
+        require(levels[0] <= self.bits, f"bits={self.bits}: the shallowest level has {levels[0]}; ask for more")
+        count_E = stats["coverage"].double()
+        share_E = count_E / count_E.sum().clamp_min(1)
+        gate_E = stats["depth_gate"].double()
+        gate_E = gate_E / gate_E.sum().clamp_min(1e-30)
+        use_E = stats["depth_use"][-1].double().mean(0)
+        places = [stored.index(one) for one in levels]
+        lost_EJ = (use_E * stats["depth_energy"].double() * stats["depth_error"].double()[places]).sqrt().T
+        cost_EJ = (share_E**self.alpha * gate_E**self.beta).unsqueeze(-1) * lost_EJ**self.gamma
+        needed = [level for level in (2, 3) if {2, 3} <= set(levels)]
+        plan = cheapest(cost_EJ.tolist(), levels, int(self.bits * len(cost_EJ) + SHORT), needed)
+        bits_E = torch.tensor(plan, device=stats["coverage"].device)
+        return {"bits": bits_E, "deepest": bits_E.amax()}
+
+    def read_depth(self, inputs: Inputs) -> Tensor:
+        """Int64 `[G, E]`."""
+        return inputs.stats["bits"].expand(inputs.batch.num_groups, -1)
+
+
+def cheapest(cost_EJ: list[list[float]], levels: list[int], bits: int, needed: list[int]) -> list[int]:
+    """Levels of all experts with the least sum of costs, of those with at most so many bits together that use each
+    level that is needed (where there are as many experts and bits as that takes).
+
+    Args:
+        cost_EJ: of an expert at a level.
+    """
+    least = levels[0] * len(cost_EJ)
+    extra = sum(level - levels[0] for level in needed)
+    if len(cost_EJ) < len(needed) or bits < least + extra:
+        needed = []
+    # by bits used and levels met so far: cost and the levels that lead there
+    best: dict[tuple[int, frozenset[int]], tuple[float, tuple[int, ...]]] = {(0, frozenset()): (0.0, ())}
+    for place, cost_J in enumerate(cost_EJ):
+        left = levels[0] * (len(cost_EJ) - place - 1)
+        step: dict[tuple[int, frozenset[int]], tuple[float, tuple[int, ...]]] = {}
+        for (used, met), (cost, plan) in best.items():
+            for level, added in zip(levels, cost_J, strict=True):
+                if used + level + left > bits:
+                    break
+                key = (used + level, met | {level} if level in needed else met)
+                made = (cost + added, (*plan, level))
+                if key not in step or made[0] < step[key][0]:
+                    step[key] = made
+        best = step
+    whole = [made for (_, met), made in best.items() if met == frozenset(needed)]
+    return list(min(whole)[1])
