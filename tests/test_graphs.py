@@ -173,7 +173,15 @@ def test_few_operations(row: Row) -> None:
         trial = Trial(row, a_case(row), parse(text))
         outcome = trial.run()
         inputs, policy = outcome.inputs, trial.plan.policy
-        known = (inputs.rank_NE, inputs.native_NE, inputs.free_GE, inputs.voters_G1, inputs.experts_E, inputs.voter_N1)
+        known = (
+            inputs.rank_NE,
+            inputs.native_NE,
+            inputs.native_share_NE,
+            inputs.free_GE,
+            inputs.voters_G1,
+            inputs.experts_E,
+            inputs.voter_N1,
+        )
         assert all(isinstance(value, Tensor) for value in known)  # cached: not counted below
         with CountOperations() as mode:
             coreset_GE = policy.coreset(inputs)

@@ -73,14 +73,14 @@ class Hobbit(Policy):
 
     def read_depth(self, inputs: Inputs) -> Tensor:
         """Int64 `[G, E]`."""
-        weight_NK, ids_NK = inputs.native_weight_NK, inputs.native_ids_NK.long()
-        heavier_NK = (weight_NK.unsqueeze(-2) * (weight_NK.unsqueeze(-2) > weight_NK.unsqueeze(-1))).sum(-1)
-        total_N1 = weight_NK.sum(-1, keepdim=True)
+        ids_NK = inputs.native_ids_NK.long()
+        share_NK = inputs.native_share_NE.gather(-1, ids_NK)
+        heavier_NK = (share_NK.unsqueeze(-2) * (share_NK.unsqueeze(-2) > share_NK.unsqueeze(-1))).sum(-1)
         none_NE = torch.zeros_like(inputs.native_NE)
-        deep_GE = inputs.votes(none_NE.scatter(-1, ids_NK, heavier_NK <= self.first * total_N1))
+        deep_GE = inputs.votes(none_NE.scatter(-1, ids_NK, heavier_NK <= self.first))
         if self.second >= 1:  # nothing is left out: what nobody here picks others may read
             return torch.where(deep_GE, self.high, torch.full_like(deep_GE, self.low, dtype=torch.int64))
-        read_GE = inputs.votes(none_NE.scatter(-1, ids_NK, heavier_NK <= self.second * total_N1))
+        read_GE = inputs.votes(none_NE.scatter(-1, ids_NK, heavier_NK <= self.second))
         return torch.where(deep_GE, self.high, read_GE * self.low)
 
     def assign(self, inputs: Inputs, allowed_NE: Tensor, coreset_GE: Tensor) -> Routing:
