@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,8 +85,53 @@ def test_weights_that_are_loaded_later_are_compared_too(tmp_path: Path) -> None:
         with pytest.raises(CarpoolError, match="carpool_set: other weights were loaded"):
             llm.collective_rpc("carpool_set", kwargs=change)
     llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tiny.qwen3())})
-    llm.collective_rpc("carpool_set", kwargs={"enabled": True})
     assert changed() > 0
+    # some trainers write into the model, past vLLM's own loading: nobody sees which experts these are
+    tiny.runner(llm).get_model().load_weights([])
+    assert changed() == 0
+    assert "could not be compared" in tiny.host(llm).foreign
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tiny.qwen3())})
+    assert changed() > 0
+    # a deep sleep discards the weights; until vLLM has loaded some, nothing that was measured applies
+    llm.collective_rpc("sleep", args=(1,))
+    assert changed() > 0
+    llm.collective_rpc("sleep", args=(2,))
+    assert changed() == 0
+    with pytest.raises(RuntimeError, match="not supported on CPU"):
+        llm.collective_rpc("discard", args=(("kv_cache",),))
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tiny.qwen3())})
+    assert changed() > 0
+
+
+def test_sleep_discards_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It discards what was made while the worker loads the weights; our tensors are made after that."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from carpool.hosts.vllm.host import Host
+    from carpool.hosts.vllm.settings import Settings
+
+    pool, made = list[str](), list[tuple[str, list[str]]]()
+
+    @contextmanager
+    def in_pool(tag: str) -> Iterator[None]:
+        pool.append(tag)
+        yield
+        pool.remove(tag)
+
+    runner = SimpleNamespace(load_model=lambda **_: made.append(("weights", [*pool])))
+    worker = SimpleNamespace(
+        model_runner=runner, vllm_config=SimpleNamespace(weight_transfer_config=None), compile_or_warm_up_model=None,
+        _maybe_get_memory_pool_context=in_pool, _scoped_allocator_max_split=lambda **_: nullcontext(),
+    )  # fmt: skip
+    worker.load_model = MethodType(Worker.load_model, worker)
+    monkeypatch.setattr("vllm.v1.worker.gpu_worker.set_current_vllm_config", lambda _: nullcontext())
+    monkeypatch.setattr("vllm.v1.worker.gpu_worker.set_torch_threads_for_runtime", lambda: None)
+    monkeypatch.setattr(Host, "_finish", lambda self: made.append(("ours", [*pool])))
+    settings = Settings.of({"carpool": tiny.SHARING})
+    assert settings is not None
+    Host.attach(worker, settings)
+    worker.load_model()
+    assert made == [("weights", ["weights"]), ("ours", [])]
 
 
 def test_what_was_packed_before_anybody_looked_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -34,6 +34,16 @@ def shared() -> Iterator[Any]:
     llm.collective_rpc("carpool_report", kwargs={"reset": True})
 
 
+def fits(given: dict[str, Any]) -> None:
+    """The configuration is taken for the model of the shared engine."""
+    from carpool.hosts.vllm.layers import build_layers
+    from carpool.hosts.vllm.settings import Settings
+
+    runner, settings = tiny.runner(tiny.shared_engine()), Settings.of({"carpool": {"isolation": "batch"} | given})
+    assert settings is not None
+    assert len(build_layers(runner.get_model(), settings, runner.vllm_config, torch.device("cpu"))) == 2
+
+
 def refused(given: dict[str, Any], message: str) -> None:
     """The configuration is refused for the model of the shared engine; checked without starting another one."""
     from carpool.hosts.vllm.layers import build_layers
@@ -72,7 +82,7 @@ def test_dense_models_and_bypassed_routers_are_refused(monkeypatch: pytest.Monke
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
     monkeypatch.setattr(MoERunner, "is_monolithic", property(lambda self: True))
-    refused(tiny.SHARING, "routes inside its kernel")
+    refused(tiny.SHARING, "UnquantizedFusedMoEMethod routes inside its kernel")  # as FlashInfer's MonoMoE would
 
 
 def test_kernels_that_route_by_themselves_are_kept_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,21 +100,39 @@ def test_kernels_that_route_by_themselves_are_kept_away(monkeypatch: pytest.Monk
     router: Any = CPURouter(top_k=4, global_num_experts=32)
     native = router.routing_method_type
     router.__class__ = shared_class(CPURouter)
-    assert router.routing_method_type == native
+    assert router.routing_method_type == router.kernel_routing_method_type == native
+    assert router.supports_monolithic_kernels  # refused by name once the model is loaded
     assert CPUExpertsFp8._supports_routing_method(native, None, None)
     assert not CPUExpertsFp8._supports_routing_method(RoutingMethodType.Unspecified, None, None)
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    assert router.kernel_routing_method_type == RoutingMethodType.Unspecified
+    assert not router.supports_monolithic_kernels
     assert not TrtLlmBf16ExpertsMonolithic._supports_routing_method(router.routing_method_type, None, None)
     assert TrtLlmBf16ExpertsMonolithic._supports_routing_method(native, None, None)
 
 
-def test_an_engine_that_bypasses_the_router_is_refused_at_the_first_step(shared: Any) -> None:
-    host = tiny.host(shared)
-    host._prove()
-    seen, host.layers[1].calls = host.layers[1].calls, 0
-    with pytest.raises(CarpoolError, match=r"layers\.1\.mlp\.experts: the engine bypassed the router"):
-        host._prove()
-    host.layers[1].calls = seen
+def test_a_model_that_is_wrapped_in_part_is_refused(shared: Any) -> None:
+    """Experts beside those of the routers that Carpool shares, known by the model's own list or by their weights."""
+    model = tiny.runner(shared).get_model()
+    experts = torch.nn.Module()
+    model.mega_experts = experts
+    experts.w13_weight = torch.nn.Parameter(torch.zeros(7, 64, 64))  # no number of experts
+    model.conv = torch.nn.Conv2d(64, tiny.EXPERTS, 3)  # 32 of something else
+    fits(tiny.SHARING)
+    experts.w13_weight = torch.nn.Parameter(torch.zeros(tiny.EXPERTS, 64, 64))
+    refused(tiny.SHARING, "mega_experts holds experts .* 1 of 3 MoE layers could not share")
+    experts.w13_weight = torch.nn.Parameter(torch.zeros(7, 64, 64))
+    listed = model.moe_layers
+    model.moe_layers = [*listed, experts]
+    refused(tiny.SHARING, "mega_experts holds experts .* 1 of 3 MoE layers could not share")
+    model.moe_layers = listed
+    del model.mega_experts, model.conv
+
+
+def test_expert_substitution_is_refused(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = tiny.host(shared).layers[1].runner.routed_experts
+    monkeypatch.setattr(experts, "expert_substitution", torch.nn.Identity(), raising=False)
+    refused(tiny.SHARING, r"layers\.1\.mlp\.experts: constants stand in for some of its experts")
 
 
 def test_rows_that_are_not_the_batchs_are_refused(shared: Any) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import vllm_models as tiny
 
+from carpool.hosts.vllm.follow import drafter
+
 pytest.importorskip("vllm", reason="vLLM is an extra")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -86,7 +88,7 @@ def test_a_draft_model_is_left_alone() -> None:
         speculative_config={"method": "draft_model", "model": folder, "num_speculative_tokens": 2},
     )  # fmt: skip
     runner = tiny.runner(llm)
-    for model, kind in ((runner.get_model(), "SharedCPURouter"), (runner.drafter.model, "CPURouter")):
+    for model, kind in ((runner.get_model(), "SharedCPURouter"), (drafter(runner).model, "CPURouter")):
         routers = {type(m.router).__name__ for m in model.modules() if hasattr(m, "routed_experts")}
         assert routers == {kind}
     tiny.generate(llm, tiny.prompts(4))

@@ -25,11 +25,15 @@ SHARING = {"policy": POLICY, "isolation": "batch"}
 
 
 def engine_config(**changes: Any) -> Any:
-    parallel = SimpleNamespace(enable_expert_parallel=False, data_parallel_size=1, pipeline_parallel_size=1)
+    parallel = SimpleNamespace(
+        enable_expert_parallel=False, data_parallel_size=1, pipeline_parallel_size=1, use_ubatching=False,
+        prefill_context_parallel_size=1,
+    )  # fmt: skip
     model = SimpleNamespace(is_diffusion=False, runner_type="generate")
     config = SimpleNamespace(
-        model_config=model, parallel_config=parallel, use_v2_model_runner=False, kv_transfer_config=None
-    )
+        model_config=model, parallel_config=parallel, use_v2_model_runner=False, kv_transfer_config=None,
+        additional_config={"carpool": SHARING},
+    )  # fmt: skip
     for name, value in changes.items():
         owner = next((part for part in (parallel, model) if hasattr(part, name)), config)
         setattr(owner, name, value)
@@ -41,7 +45,11 @@ def engine_config(**changes: Any) -> Any:
     [
         ({"enable_expert_parallel": True}, "expert parallelism"),
         ({"data_parallel_size": 2}, "data parallelism"),
-        ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
+        ({"use_ubatching": True}, "micro-batches split the rows"),
+        ({"prefill_context_parallel_size": 2}, "context parallelism of prompts"),
+        ({"speculative_config": SimpleNamespace(enable_adaptive_verification=True)}, "adaptive verification"),
+        ({"additional_config": {"decode_backend": "latency_specialized"}}, "decode_backend='latency_specialized'"),
+        ({"kernel_config": SimpleNamespace(monokernel=True)}, "--monokernel decodes a layer by one kernel"),
         ({"kv_transfer_config": object()}, "KV connector"),
         ({"is_diffusion": True, "use_v2_model_runner": True}, "diffusion models .* needs a GPU"),
         ({"runner_type": "pooling"}, "pooling model .* nothing to share"),
@@ -55,6 +63,37 @@ def test_refused_engines(changes: dict[str, Any], message: str) -> None:
     check_engine(engine_config(), settings)
     with pytest.raises(CarpoolError, match=message):
         check_engine(engine_config(**changes), settings)
+
+
+@pytest.mark.parametrize("use_v2_model_runner", [False, True])
+def test_both_runners_are_taken(use_v2_model_runner: bool) -> None:
+    from carpool.hosts.vllm.engine import check_engine
+
+    settings = Settings.of({"carpool": SHARING})
+    assert settings is not None
+    check_engine(engine_config(use_v2_model_runner=use_v2_model_runner), settings)
+
+
+def test_the_refused_options_are_vllms() -> None:
+    """A renamed option would let them pass."""
+    from vllm.config import ParallelConfig
+    from vllm.config.speculative import SpeculativeConfig
+
+    assert isinstance(ParallelConfig.use_ubatching, property)
+    assert "prefill_context_parallel_size" in ParallelConfig.__dataclass_fields__
+    assert "enable_adaptive_verification" in SpeculativeConfig.__dataclass_fields__
+
+
+def test_adapters_take_no_statistics(tmp_path: Path) -> None:
+    from carpool.hosts.vllm.engine import check_engine
+
+    adapted = engine_config(lora_config=object())
+    for change in ({}, {"statistics": tmp_path}, {"model": {"num_layers": 4}}):
+        settings = Settings.of({"carpool": SHARING})
+        assert settings is not None
+        settings = replace(settings, policies=replace(settings.policies, **change))
+        with pytest.raises(CarpoolError, match=r"adapters .* leave out --enable-lora") if change else nullcontext():
+            check_engine(adapted, settings)
 
 
 def test_pipeline_parallelism_takes_no_statistics(tmp_path: Path) -> None:

@@ -92,6 +92,11 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def v2() -> bool:
+    """Whether engines run by vLLM's V2 model runner: asked for where Triton is at hand (see the Makefile)."""
+    return os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+
+
 def write_model(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Save a model of a family with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -138,6 +143,10 @@ def _hasten() -> None:
     from vllm.model_executor.models import registry
     from vllm.platforms import current_platform
 
+    if v2():
+        from vllm.v1.sample.ops import topk_topp_sampler
+
+        topk_topp_sampler.HAS_TRITON = False  # its kernel cannot be interpreted; there is another form
     # it looks at a model's class in a process of its own, which takes longer than all the rest
     registry._run_in_subprocess = lambda function: function()
     # it scans all modules for kernels; once is enough, and once numba is imported the scan fails

@@ -87,9 +87,11 @@ def _request_processed(processor: Any, request: Any) -> None:
 def _scheduler_built(scheduler: Any, _: None) -> None:
     if Settings.of(scheduler.vllm_config.additional_config) is None:
         return
+    from carpool.hosts.vllm.one_token import count_one_token
     from carpool.hosts.vllm.prefix_cache import share_prompts_only
 
     share_prompts_only(scheduler)
+    count_one_token(scheduler)
 
 
 def _worker_built(worker: Any, _: None) -> None:

@@ -58,8 +58,7 @@ class Control:
                 host.metrics.refused()
             raise
         if enabled is not None:
-            host.step.enabled = enabled
-            host.metrics.enabled(enabled)
+            host.enable(enabled)
         return self._settings()
 
     def report(self, reset: bool = False) -> dict[str, Any]:
@@ -72,9 +71,7 @@ class Control:
             for row, layer in zip(host.step.counters.report(), host.layers, strict=True)
         ]
         if reset:
-            host.metrics.publish(now=True)
-            host.step.counters.reset()
-            host.metrics.forget()
+            host.count_anew()
         return {**self._settings(), "layers": layers}
 
     def _settings(self) -> dict[str, Any]:

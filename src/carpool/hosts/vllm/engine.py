@@ -9,7 +9,7 @@ from carpool.errors import CarpoolError
 from carpool.hosts.vllm.isolation import require_isolated
 from carpool.hosts.vllm.settings import Settings
 
-TESTED = ("0.32.",)  # versions whose seams were read and run
+TESTED = ("0.32.", "0.33.")  # versions whose seams were read and run
 SEAMS = {  # what we replace or call, and the parameters we rely on
     "fused_moe.layer.create_fused_moe_router": ("top_k", "global_num_experts"),
     "fused_moe.runner.moe_runner.MoERunner.__init__": ("layer_name", "router", "routed_experts"),
@@ -31,12 +31,14 @@ def check_engine(config: Any, settings: Settings) -> None:
         raise CarpoolError("expert parallelism on vLLM's CPU build: its kernel ignores the expert map; leave it off")
     if parallel.data_parallel_size > 1:
         raise CarpoolError("data parallelism hands the router rows of other ranks; run one engine a replica instead")
-    if config.use_v2_model_runner and not settings.allow_untested_engine:
-        raise CarpoolError(
-            "vLLM's V2 model runner has not been run with Carpool yet; set VLLM_USE_V2_MODEL_RUNNER=0, or "
-            '"allow_untested_engine": true to try it'
-        )
+    _check_rows(config)
+    _check_decoding(config)
     policies = settings.policies
+    if getattr(config, "lora_config", None) is not None and (policies.statistics or policies.model):
+        raise CarpoolError(
+            "adapters (LoRA) make other weights of those that statistics and policy files were made for; leave out "
+            "--enable-lora, or give a policy that needs none"
+        )
     if parallel.pipeline_parallel_size > 1 and (policies.statistics or policies.model or policies.layers):
         raise CarpoolError(
             "with pipeline parallelism no stage sees all layers, so statistics and policy files cannot be checked "
@@ -47,6 +49,38 @@ def check_engine(config: Any, settings: Settings) -> None:
             "a KV connector may hand what a policy computed to other requests; remove kv_transfer_config"
         )
     require_isolated(settings.policies.plan, settings, config)
+
+
+def _check_rows(config: Any) -> None:
+    """Refuse what splits a batch, or decides on the device whose rows are whose."""
+    parallel, speculative = config.parallel_config, getattr(config, "speculative_config", None)
+    if getattr(parallel, "use_ubatching", False):
+        raise CarpoolError(
+            "micro-batches split the rows that would share; leave out --enable-dbo and --ubatch-size to use Carpool"
+        )
+    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        raise CarpoolError(
+            "context parallelism of prompts gives every rank rows of its own; set prefill_context_parallel_size to 1"
+        )
+    if getattr(speculative, "enable_adaptive_verification", False):
+        raise CarpoolError(
+            "adaptive verification decides on the device which request a draft token's row belongs to, which Carpool "
+            "does not follow; set enable_adaptive_verification to false"
+        )
+
+
+def _check_decoding(config: Any) -> None:
+    """Refuse what decodes by kernels that route for themselves, while prompts still go through the routers."""
+    chosen = config.additional_config.get("decode_backend", "auto") if config.additional_config else "auto"
+    if chosen != "auto":
+        raise CarpoolError(
+            f"decode_backend={chosen!r} decodes by kernels that route for themselves, past every policy; leave "
+            "decode_backend out of additional_config"
+        )
+    if getattr(getattr(config, "kernel_config", None), "monokernel", False):
+        raise CarpoolError(
+            "--monokernel decodes a layer by one kernel that routes for itself, past every policy; leave it out"
+        )
 
 
 def check_model(model_config: Any) -> None:

@@ -22,7 +22,7 @@ def follow(runner: Any, rows: Rows, on: Callable[[], bool], after: Callable[[], 
         runner: vLLM's.
         rows: to fill.
         on: whether policies are on.
-        after: called after every forward pass of a batch.
+        after: called after every forward pass of a batch, while its rows are still known.
     """
     if hasattr(runner, "_model_forward"):
         _follow_v1(runner, rows, on, after)
@@ -43,9 +43,9 @@ def _follow_v1(runner: Any, rows: Rows, on: Callable[[], bool], after: Callable[
             rows.fill(requests_v1(runner), _num_rows(*args, **kwargs))
         try:
             result = forward(*args, **kwargs)
+            after()
         finally:
             rows.clear()
-        after()
         return result
 
     runner._model_forward = followed_forward
@@ -87,11 +87,10 @@ def _follow_v2(runner: Any, rows: Rows, on: Callable[[], bool], after: Callable[
     def followed_execute(*args: Any, **kwargs: Any) -> Any:
         try:
             result = execute(*args, **kwargs)
+            if rows.expected:
+                after()
         finally:
-            running = rows.expected > 0
             rows.clear()
-        if running:
-            after()
         return result
 
     runner.add_requests, runner.prepare_inputs = followed_add, followed_prepare

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carpool.errors import CarpoolError
 from carpool.experts.surrogates import NAMES
 from carpool.hosts.vllm.compiled import Compiler
 from carpool.hosts.vllm.expert_samples import sampling
@@ -20,12 +19,14 @@ from carpool.hosts.vllm.follow import drafter, follow
 from carpool.hosts.vllm.fused import Kernels
 from carpool.hosts.vllm.knobs import Knobs
 from carpool.hosts.vllm.layer import Layer, Step
-from carpool.hosts.vllm.layers import build_layers, check_weights
+from carpool.hosts.vllm.layers import build_layers
 from carpool.hosts.vllm.metrics import Metrics
+from carpool.hosts.vllm.proof import Proof
 from carpool.hosts.vllm.router import define_op, shared_class
 from carpool.hosts.vllm.settings import Settings
 from carpool.hosts.vllm.step_rows import Rows
 from carpool.hosts.vllm.supplement import hook
+from carpool.hosts.vllm.weights import Weights
 from carpool.plans.counters import Counters
 from carpool.plans.grammar import Plan
 
@@ -35,7 +36,7 @@ class Host:
 
     Attributes:
         worker: vLLM's worker. settings: the user's. step: what all layers share, once the model is loaded.
-        layers: the MoE layers of this worker. foreign: why no policy may run on the weights that it has now, or empty.
+        layers: the MoE layers of this worker. weights: whether they are those that the files describe.
     """
 
     def __init__(self, worker: Any, settings: Settings) -> None:
@@ -45,12 +46,13 @@ class Host:
         self.step: Step | None = None
         self.metrics: Metrics | None = None
         self.kernels: Kernels | None = None
-        self.foreign = ""
-        self._proved = False
+        self.weights: Weights | None = None
+        self.proof: Proof | None = None
+        self._warming = False
 
     @classmethod
     def attach(cls, worker: Any, settings: Settings) -> Host:
-        """Follow a worker from its construction: wraps its `load_model`."""
+        """Follow a worker from its construction: wraps what loads, warms up and replaces the model."""
         host = cls(worker, settings)
         worker.carpool = host
         load_model = worker.load_model
@@ -64,32 +66,18 @@ class Host:
             return result
 
         worker.load_model = loaded
-        reload_weights = worker.reload_weights
+        warm_up = worker.compile_or_warm_up_model
 
-        def reloaded(*args: Any, **kwargs: Any) -> Any:
-            result = reload_weights(*args, **kwargs)
-            host.check_weights()
-            return result
+        def warmed(*args: Any, **kwargs: Any) -> Any:
+            host._warming = True  # the V2 runner sends made-up requests the way of real ones
+            try:
+                return warm_up(*args, **kwargs)
+            finally:
+                host._warming = False
+                host.count_anew()
 
-        worker.reload_weights = reloaded
+        worker.compile_or_warm_up_model = warmed
         return host
-
-    def check_weights(self) -> None:
-        """After other weights were loaded: what the files describe must be these.
-
-        Raises:
-            CarpoolError: it is another model; every row keeps its native routing from now on.
-        """
-        if self.step is None or self.metrics is None or not self.layers:
-            return
-        self.foreign = ""
-        try:
-            check_weights(self.worker.model_runner.get_model(), self.settings.policies, self.layers)
-        except CarpoolError as error:
-            self.step.enabled = False
-            self.metrics.enabled(False)
-            self.foreign = f"other weights were loaded, so sharing stays off: {error}"
-            raise CarpoolError(self.foreign) from None
 
     @contextlib.contextmanager
     def _collecting(self) -> Iterator[None]:
@@ -158,8 +146,11 @@ class Host:
         self.use_plans(plans, stats, self._compiles(device), self.settings.compile is not False)
         if hasattr(runner, "model_memory_usage"):  # where vLLM measures: what is left is for keys and values
             runner.model_memory_usage += self.surrogate_memory + self.kernels.memory
-        self.metrics = Metrics(self.step.counters, self.layers, publishes=_first_of_tensor_parallel())
-        self.metrics.enabled(True)
+        self.proof = Proof(self.step, self.layers)
+        self.metrics = Metrics(self.step.counters, self.layers, _first_of_tensor_parallel(), self.proof)
+        self.weights = Weights(runner.get_model(), self.settings.policies, self.layers, self._show)
+        self.weights.watch(worker)
+        self._show()
         self._follow(runner, self.step)
 
     @property
@@ -202,25 +193,44 @@ class Host:
             self.kernels.use(self.layers, kernels_new)
         self.compiler.use(self.layers, compile_new)
 
+    def count_anew(self) -> None:
+        """All counters from zero, once what they hold is published."""
+        if self.step is None or self.metrics is None or self.proof is None:
+            return
+        self.metrics.publish(now=True)
+        self.step.counters.reset()
+        self.metrics.forget()
+        self.proof.begin()
+
+    @property
+    def foreign(self) -> str:
+        """Why no policy may run on the weights that the model has now, or empty."""
+        return "" if self.weights is None else self.weights.foreign
+
+    def enable(self, value: bool) -> None:
+        """Switch policies off and on."""
+        assert self.step is not None
+        self.step.enabled = value
+        self._show()
+
+    def _show(self) -> None:
+        if self.metrics is not None and self.step is not None:
+            self.metrics.enabled(self.step.enabled and not self.foreign)
+
     def _follow(self, runner: Any, step: Step) -> None:
-        follow(runner, step.rows, lambda: step.enabled, lambda: None if self._proved else self._prove())
+        assert self.proof is not None
+        follow(runner, step.rows, lambda: step.enabled and not (self._warming or self.foreign), self.proof.stepped)
         execute = runner.execute_model
 
         def published(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.weights is not None and scheduled.total_num_scheduled_tokens:
+                self.weights.settle()
             result = execute(scheduled, *args, **kwargs)
             if self.metrics is not None:  # an empty step tells that all requests have ended
                 self.metrics.publish(now=not scheduled.total_num_scheduled_tokens)
             return result
 
         runner.execute_model = published
-
-    def _prove(self) -> None:
-        """After the first step: every router must have run in Python, or a kernel routes behind our back."""
-        for layer in self.layers:
-            if not layer.calls:
-                raise CarpoolError(f"{layer.name}: the engine bypassed the router, so no policy can run; refused")
-            layer.require_added()
-        self._proved = True
 
 
 def _first_of_tensor_parallel() -> bool:

@@ -52,7 +52,6 @@ class Layer:
         knobs: the plan's numbers as device tensors.
         graph: the compiled form of this plan's kind; None where there is none.
         fused: the launches of this plan (`carpool.kernels.launch.Fused`); None where there are none.
-        calls: times Python ran the router, for the proof that nothing bypasses it.
         resident: surrogates on the device, once a plan has asked for them.
         left: expert ids and weights of the pairs that the last call left to surrogates, until the experts run.
     """
@@ -73,7 +72,6 @@ class Layer:
     graph: Graph | None = None
     fused: Any = None
     step: Step | None = None
-    calls: int = 0
     runner: Any = None
     resident: Resident | None = None
     left: tuple[Tensor, Tensor] | None = None

@@ -18,6 +18,7 @@ from carpool.hosts.vllm.router import is_shared
 from carpool.hosts.vllm.settings import Settings
 from carpool.hosts.vllm.specs import route_spec
 from carpool.hosts.vllm.supplement import resident
+from carpool.hosts.vllm.unwrapped import require_all
 from carpool.plans.grammar import Plan
 from carpool.plans.pipeline import route
 from carpool.plans.policy_file import PolicyFile
@@ -50,6 +51,7 @@ def build_layers(model: torch.nn.Module, settings: Settings, config: Any, device
             f"{type(model).__name__} has no mixture-of-experts layer that Carpool can share (a dense model, or experts "
             "that vLLM runs without a router object); start it without the key 'carpool'"
         )
+    require_all(model, [runner for _, runner in found])
     gates = {runner.layer_name: _gate(modules, path, runner) for path, runner in found}
     layers = [_layer(runner, gates[runner.layer_name], settings, device) for _, runner in found]
     for position, layer in enumerate(layers):
@@ -104,26 +106,29 @@ def load_statistics(policies: PolicyFile, layers: list[Layer], gates: dict[str, 
     if policies.statistics is None and not policies.model:
         return None
     statistics = None if policies.statistics is None else Statistics.load(policies.statistics)
-    _check_model(policies, statistics, layers, gates)
+    if caveat := _check_model(policies, statistics, layers, gates):
+        logging.getLogger("vllm.carpool").warning(caveat)
     return statistics
 
 
-def check_weights(model: torch.nn.Module, policies: PolicyFile, layers: list[Layer]) -> None:
-    """The files once more, after other weights were loaded into the model.
-
-    Raises:
-        CarpoolError: they were made for other weights than those that the model has now.
-    """
+def differ(model: torch.nn.Module, policies: PolicyFile, layers: list[Layer]) -> str:
+    """Why the files do not describe the weights that the model has now, after others were loaded into it; empty if they
+    do. What cannot be compared does not count as the same, as it does in an engine that starts with it."""
+    if not policies.model and layers[0].source is None:
+        return ""
     modules = dict(model.named_modules())
     paths = {id(module): path for path, module in modules.items()}
     gates = {layer.name: _gate(modules, paths[id(layer.runner)], layer.runner) for layer in layers}
-    if policies.model or layers[0].source is not None:
-        _check_model(policies, layers[0].source, layers, gates)
+    try:
+        return _check_model(policies, layers[0].source, layers, gates)
+    except CarpoolError as error:
+        return str(error)
 
 
 def _check_model(
     policies: PolicyFile, statistics: Statistics | None, layers: list[Layer], gates: dict[str, Tensor | None]
-) -> None:
+) -> str:
+    """What could not be compared; raises CarpoolError for files of another model."""
     weights = [(layer.index, gate) for layer in layers if (gate := gates[layer.name]) is not None]
     if len(weights) < len(layers):
         raise CarpoolError("the gates of this model cannot be read, so statistics and policy files cannot be checked")
@@ -137,8 +142,7 @@ def _check_model(
         samples={layer.index: taken(layer.runner.routed_experts) for layer in layers},
     )
     policies.check_model(mine)
-    if statistics is not None and (caveat := statistics.check(mine)):
-        logging.getLogger("vllm.carpool").warning(caveat)
+    return "" if statistics is None else statistics.check(mine)
 
 
 def _layer(runner: Any, gate_EH: Tensor | None, settings: Settings, device: torch.device) -> Layer:
@@ -150,6 +154,11 @@ def _layer(runner: Any, gate_EH: Tensor | None, settings: Settings, device: torc
     if runner.is_monolithic:
         method = type(runner.routed_experts.quant_method).__name__
         raise CarpoolError(f"{name}: {method} routes inside its kernel and has no other form here; no policy can run")
+    if getattr(runner.routed_experts, "expert_substitution", None) is not None:
+        raise CarpoolError(
+            f"{name}: constants stand in for some of its experts (expert substitution), which cost nothing to read, "
+            "but every policy would count and choose them as experts; not supported yet"
+        )
     spec = route_spec(router, router.carpool_kind, name)
     num_experts = moe.num_logical_experts
     dtype = moe.router_logits_dtype or moe.in_dtype

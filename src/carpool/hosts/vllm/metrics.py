@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from carpool.hosts.vllm.layer import Layer
+from carpool.hosts.vllm.proof import Proof
 from carpool.plans.counters import Counters, LayerReport, Reading, totals
 
 PERIOD = 1.0  # seconds between two readings of the device's counters
@@ -44,28 +45,40 @@ class Metrics:
         counters: of the worker.
         layers: in the order of the counters.
         publishes: False on all but one of the ranks that decide alike.
+        proof: asked, at each reading, whether every layer's policy ran as often as it had to.
     """
 
-    def __init__(self, counters: Counters, layers: list[Layer], publishes: bool) -> None:
-        self._counters, self._layers, self._publishes = counters, layers, publishes
+    def __init__(self, counters: Counters, layers: list[Layer], publishes: bool, proof: Proof | None = None) -> None:
+        self._counters, self._layers, self._proof, self._publishes = counters, layers, proof, publishes
         self._last: dict[str, float] = {}
         self._next = 0.0
-        self._reading: Reading | None = None
+        self._reading: tuple[Reading, tuple[int, ...]] | None = None
         if publishes:  # the series are there from the start, at 0
             _metrics(), _refusals()
 
     def publish(self, now: bool = False) -> None:
         """Add what happened since the last time, at most once a `PERIOD` and without waiting for the device: what is
-        still on its way is added by a later call. `now` waits and adds all."""
+        still on its way is added by a later call. `now` waits and adds all.
+
+        Raises:
+            CarpoolError: a layer's policy did not run as often as it had to.
+        """
         if not self._publishes:
             return
         if now:
-            self._reading = self._counters.reading()
+            self._reading = self._read()
         elif self._reading is None and time.monotonic() >= self._next:
-            self._reading, self._next = self._counters.reading(), time.monotonic() + PERIOD
-        if self._reading is not None and (now or self._reading.ready):
-            report, self._reading = self._reading.report(), None
+            self._reading = self._read()
+            self._next = time.monotonic() + PERIOD
+        if self._reading is not None and (now or self._reading[0].ready):
+            (reading, asked), self._reading = self._reading, None
+            report = reading.report()
             self._add(totals(report) | bytes_read(report, self._layers))
+            if self._proof is not None:
+                self._proof.check(report, asked)
+
+    def _read(self) -> tuple[Reading, tuple[int, ...]]:
+        return self._counters.reading(), () if self._proof is None else self._proof.asked
 
     def _add(self, current: dict[str, float]) -> None:
         for field, metric in _metrics().items():
@@ -108,6 +121,17 @@ def _refusals() -> Any:
     from prometheus_client import Counter
 
     return Counter("carpool_refusals", "Changes at run time that were refused")
+
+
+@functools.cache
+def prompts_only() -> Any:
+    """Of requests that end with their first token."""
+    from prometheus_client import Counter
+
+    return Counter(
+        "carpool_requests_prompt_only",
+        "Requests of one token (beam search, scoring), which are nothing but prompts and never share",
+    )
 
 
 @functools.cache

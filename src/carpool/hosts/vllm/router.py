@@ -29,14 +29,14 @@ def routed(layer: Layer, hidden_NH: Tensor, logits_NE: Tensor, native: Routing) 
         CarpoolError: the router sees other rows than the engine's batch has, or what was left to surrogates by
             the call before was never added.
     """
-    layer.calls += 1
     layer.require_added()
     step = layer.step
     assert step is not None
     rows = step.rows
-    if rows.expected and len(logits_NE) != rows.expected:
+    expected = rows.expected or _rows_of_this_forward()
+    if expected and len(logits_NE) != expected:
         raise CarpoolError(
-            f"{layer.name}: the router sees {len(logits_NE)} rows of a forward pass of {rows.expected} "
+            f"{layer.name}: the router sees {len(logits_NE)} rows of a forward pass of {expected} "
             "(sequence parallelism, micro-batches or gathered rows); this set-up is not supported"
         )
     if not (step.graphs or (step.enabled and rows.sharing >= layer.plan.least_voters)):
@@ -57,6 +57,15 @@ def routed(layer: Layer, hidden_NH: Tensor, logits_NE: Tensor, native: Routing) 
     if step.observer is not None:
         step.observer(layer, logits_NE, outcome)
     return _leaving(layer, _counted(layer, _contiguous(outcome, native, skipped_NK), measured(batch, outcome)))
+
+
+def _rows_of_this_forward() -> int:
+    """By the engine's own word where no batch runs (profiling, capture of a graph); 0 where it says nothing."""
+    from vllm import forward_context
+
+    if not forward_context.is_forward_context_available():
+        return 0
+    return getattr(forward_context.get_forward_context().batch_descriptor, "num_tokens", 0)
 
 
 def _counted(layer: Layer, routing: Routing, values_F: Tensor) -> Routing:
@@ -106,6 +115,16 @@ def shared_class(kind: Any) -> Any:
             if current_platform.is_cpu():  # its kernels leave routing to Python, and some still ask for the method
                 return super().routing_method_type
             return RoutingMethodType.Unspecified  # no fused routing kernel takes it, so Python routes
+
+        @property
+        def kernel_routing_method_type(self) -> Any:
+            """vLLM 0.33 asks for this one."""
+            return self.routing_method_type
+
+        @property
+        def supports_monolithic_kernels(self) -> bool:
+            """vLLM 0.33 asks for it; on CPUs such kernels are refused by name once the model is loaded."""
+            return bool(current_platform.is_cpu())
 
         def _compute_routing(self, hidden_states: Tensor, router_logits: Tensor, indices_type: Any,
                              *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # fmt: skip

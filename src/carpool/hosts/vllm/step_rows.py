@@ -47,7 +47,7 @@ class Rows:
 
     Attributes:
         size: rows the buffers hold.
-        expected: rows of the running forward pass, padding included; 0 outside of one.
+        expected: rows of the running forward pass, padding included; 0 outside of one. real: without padding.
         sharing: rows of the running forward pass that a policy may change.
     """
 
@@ -56,7 +56,7 @@ class Rows:
     ) -> None:
         self.size, self.max_requests, self.group = size, max_requests, group
         self._isolation = isolation or group
-        self.expected = self.sharing = 0
+        self.expected = self.real = self.sharing = 0
         # written here and sent at once; on a CPU the tensors are this very memory
         self._numbers_2N = np.zeros((2, size), np.int64)
         self._flags_3N = np.zeros((3, size), np.bool_)
@@ -84,7 +84,7 @@ class Rows:
         self._read(requests.parameters)
         shares = np.repeat(~requests.prefill & ~self._out_R, lengths)
         count = len(shares)
-        self.expected, self.sharing = num_rows, int(shares.sum())
+        self.expected, self.real, self.sharing = num_rows, count, int(shares.sum())
         self._shares, self._places_M = shares, None
         request_N, keyed_N = self._numbers_2N[:, : num_rows + 1]  # a lone row may get one of padding
         request_N[:count], request_N[count:] = np.repeat(np.arange(len(lengths)), lengths), 0
@@ -110,7 +110,7 @@ class Rows:
 
     def clear(self) -> None:
         """No request is running: whatever is forwarded now (profiling, warm-up, graph capture) is padding."""
-        self.expected = self.sharing = 0
+        self.expected = self.real = self.sharing = 0
         self._sent_3N.copy_(self._padding_3N)
 
     def batch(self, num_rows: int) -> Batch:
