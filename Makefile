@@ -9,7 +9,7 @@ LINKS := $(if $(FIND_LINKS),--find-links "$(FIND_LINKS)")
 TORCH ?= $(if $(FIND_LINKS),torch==2.13.0+cpu,torch)
 INSTALL := $(UV) pip install --quiet --python $(PY) $(LINKS)
 
-.PHONY: demo test test-all gpu-check lint format clean
+.PHONY: demo test test-all test-next coverage gpu-check lint format clean
 
 demo: $(VENV)/demo-ready
 	$(VENV)/bin/carpool demo
@@ -32,13 +32,44 @@ $(VENV)/triton-ready: $(VENV)/test-ready
 	$(INSTALL) --no-deps --target $(VENV)/triton triton==3.7.1
 	touch $@
 
-test: lint $(VENV)/triton-ready
+# vLLM's V2 model runner runs on CPUs once Triton names a backend for them: a folder of its own, for one more run of tests.
+TRITON_CPU := $(VENV)/triton-cpu
+$(VENV)/triton-cpu-ready: $(VENV)/test-ready $(wildcard tests/triton_cpu_backend/*.toml tests/triton_cpu_backend/*/*.py)
+	$(INSTALL) --no-build-isolation --no-deps --target $(TRITON_CPU) triton==3.7.1 ./tests/triton_cpu_backend
+	touch $@
+V2_ENGINE := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1
+V2 := $(V2_ENGINE) PYTHONPATH=$(TRITON_CPU) $(PY) -m pytest
+BOTH_RUNNERS := $(addprefix tests/,test_vllm_runners.py test_vllm.py test_vllm_rows.py test_vllm_modes.py \
+	test_vllm_surrogates.py test_vllm_experts.py test_isolation_vllm.py test_siblings_vllm.py)
+
+test: lint $(VENV)/triton-ready $(VENV)/triton-cpu-ready
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/triton $(PY) -m pytest -m "not slow" $(wildcard tests/test_kernels_*.py)
+	$(V2) -m "not slow" tests/test_vllm_runners.py
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow"
 
-test-all: lint $(VENV)/triton-ready
+test-all: lint $(VENV)/triton-ready $(VENV)/triton-cpu-ready
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/triton $(PY) -m pytest $(wildcard tests/test_kernels_*.py)
+	$(V2) $(BOTH_RUNNERS)
 	OMP_NUM_THREADS=1 $(PY) -m pytest
+
+# The newest vLLM that is allowed, as far as a CPU can tell: its Python over the CPU build's compiled parts. A wheel of
+# 340 MB is downloaded; what passing proves, the first command says.
+NEXT := 0.33.0
+$(VENV)/vllm-$(NEXT)-ready: $(VENV)/test-ready tests/vllm_overlay.py
+	$(PY) tests/vllm_overlay.py $(NEXT) $(VENV)/vllm-$(NEXT)
+	touch $@
+
+test-next: $(VENV)/vllm-$(NEXT)-ready $(VENV)/triton-cpu-ready
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/vllm-$(NEXT) $(PY) -m pytest $(wildcard tests/test_vllm*.py tests/test_*_vllm.py)
+	$(subst $(TRITON_CPU),$(VENV)/vllm-$(NEXT):$(TRITON_CPU),$(V2)) $(BOTH_RUNNERS)
+
+# Which models are shared, on both versions and runners: what docs/results/vllm-coverage.json lacks. Takes hours.
+COVERAGE := benchmarks/vllm_coverage.py --missing
+coverage: $(VENV)/vllm-$(NEXT)-ready $(VENV)/triton-cpu-ready
+	$(PY) $(COVERAGE)
+	$(V2_ENGINE) PYTHONPATH=$(TRITON_CPU) $(PY) $(COVERAGE)
+	PYTHONPATH=$(VENV)/vllm-$(NEXT) $(PY) $(COVERAGE)
+	$(V2_ENGINE) PYTHONPATH=$(VENV)/vllm-$(NEXT):$(TRITON_CPU) $(PY) $(COVERAGE)
 
 # On a machine with a GPU, in an environment with the official vLLM wheel: make gpu-check PYTHON=python
 PYTHON ?= $(PY)
