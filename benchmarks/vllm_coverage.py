@@ -2,9 +2,11 @@
 
     python benchmarks/vllm_coverage.py
     python benchmarks/vllm_coverage.py --only qwen3_moe         # this family's rows anew, the others as they are
+    make coverage                                               # what is missing, on both runners and both versions
 
 Tiny models with random weights: every family in every number format, quantised weights, and ways to spread a model over
-workers. Each runs without the plugin, under a budget, switched off, and with a budget of all experts.
+workers. Each runs without the plugin, under a budget, switched off, and with a budget of all experts. Rows are of the
+vLLM and of the runner that the environment names; those of others stay as they are.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,13 @@ from vllm_coverage import Case, cases, measure
 from carpool.artefacts.files import write_text
 
 RESULTS = ROOT / "docs/results/vllm-coverage.json"
-NAMES = ("family", "storage", "parallel")
+NAMES = ("vllm", "runner", "family", "storage", "parallel")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", default=[], help="families to measure; keep the other rows")
+    parser.add_argument("--storage", action="append", default=[], help="number formats to measure; keep the other rows")
     parser.add_argument("--missing", action="store_true", help="measure what the file lacks, as after an interruption")
     parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)  # the number of one case, in this process
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -41,12 +45,14 @@ def main() -> None:
     if options.alone is not None:
         keep(options.output, [run(cases()[options.alone])])
         return
-    chosen = [(i, case) for i, case in enumerate(cases()) if not options.only or case.family in options.only]
+    chosen = [
+        (i, case)
+        for i, case in enumerate(cases())
+        if case.family in (options.only or [case.family]) and case.storage in (options.storage or [case.storage])
+    ]
     if options.missing and options.output.exists():
         there = [tuple(row[name] for name in NAMES) for row in json.loads(options.output.read_text())["rows"]]
-        chosen = [(i, case) for i, case in chosen if case.key not in there]
-    elif not options.only:
-        options.output.unlink(missing_ok=True)
+        chosen = [(i, case) for i, case in chosen if (*where(), *case.key) not in there]
     for i, case in chosen:
         # in a process of its own, which may end in any way, and in which no other model has left a patched class
         spread = case.parallel != "one worker"
@@ -61,6 +67,11 @@ def main() -> None:
             keep(options.output, [row | {"result": "failed", "says": f"ended with code {done.returncode}: {cause}"}])
 
 
+def where() -> tuple[str, str]:
+    """Version of vLLM, without importing it, and runner."""
+    return version("vllm").partition("+")[0], "V2" if tiny.v2() else "V1"
+
+
 def run(case: Case) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         row = measure(case, Path(folder))
@@ -71,18 +82,19 @@ def run(case: Case) -> dict[str, Any]:
 def keep(path: Path, rows: list[dict[str, Any]]) -> None:
     """Put rows into the file, in place of older ones of the same cases."""
     import torch
-    import vllm
 
-    made = {"vllm": vllm.__version__, "torch": torch.__version__, "seed": 0, "budget": tiny.BUDGET}
+    made = {"torch": torch.__version__, "seed": 0, "budget": tiny.BUDGET}
     kept: dict[tuple[str, ...], dict[str, Any]] = {}
     if path.exists():
         content = json.loads(path.read_text())
         if {key: content[key] for key in made} != made:
-            raise SystemExit(f"the other rows were not measured with {made}; run without --only")
+            raise SystemExit(f"the other rows were not measured with {made}; move {path} away and measure all")
         kept = {tuple(row[name] for name in NAMES): row for row in content["rows"]}
-    kept |= {tuple(row[name] for name in NAMES): row for row in rows}
+    vllm, runner = where()
+    for row in rows:
+        kept[*where(), row["family"], row["storage"], row["parallel"]] = {"vllm": vllm, "runner": runner} | row
     order = [case.key for case in cases()]
-    found = sorted(kept.items(), key=lambda item: order.index(item[0]))
+    found = sorted(kept.items(), key=lambda item: (*item[0][:2], order.index(item[0][2:])))
     content = {"command": "python benchmarks/vllm_coverage.py", **made, "rows": [row for _, row in found]}
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 

@@ -9,6 +9,7 @@ from generators import Block, load, rows
 PAGE = "docs/vllm.md"
 FORMATS = {"bfloat16": "bf16", "float32": "fp32"}
 SIMPLE = "one worker"
+FULL = ("0.32.0", "V1")  # version and runner of the full tables
 WORDS = {"not run by vLLM": "vLLM does not run it"}
 
 
@@ -16,11 +17,13 @@ def blocks() -> list[Block]:
     content = load("vllm-coverage.json")
     if content is None:
         return []
-    found: list[dict[str, Any]] = content["rows"]
+    everywhere: list[dict[str, Any]] = content["rows"]
+    found = [row for row in everywhere if (row["vllm"], row["runner"]) == FULL]
     plain = [row for row in found if row["parallel"] == SIMPLE and row["storage"] in FORMATS]
     other = [row for row in found if row not in plain]
     about = (
-        f"Measured on vLLM {content['vllm']}, torch {content['torch']}, with tiny models of random weights. *Shared*: "
+        f"Measured on vLLM {FULL[0]}, runner {FULL[1]}, torch {content['torch']}, with tiny models of random weights. "
+        "*Shared*: "
         f"rows changed, every step within a budget of {content['budget']} of 32 experts, and, switched off as well as "
         "with a budget of all experts, the same tokens and log-probabilities as without the plugin. *Native to "
         "rounding*: the same tokens, and log-probabilities that differ by less than 1e-5."
@@ -28,6 +31,7 @@ def blocks() -> list[Block]:
     return [
         Block(PAGE, "coverage of families", f"{about}\n\n{families(plain)}\n{notes(plain)}"),
         Block(PAGE, "coverage of formats", others(other)),
+        Block(PAGE, "coverage of runners", runners(everywhere)),
     ]
 
 
@@ -41,6 +45,23 @@ def families(found: list[dict[str, Any]]) -> str:
             [f"`{name}`", router, *(_cell(mine[storage]) if storage in mine else "not measured" for storage in FORMATS)]
         )
     return rows(("family", "router", *FORMATS.values()), lines)
+
+
+def runners(found: list[dict[str, Any]]) -> str:
+    """A column a version and runner; a line each case that was measured in more than one."""
+    places = sorted({(row["vllm"], row["runner"]) for row in found})
+    cases = dict.fromkeys((row["family"], row["storage"], row["parallel"]) for row in found)
+    lines = []
+    for case in cases:
+        mine = {
+            (row["vllm"], row["runner"]): row
+            for row in found
+            if (row["family"], row["storage"], row["parallel"]) == case
+        }
+        if len(mine) > 1:
+            cells = [_cell(mine[place]) if place in mine else "not measured" for place in places]
+            lines.append([f"`{case[0]}`", FORMATS.get(case[1], case[1]), case[2], *cells])
+    return rows(("family", "weights", "run by", *(f"{version}, {runner}" for version, runner in places)), lines)
 
 
 def notes(found: list[dict[str, Any]]) -> str:
