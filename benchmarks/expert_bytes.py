@@ -1,0 +1,217 @@
+"""Bytes of experts read against what they lose: sharing, quantisation, and experts read as deep as their batch needs.
+
+    python benchmarks/expert_bytes.py make FOLDER --text train/*.jsonl       # about 20 minutes: every quantiser's file
+    python benchmarks/expert_bytes.py measure FOLDER --text heldout/*.jsonl --output docs/results/expert-bytes.json
+
+Everything is measured on the same batches of held-out text, and each method's curve of log KL over bytes is read where
+it crosses 0.02, 0.01, 0.003 and 0.001 nats. Of the alternatives the best one at every KL is taken after the fact, on
+the very text that decides, which favours them. Rows of prompts keep the experts as the model holds them, in all methods
+alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from carpool.artefacts.files import write_text
+from carpool.artefacts.statistics import Statistics
+from carpool.artefacts.texts import load_texts
+from carpool.cli.common import load, model_facts, progress
+from carpool.evaluate.equal_bytes import Points
+from carpool.evaluate.intervals import Array, interval
+from carpool.evaluate.metrics import Result
+from carpool.evaluate.results import provenance, text_facts
+from carpool.evaluate.study import Settings, sequences_for, study
+from carpool.plans.grammar import parse
+from carpool.routing.batch import Grouping
+
+BITS, GROUPS = (2, 3, 4, 5, 6), (32, 64, 128)
+NESTED, SHIPPED = "nested-64", "shipped"
+TARGETS = (0.02, 0.01, 0.003, 0.001)  # nats a token
+OURS = "depth"
+CONTROLS = ("random on 4 bits", "depth, all levels {2, 4}", "depth, equal energies", "static, by lost energy")
+BATCHES = 10
+K = 8  # experts a token of the reference model
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method at several settings: which file of experts it reads, and its plan."""
+
+    name: str
+    settings: tuple[tuple[str, str], ...]
+
+
+def uniform(bits: int, group: int) -> str:
+    return f"uniform-{bits}-{group}"
+
+
+def methods() -> list[Method]:
+    shares = (0.12, 0.135, 0.15, 0.17, 0.19, 0.22, 0.25, 0.28, 0.32)
+
+    def on(bits: int, policy: str, budgets: tuple[int, ...], more: str = "") -> tuple[tuple[str, str], ...]:
+        file, cap = (SHIPPED, "") if bits == 16 else (uniform(bits, 64), f" | bits({bits})")
+        return tuple((file, f"{policy}(budget={budget}{more}){cap}") for budget in budgets)
+
+    squared = ", warmup=0, utility='squared'"
+    nested = {
+        OURS: [f"depth(bytes={share})" for share in shares],
+        "depth, equal energies": [f"depth(bytes={share}, energy='equal')" for share in shares[2:8]],
+        "depth, all levels {2, 4}": [f"depth(bytes={share}, levels=[2, 4])" for share in (0.17, 0.19, 0.22, 0.25)],
+        "static, by lost energy": [f"bit_plan(bits={bits}, alpha=0, beta=0)" for bits in (2.25, 2.5, 3, 3.5, 4, 4.5)],
+        "MC's bit plan": [f"bit_plan(bits={bits})" for bits in (2.25, 2.5, 3, 3.5, 4, 4.5)],
+        "MC's bit plan, as released": [f"bit_plan(bits={bits}, gamma=1.0)" for bits in (2.5, 3, 3.5, 4)],
+        "HOBBIT": [f"hobbit({high}, {low})" for high, low in ((3, 2), (4, 2), (4, 3), (5, 4), (6, 5))],
+        "HOBBIT, nothing left out": [
+            f"hobbit({high}, {low}, second=1.0)" for high, low in ((3, 2), (4, 2), (4, 3), (5, 3), (6, 4))
+        ],
+    }
+    return [
+        *(Method(f"uniform, groups of {group}", tuple((uniform(bits, group), f"topk(k={K}) | bits({bits})")
+                                                      for bits in BITS)) for group in GROUPS),
+        *(Method(name, tuple((NESTED, plan) for plan in plans)) for name, plans in nested.items()),
+        Method("XShare on 3 bits", on(3, "xshare", (30, 36, 44, 52, 58), squared)),
+        Method("XShare on 4 bits", on(4, "xshare", (22, 28, 36, 44, 52, 58), squared)),
+        Method("XShare on 5 bits", on(5, "xshare", (36, 44, 52, 58), squared)),
+        Method("XShare on 16 bits", on(16, "xshare", (10, 16, 26, 36), squared)),
+        Method("surrogates on 16 bits", on(16, "surrogate", (10, 20, 30))),
+        Method("random on 4 bits", on(4, "random", (36, 44, 52))),
+    ]  # fmt: skip
+
+
+def make(folder: Path, texts: list[Path], tokens: int) -> None:
+    """Every file of experts, by the command that users have; those that are there stay."""
+    wanted = {NESTED: ["--method", "energy", "--group", "64", "--depths", ",".join(map(str, BITS))]}
+    for group in GROUPS:
+        for bits in BITS:
+            wanted[uniform(bits, group)] = ["--method", "gptq", "--group", str(group), "--depths", str(bits)]
+    folder.mkdir(parents=True, exist_ok=True)
+    named = [part for path in texts for part in ("--text", str(path))]
+    for name, options in wanted.items():
+        output = folder / f"{name}.safetensors"
+        if not output.exists():
+            command = [str(Path(sys.executable).with_name("carpool")), "compress", *named, "--tokens", str(tokens), *options]
+            subprocess.run([*command, "-o", str(output)], check=True)
+
+
+def measure(folder: Path, texts: list[Path], batch: int, sequence: int, done: Any) -> list[tuple[str, str, Result]]:
+    """Name of the method, file and result of every setting that this batch size can have; stock first."""
+    model, tokenizer, shipped = load(None, None)
+    by_file: dict[str, list[tuple[str, str]]] = {}
+    for method in methods():
+        for file, plan in method.settings:
+            by_file.setdefault(file, []).append((method.name, plan))
+    found: list[tuple[str, str, Result]] = []
+    sequences = None
+    for file, plans in by_file.items():
+        settings = Settings(
+            plans=tuple(parse(plan) for _, plan in plans), grouping=Grouping.parse("batch"), batch_sizes=(batch,),
+            sequence=sequence, batches=BATCHES, seed=0, allow_unchanged=True,
+        )  # fmt: skip
+        sequences = sequences or sequences_for(settings, load_texts(texts), tokenizer)
+        stats = shipped if file == SHIPPED else Statistics.load(folder / f"{file}.safetensors")
+        (results,) = study(model, settings, sequences, stats=stats, advance=done)
+        if not found:
+            found.append(("stock", "", results[0]))
+        found += [(name, file, result) for (name, _), result in zip(plans, results[1:], strict=True)]
+    return found
+
+
+def points(results: list[Result], stock: Result) -> Points:
+    sums = [(one.measured.layers["bytes"].sum(1), one.measured.kl_M, one.measured.tokens_M) for one in results]
+    return Points.of(sums, stock.measured.layers["bytes"].sum(1))
+
+
+def bytes_at(curve: Points, kl: float) -> Array | None:
+    """Share of stock's bytes at which a curve crosses a KL, linear in log KL, in every sample; None if it does not."""
+    log_kl_KI, share_KI = np.minimum.accumulate(curve.log_kl_KI, axis=1), curve.share_KI
+    target = np.log(kl)
+    if not (log_kl_KI[0, -1] <= target <= log_kl_KI[0, 0]):
+        return None
+    found = [
+        float(np.interp(-target, -log_kl_I, share_I)) for log_kl_I, share_I in zip(log_kl_KI, share_KI, strict=True)
+    ]
+    return np.array(found)
+
+
+def compare(found: list[tuple[str, str, Result]]) -> list[dict[str, Any]]:
+    """For every KL: bytes that each method needs, the best alternative's, and ours over it with its interval."""
+    stock = found[0][2]
+    curves = {name: points([r for one, _, r in found if one == name], stock) for name, _, _ in found[1:]}
+    rows: list[dict[str, Any]] = []
+    for kl in TARGETS:
+        needed = {name: at for name, curve in curves.items() if (at := bytes_at(curve, kl)) is not None}
+        others = {name: at for name, at in needed.items() if name != OURS and name not in CONTROLS}
+        row: dict[str, Any] = {"kl": kl, "bytes": {name: float(at[0]) for name, at in needed.items()}}
+        if OURS in needed and others:
+            best = min(others, key=lambda name: others[name][0])
+            log_K = np.log(needed[OURS]) - np.log(others[best])
+            low, high = interval(log_K)
+            row |= {"best_alternative": best, "ratio": float(np.exp(log_K[0]))}
+            row |= {
+                "low": None if low is None else float(np.exp(low)),
+                "high": None if high is None else float(np.exp(high)),
+            }
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("make", "measure"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--tokens", type=int, default=60_000, help="of the calibration")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--sequence", type=int, default=64)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    if options.what == "make":
+        make(options.folder, options.text, options.tokens)
+        return
+    if options.output is None:
+        parser.error("--output is missing")
+    content = json.loads(options.output.read_text()) if options.output.exists() else {}
+    cells: dict[str, Any] = content.get("cells", {})
+    for batch in options.batch:
+        rows = batch * BATCHES * options.sequence * (sum(len(m.settings) for m in methods()) + 18)
+        with progress(f"batch {batch}", rows) as advance:
+            found = measure(options.folder, options.text, batch, options.sequence, advance)
+        cells[str(batch)] = {
+            "stock_union": found[0][2].union.value,
+            "settings": [
+                {"method": name, "file": file, "policy": result.measured.name, "bytes": asdict(result.bytes_share),
+                 "union": asdict(result.union_share), "kl": asdict(result.kl)}
+                for name, file, result in found[1:]
+            ],
+            "needed": compare(found),
+        }  # fmt: skip
+        model, _, _ = load(None, None)
+        content = {
+            **provenance(), "model": model_facts(model, None), "texts": text_facts(options.text),
+            "arguments": {"sequence": options.sequence, "batches": BATCHES, "seed": 0, "tokens": options.tokens},
+            "stored": {path.stem: stored(path) for path in sorted(options.folder.glob("*.safetensors"))},
+            "cells": dict(sorted(cells.items(), key=lambda cell: int(cell[0]))),
+        }  # fmt: skip
+        write_text(options.output, json.dumps(content, indent=1) + "\n")
+        for row in cells[str(batch)]["needed"]:
+            print(batch, {key: value for key, value in row.items() if key != "bytes"}, row["bytes"].get(OURS))
+
+
+def stored(path: Path) -> float:
+    """Bytes that a file stores for an expert over those in 16 bits."""
+    from carpool.experts.stored import StoredExperts
+
+    return StoredExperts.of(next(iter(Statistics.load(path).layers.values()))).share_stored
+
+
+if __name__ == "__main__":
+    main()
