@@ -98,8 +98,9 @@ def make(folder: Path, texts: list[Path], tokens: int) -> None:
     for name, options in wanted.items():
         output = folder / f"{name}.safetensors"
         if not output.exists():
-            command = [str(Path(sys.executable).with_name("carpool")), "compress", *named, "--tokens", str(tokens), *options]
-            subprocess.run([*command, "-o", str(output)], check=True)
+            carpool = str(Path(sys.executable).with_name("carpool"))
+            command = [carpool, "compress", *named, "--tokens", str(tokens), *options, "-o", str(output)]
+            subprocess.run(command, check=True)
 
 
 def measure(folder: Path, texts: list[Path], batch: int, sequence: int, done: Any) -> list[tuple[str, str, Result]]:

@@ -104,6 +104,19 @@ def test_what_is_read_is_counted_at_its_deepest_use(compressed: tuple[Any, Stati
         assert StoredExperts.of(stats.for_layer(layer.index)).bytes_read(4) / whole == pytest.approx(float(sizes[4]))
 
 
+def test_a_run_says_how_much_it_read(compressed: tuple[Any, Statistics]) -> None:
+    model, stats = compressed
+    k = find_layers(model)[0].top_k
+    with carpool.share(model, f"topk(k={k}) | bits(4)", stats=stats, exempt_prefill=False, group="request") as run:
+        logits(model, tokens(3, 12))
+    found = run.summary()
+    assert found.read == found.natively
+    assert found.bytes_read is not None
+    assert found.bytes_natively is not None
+    sizes = StoredExperts.of(stats.for_layer(find_layers(model)[0].index)).sizes()
+    assert found.bytes_read / found.bytes_natively == pytest.approx(float(sizes[4]))
+
+
 def test_feedback_beats_rounding_on_text_that_it_did_not_see() -> None:
     model = tiny_model("qwen3_moe")
     fed, rounded = statistics(model), statistics(model, "round")

@@ -87,10 +87,14 @@ class Outcome:
     def depth_SE(self) -> Tensor:
         """Bits of each expert's weights that a step reads, 0 for experts that it does not, int64 `[S, E]`: an expert is
         read once, at its deepest use."""
-        ids_NK, depth_NK = self.routing.ids_NK.long(), self.routing.depth_NK
-        if depth_NK is None:
+        if self.routing.depth_NK is None:
             return self.union_SE * ALL_BITS
-        used_NK = torch.where(self.routing.weights_NK != 0, depth_NK, 0)
+        return self.depth_of(self.routing.weights_NK != 0)
+
+    def depth_of(self, pairs_NK: Tensor) -> Tensor:
+        """The same for the sake of some pairs alone, bool `[N, K]`."""
+        ids_NK, depth_NK = self.routing.ids_NK.long(), self.routing.depth_NK
+        used_NK = pairs_NK * (ALL_BITS if depth_NK is None else depth_NK)
         zeros_NE = torch.zeros(self.allowed_NE.shape, dtype=torch.int64, device=ids_NK.device)
         return self.inputs.batch.step_max(zeros_NE.scatter_reduce(-1, ids_NK, used_NK, "amax"))
 

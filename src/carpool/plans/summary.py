@@ -58,11 +58,20 @@ class Summary:
     overflow: float
 
     @classmethod
-    def of(cls, plan: str, group: str, report: Sequence[LayerReport], sizes: Sequence[tuple[float, float]]) -> Summary:
+    def of(
+        cls,
+        plan: str,
+        group: str,
+        report: Sequence[LayerReport],
+        sizes: Sequence[tuple[float, float]],
+        whole: Sequence[float] | None = None,
+    ) -> Summary:
         """From a run's report.
 
         Args:
             sizes: of every layer, bytes of an expert and of a surrogate; empty where they are unknown.
+            whole: of every layer, what it has read in whole experts, where some were read with fewer bits; default: the
+                union.
         """
         steps, rows = sum(row.steps for row in report), sum(row.rows for row in report)
         sharing = rows - sum(row.rows_exempt for row in report)
@@ -72,8 +81,10 @@ class Summary:
         now = natively = None
         if sizes:
             read = sum(
-                row.union * expert + row.surrogates * surrogate
-                for row, (expert, surrogate) in zip(report, sizes, strict=True)
+                experts * expert + row.surrogates * surrogate
+                for row, experts, (expert, surrogate) in zip(
+                    report, whole or [row.union for row in report], sizes, strict=True
+                )
             )
             stock = sum(row.natural_union * expert for row, (expert, _) in zip(report, sizes, strict=True))
             now, natively = read * ran / per_layer, stock * ran / per_layer

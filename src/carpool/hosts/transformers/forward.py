@@ -51,11 +51,22 @@ class Tally:
             self._place.append((list(names).index(device), len(mine)))
             mine.append(layer.name)
         self._counters = [Counters(given, device) for device, given in names.items()]
+        self._deep: dict[int, Tensor] = {}  # by layer, bytes of experts that were read in planes, in whole experts
 
     def add(self, position: int, batch: Batch, outcome: Outcome) -> None:
         which, place = self._place[position]
         with torch.no_grad():
             self._counters[which].add(place, batch, outcome)
+
+    def add_bytes(self, position: int, outcome: Outcome, batch: Batch, sizes: Tensor) -> None:
+        """Count what real rows read of experts in planes; `sizes [17]` is an expert at each depth over 16 bits."""
+        pairs_NK = (outcome.routing.weights_NK != 0) & batch.real_N.unsqueeze(-1)
+        read = sizes.to(pairs_NK.device)[outcome.depth_of(pairs_NK)].sum()
+        self._deep[position] = self._deep.get(position, torch.zeros_like(read)) + read
+
+    def whole_experts(self, report: list[LayerReport]) -> list[float]:
+        """Bytes that every layer has read, in whole experts of 16 bits."""
+        return [float(self._deep.get(position, row.union)) for position, row in enumerate(report)]
 
     def report(self) -> list[LayerReport]:
         rows = [counters.report() for counters in self._counters]
@@ -98,6 +109,8 @@ class Forward:
             self._left[position] = outcome.routing
         if not self._again:
             self.tally.add(position, batch, outcome)
+            if stored is not None:
+                self.tally.add_bytes(position, outcome, batch, stored.sizes())
             if terms.observe is not None:
                 terms.observe(position, batch, outcome)
         _, weights, ids = layer.unpack(output)

@@ -124,7 +124,8 @@ class Run:
         """What happened so far, over all layers; `print(run)` shows it, and so does a notebook."""
         shares = self.surrogate_shares()
         sizes = [(size, size * share) for size, share in zip(map(_expert_bytes, self.layers), shares, strict=True)]
-        return Summary.of(self._name, str(self.grouping), self.report(), sizes)
+        whole = zip(*(tally.whole_experts(tally.report()) for tally in self._tallies), strict=True)
+        return Summary.of(self._name, str(self.grouping), self.report(), sizes, [sum(one) for one in whole])
 
     def __str__(self) -> str:
         return str(self.summary())
