@@ -10,8 +10,9 @@ from tiny_models import tiny_config
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
+from carpool import known_shapes
 from carpool.cli.commands import app
-from carpool.doctor import diagnose
+from carpool.doctor import built, diagnose
 from carpool.errors import CarpoolError
 from carpool.plans.grammar import parse
 
@@ -44,8 +45,8 @@ def test_sparse_layers_are_counted(tmp_path):
     config.save_pretrained(tmp_path)
     found = diagnose(tmp_path)
     assert (found.moe_layers, found.layers) == (3, 4)
-    assert (found.spec.num_groups, found.spec.kept_groups) == (4, 2)
-    assert found.spec.bias_E is not None
+    assert (found.rule.num_groups, found.rule.kept_groups) == (4, 2)
+    assert found.rule.bias
 
 
 def test_quantised_weights(tmp_path):
@@ -156,6 +157,69 @@ def test_a_model_that_is_not_there(name, says):
         diagnose(name)
     assert says in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+PLAIN = {
+    "qwen3_moe": [{}, {"decoder_sparse_step": 2, "mlp_only_layers": [3], "num_hidden_layers": 6}],
+    "qwen2_moe": [{}, {"norm_topk_prob": True}],
+    "mixtral": [{}], "olmoe": [{}, {"norm_topk_prob": True}], "granitemoe": [{}], "gpt_oss": [{}],
+    "deepseek_v3": [{}, {"first_k_dense_replace": 0, "routed_scaling_factor": 1.0, "norm_topk_prob": False}],
+    "glm4_moe": [{}, {"n_group": 1, "topk_group": 1}],
+}  # fmt: skip
+LEFT_OUT = ("norm_topk_prob", "routed_scaling_factor", "decoder_sparse_step", "mlp_only_layers", "dtype")
+
+
+def test_all_plain_families_are_tried():
+    assert set(PLAIN) == set(known_shapes.FAMILIES)
+
+
+@pytest.mark.parametrize(("family", "changes"), [(family, one) for family, them in PLAIN.items() for one in them])
+def test_what_is_read_is_what_transformers_builds(tmp_path, family, changes):
+    """As saved, with numbers that the file leaves to the family's defaults, and quantised."""
+    tiny_config(family, **changes).save_pretrained(tmp_path)
+    whole = json.loads((tmp_path / "config.json").read_text())
+    bare = {name: value for name, value in whole.items() if name not in LEFT_OUT}
+    for content in (whole, whole | {"dtype": "bfloat16"}, bare):
+        folder(tmp_path, **content)
+        assert known_shapes.read(content) is not None
+        assert diagnose(tmp_path) == built(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_experts_per_tok": None}, {"num_experts": 0}, {"num_experts": 6, "num_experts_per_tok": 8},
+        {"decoder_sparse_step": 0}, {"mlp_only_layers": 3}, {"norm_topk_prob": "yes"}, {"hidden_size": 2.5},
+        {"model_type": "brand_new"}, {"dtype": "auto"}, {"num_hidden_layers": True},
+    ],
+)  # fmt: skip
+def test_what_is_odd_is_not_read_but_built(changes):
+    assert known_shapes.read(QWEN3_30B) is not None
+    assert known_shapes.read(QWEN3_30B | changes) is None
+    deepseek = {"model_type": "deepseek_v3", "num_hidden_layers": 4, "hidden_size": 8, "moe_intermediate_size": 8,
+                "n_routed_experts": 16, "num_experts_per_tok": 4}  # fmt: skip
+    assert known_shapes.read(deepseek) is not None
+    for more in (
+        {"n_group": 3},
+        {"topk_group": 9},
+        {"first_k_dense_replace": 4},
+        {"n_group": 16},
+        {"n_group": None},
+        {"routed_scaling_factor": 1},
+    ):
+        assert known_shapes.read(deepseek | more) is None
+
+
+def test_json_holds_what_the_table_shows(tmp_path):
+    shown = CliRunner().invoke(app, ["doctor", str(folder(tmp_path, **QWEN3_30B)), "--json", "--bandwidth", "1000"])
+    assert shown.exit_code == 0, shown.output
+    said = json.loads(shown.stdout)
+    assert (said["num_experts"], said["top_k"], said["moe_layers"]) == (128, 8, 48)
+    assert said["routing"]["scoring"] == "softmax"
+    step = next(one for one in said["steps"] if one["batch"] == 16)
+    assert step["expected_union"] == pytest.approx(82.4, abs=0.05)
+    assert step["ms_per_step"] == pytest.approx(step["bytes_per_step"] / 1e9)
+    assert {"cpu", "cuda"} == set(said["vllm"])
 
 
 def test_command_prints_the_estimate_and_labels_it(tmp_path):

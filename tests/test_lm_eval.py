@@ -123,6 +123,8 @@ def test_scores_that_depend_on_the_batch_say_so(folder: Path, caplog: pytest.Log
         answers = [float(answer[0]) for sample in samples for answer in sample["filtered_resps"]]
         return answers, found["config"]["carpool"], caplog.text
 
+    from carpool.lm_eval.sums import told
+
     small, few, said = scored(2, policy="oea(k0=1)")
     large, many, _ = scored(8, policy="oea(k0=1)")
     assert small != pytest.approx(large, abs=1e-4)
@@ -132,6 +134,9 @@ def test_scores_that_depend_on_the_batch_say_so(folder: Path, caplog: pytest.Log
         "same number and group alone"
     )
     assert few["depends"] in said
+    assert told(few) in said, "what the policy did is logged"
+    read = f"{few['experts_read']:.1f} of {few['experts_natively']:.1f} experts read a layer and step"
+    assert told(few).startswith(f"oea(k0=1), grouped by batch, 2 requests together: {read}")
     for given in ({"policy": "topk(k=1)"}, {"policy": "oea(k0=1)", "group": "request"}):
         small, alone, _ = scored(2, allow_unchanged=True, **given)
         large, _, _ = scored(8, allow_unchanged=True, **given)

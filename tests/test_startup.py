@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -16,6 +17,11 @@ from carpool.plans.grammar import parse
 from carpool.plans.guards import GUARDS
 from carpool.policies import policies
 
+QWEN3 = {
+    "model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048, "moe_intermediate_size": 768,
+    "num_experts": 128, "num_experts_per_tok": 8,
+}  # fmt: skip
+DOCTOR = ["doctor", "qwen3.json"]
 HEAVY = ("torch", "transformers", "vllm", "numpy", "lm_eval", "safetensors")
 
 
@@ -26,9 +32,13 @@ def invoke(*arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["policies"], ["policies", "--json"], ["evaluate", "--help"]], ids=" ".join
+    "arguments",
+    [["--help"], ["--version"], ["policies"], ["policies", "--json"], ["evaluate", "--help"], DOCTOR],
+    ids=lambda arguments: " ".join(arguments[:2]),
 )
-def test_nothing_heavy_is_imported(arguments: list[str]) -> None:
+def test_nothing_heavy_is_imported(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("qwen3.json").write_text(json.dumps(QWEN3))
     code = (
         "import sys\nfrom carpool.cli import main\nsys.argv = ['carpool', *sys.argv[1:]]\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"

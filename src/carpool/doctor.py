@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from carpool.artefacts.json_text import read_json
 from carpool.errors import CarpoolError
-from carpool.routing.spec import RouteSpec
+from carpool.known_shapes import RoutingRule, Shape, read
+
+if TYPE_CHECKING:
+    from carpool.routing.spec import RouteSpec
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -31,7 +34,7 @@ class Diagnosis:
     Attributes:
         family: model type. architecture: class name.
         moe_layers, layers: how many of the model's layers are MoE.
-        num_experts, top_k: `E` and `K` of the first MoE layer. spec: its routing rule.
+        num_experts, top_k: `E` and `K` of the first MoE layer. rule: its routing rule.
         expert_bytes: bytes of one expert of one layer. weights: how they are stored.
         in_vllm: what becomes of the model in vLLM, by device: `cpu` and `cuda`.
     """
@@ -42,10 +45,21 @@ class Diagnosis:
     layers: int
     num_experts: int
     top_k: int
-    spec: RouteSpec
+    rule: RoutingRule
     expert_bytes: float
     weights: str
     in_vllm: dict[str, str]
+
+    @property
+    def spec(self) -> RouteSpec:
+        """The rule with no tensors in it: no correction bias, no scales."""
+        from carpool.routing.spec import RouteSpec
+
+        rule = self.rule
+        return RouteSpec(
+            rule.top_k, rule.scoring, rule.renormalize, scaling=rule.scaling, num_groups=rule.num_groups,
+            kept_groups=rule.kept_groups,
+        )  # fmt: skip
 
     def expected_union(self, batch: int) -> float:
         """Distinct experts per layer and step if every token drew `K` of `E` independently and evenly:
@@ -79,39 +93,79 @@ def diagnose(model: str | Path) -> Diagnosis:
     Raises:
         CarpoolError: nothing there, no JSON, a dense model, or a family whose routers Carpool does not know.
     """
+    content = _content(model)
+    shape = read(content)
+    if shape is None:
+        return built(model)
+    return _diagnosis(shape, content["model_type"], content["model_type"], content.get("quantization_config"))
+
+
+def built(model: str | Path) -> Diagnosis:
+    """The same from a model without weights that transformers builds: for every family, and seconds slower."""
     import torch
 
     from carpool.hosts.transformers import find_layers
     from carpool.hosts.transformers.loading import auto_class
-    from carpool.hosts.vllm.known import on_cpu, on_gpu
 
     config = _config(model)
     try:
         with torch.device("meta"):
-            built = auto_class(config).from_config(config)
+            shell = auto_class(config).from_config(config)
     except (ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
         reason = str(error).splitlines()[0][:120]
         raise CarpoolError(f"transformers cannot build a language model from {model}: {reason}") from None
-    layers = find_layers(built)
-    first = layers[0]
-    method, bits = _storage(config)
-    numel = sum(parameter.numel() for parameter in first.experts.parameters()) / first.num_experts
-    text = config.get_text_config()
+    layers = find_layers(shell)
+    first, text = layers[0], config.get_text_config()
+    dtype = getattr(config, "dtype", None)
+    shape = Shape(
+        type(shell).__name__, text.num_hidden_layers, len(layers), first.num_experts, RoutingRule.of(first.spec),
+        sum(parameter.numel() for parameter in first.experts.parameters()) // first.num_experts,
+        16 if dtype is None else dtype.itemsize * 8,
+    )  # fmt: skip
+    return _diagnosis(shape, config.model_type, text.model_type, getattr(config, "quantization_config", None))
+
+
+def _diagnosis(shape: Shape, family: str, text_family: str, quantization: Any) -> Diagnosis:
+    from carpool.hosts.vllm.known import on_cpu, on_gpu
+
+    method, bits = "none", shape.bits
+    if quantization is not None:
+        given = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        method = str(given.get("quant_method", "unknown"))
+        bits = float(given.get("bits") or BITS.get(method, 8))
     return Diagnosis(
-        family=config.model_type,
-        architecture=type(built).__name__,
-        moe_layers=len(layers),
-        layers=text.num_hidden_layers,
-        num_experts=first.num_experts,
-        top_k=first.top_k,
-        spec=first.spec,
-        expert_bytes=numel * bits / 8,
+        family=family,
+        architecture=shape.architecture,
+        moe_layers=shape.moe_layers,
+        layers=shape.layers,
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        rule=shape.rule,
+        expert_bytes=shape.expert_numbers * bits / 8,
         weights=f"{bits:g} bits ({method})" if method != "none" else f"{bits:g} bits",
         in_vllm={
-            "cpu": on_cpu(text.model_type),
-            "cuda": on_gpu(text.model_type, FUSED_ROUTING.get(method, f"nobody knows what ({method!r} weights)")),
+            "cpu": on_cpu(text_family),
+            "cuda": on_gpu(text_family, FUSED_ROUTING.get(method, f"nobody knows what ({method!r} weights)")),
         },
     )
+
+
+def _content(model: str | Path) -> dict[str, Any]:
+    """The configuration as it is written, from a folder, a file or the local cache; empty where that is not plain."""
+    path = Path(model).expanduser()
+    file: Any = path / "config.json" if path.is_dir() else path
+    if not path.exists():
+        try:
+            from huggingface_hub import try_to_load_from_cache
+
+            file = try_to_load_from_cache(str(model), "config.json")
+        except (ImportError, ValueError):  # ValueError: no name of a model
+            return {}
+    try:
+        content = read_json(Path(file), any_number=True) if isinstance(file, str | Path) else None
+    except CarpoolError:
+        return {}
+    return content if isinstance(content, dict) and isinstance(content.get("model_type"), str) else {}
 
 
 def _config(model: str | Path) -> Any:
@@ -154,13 +208,3 @@ def _require_configuration(file: Path) -> None:
             f"cannot read a model configuration from {str(file)!r}: it is no JSON object with a model_type; give a "
             "model's folder or its config.json"
         )
-
-
-def _storage(config: Any) -> tuple[str, float]:
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        given = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        method = str(given.get("quant_method", "unknown"))
-        return method, float(given.get("bits") or BITS.get(method, 8))
-    dtype = getattr(config, "dtype", None)
-    return "none", dtype.itemsize * 8 if dtype is not None else 16

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from carpool.doctor import Diagnosis
 
 ESTIMATE = "* an upper estimate: as if tokens drew experts independently and evenly; `carpool evaluate` measures"
+
+GPU_DRIVERS = ("/proc/driver/nvidia/version", "/dev/kfd")  # asking torch takes seconds
 
 
 @command("doctor")
@@ -35,7 +39,7 @@ def doctor(
     if as_json:
         typer.echo(json.dumps(_as_dict(found, bandwidth), indent=1))
         return
-    spec = found.spec
+    rule = found.rule
     console.print(
         f"[bold]{found.architecture}[/] ({found.family}): {found.moe_layers} of {found.layers} layers are MoE"
     )
@@ -43,10 +47,10 @@ def doctor(
         f"{found.num_experts} experts, {found.top_k} per token, "
         f"{found.expert_bytes / 1e6:.2f} MB an expert at {found.weights}"
     )
-    limits = f", {spec.kept_groups} of {spec.num_groups} expert groups" if spec.num_groups > 1 else ""
-    bias = ", correction bias on the choice" if spec.bias_E is not None else ""
-    renormalized = "renormalised" if spec.renormalize or spec.scoring == "softmax_after_topk" else "not renormalised"
-    console.print(f"routing: {spec.scoring}, weights {renormalized}, scaling {spec.scaling:g}{bias}{limits}\n")
+    limits = f", {rule.kept_groups} of {rule.num_groups} expert groups" if rule.num_groups > 1 else ""
+    bias = ", correction bias on the choice" if rule.bias else ""
+    renormalized = "renormalised" if rule.renormalize else "not renormalised"
+    console.print(f"routing: {rule.scoring}, weights {renormalized}, scaling {rule.scaling:g}{bias}{limits}\n")
 
     columns = [Column("batch"), Column("experts read per layer*"), Column("% of all", rank=2), Column("GB per step")]
     columns += [Column("ms per step")] if bandwidth > 0 else []
@@ -62,9 +66,7 @@ def doctor(
     console.print("[bold]Policies to begin with[/]")
     for text, needs in found.suggestions():
         console.print(f"  {text}   needs: {needs}", highlight=False)
-    import torch
-
-    here = "cuda" if torch.cuda.is_available() else "cpu"
+    here = "cuda" if any(map(os.path.exists, GPU_DRIVERS)) else "cpu"
     console.print("\n[bold]In vLLM[/], where a policy needs routing in Python")
     for device, name in (("cpu", "CPU build"), ("cuda", "GPUs")):
         place = f"{name} (this machine)" if device == here else name
@@ -75,7 +77,6 @@ def _as_dict(found: Diagnosis, bandwidth: float) -> dict[str, Any]:
     """The same as JSON: sizes in bytes, times in milliseconds where a bandwidth is given."""
     from carpool.doctor import BATCHES
 
-    spec = found.spec
     steps = []
     for batch in BATCHES:
         union = found.expected_union(batch)
@@ -86,10 +87,7 @@ def _as_dict(found: Diagnosis, bandwidth: float) -> dict[str, Any]:
         "architecture": found.architecture, "family": found.family, "layers": found.layers,
         "moe_layers": found.moe_layers, "num_experts": found.num_experts, "top_k": found.top_k,
         "expert_bytes": found.expert_bytes, "weights": found.weights,
-        "routing": {
-            "scoring": spec.scoring, "renormalize": spec.renormalize, "scaling": spec.scaling,
-            "correction_bias": spec.bias_E is not None, "num_groups": spec.num_groups, "kept_groups": spec.kept_groups,
-        },
+        "routing": asdict(found.rule),
         "steps": steps,
         "suggestions": [{"policy": text, "needs": needs} for text, needs in found.suggestions()],
         "vllm": found.in_vllm,

@@ -137,8 +137,9 @@ class Summary:
             f'background:#2a9d8f;width:{100 * min(share, 1):.1f}%"></div></div>'
         )
         cell = 'style="text-align:left;padding:.1em 1em .1em 0"'
+        head_cell = cell.replace("left;", "left;white-space:nowrap;")
         rows = "".join(
-            f"<tr><th {cell}>{escape(head)}</th><td {cell}>{escape(text)}</td></tr>" for head, text in self.lines
+            f"<tr><th {head_cell}>{escape(head)}</th><td {cell}>{escape(text)}</td></tr>" for head, text in self.lines
         )
         title = f"<strong><code>{escape(self.plan)}</code></strong>, grouped by {escape(self.group)}"
         return f'<div class="carpool-run">{title}{bar if self.proved else ""}<table>{rows}</table></div>'

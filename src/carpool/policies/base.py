@@ -123,6 +123,10 @@ class Inputs:
         """Exact column sums of non-negative values over the voters of each group, `[G, E]` int64 fixed point."""
         return self.batch.group_sum(to_fixed(values_NE) * self.voter_N1)
 
+    def peak(self, values_NE: Tensor) -> Tensor:
+        """Largest of non-negative values over the voters of each group, `[G, E]` int64 fixed point, as `utility`."""
+        return self.batch.group_max(to_fixed(values_NE) * self.voter_N1)
+
     def top_by_utility(self, utility_GE: Tensor, size: Number, start_GE: Tensor | None = None) -> Tensor:
         """The coreset `[G, E]` that starts from `start_GE` and takes the experts of largest utility until it
         holds `size` experts; free experts are not counted (they join every coreset later)."""

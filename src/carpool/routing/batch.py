@@ -99,6 +99,10 @@ class Batch:
         """Whether any row of a group has the mask set, `[G, X]`."""
         return _any_by(mask_NX, self.group_N, self.num_groups)
 
+    def group_max(self, values_NX: Tensor) -> Tensor:
+        """Largest of non-negative integers over the rows of each group, `[G, X]`; 0 where a group has no row."""
+        return _max_by(values_NX, self.group_N, self.num_groups)
+
     def step_any(self, mask_NX: Tensor) -> Tensor:
         """Whether any row of a step has the mask set, `[S, X]`."""
         return _any_by(mask_NX, self.step_N, self.num_steps)
@@ -114,6 +118,13 @@ def _sum_by(values_NX: Tensor, index_N: Tensor, count: int) -> Tensor:
         return values_NX.sum(0, keepdim=True)
     zeros = torch.zeros(count, values_NX.shape[1], dtype=values_NX.dtype, device=values_NX.device)
     return zeros.index_add(0, index_N, values_NX)
+
+
+def _max_by(values_NX: Tensor, index_N: Tensor, count: int) -> Tensor:
+    if count == 1:
+        return values_NX.amax(0, keepdim=True)
+    zeros = torch.zeros(count, values_NX.shape[1], dtype=values_NX.dtype, device=values_NX.device)
+    return zeros.scatter_reduce(0, index_N.unsqueeze(-1).expand_as(values_NX), values_NX, "amax")
 
 
 def _any_by(mask_NX: Tensor, index_N: Tensor, count: int) -> Tensor:

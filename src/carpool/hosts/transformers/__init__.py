@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from carpool.hosts.transformers.hooks import Attachment, attach
-from carpool.hosts.transformers.known import Known
-from carpool.hosts.transformers.layers import MoELayer, find_layers, fingerprint, identity
-from carpool.hosts.transformers.loading import Opened, load_model, open_model
-from carpool.hosts.transformers.run import Run, share
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from carpool.hosts.transformers.hooks import Attachment, attach
+    from carpool.hosts.transformers.known import Known
+    from carpool.hosts.transformers.layers import MoELayer, find_layers, fingerprint, identity
+    from carpool.hosts.transformers.loading import Opened, load_model, open_model
+    from carpool.hosts.transformers.run import Run, share
 
 __all__ = [
     "Attachment",
@@ -22,3 +26,24 @@ __all__ = [
     "open_model",
     "share",
 ]
+
+# imported when it is asked for: hooks need torch's compiler, which `carpool doctor` does without
+_HOMES = {
+    "hooks": ("Attachment", "attach"),
+    "known": ("Known",),
+    "layers": ("MoELayer", "find_layers", "fingerprint", "identity"),
+    "loading": ("Opened", "load_model", "open_model"),
+    "run": ("Run", "share"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            globals()[name] = found = getattr(import_module(f"{__name__}.{home}"), name)
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
