@@ -34,7 +34,8 @@ def evaluation() -> dict[str, Any]:
     """Of `carpool evaluate --json`."""
     return {
         "schema": SCHEMA, "kind": "carpool evaluation", "seed": 0, "findings": ["said"],
-        "model": {"name": "m", "architecture": "A", "experts": EXPERTS, "layers": LAYERS, "top_k": 2},
+        "model": {"name": "m", "architecture": "A", "experts": EXPERTS, "layers": LAYERS, "top_k": 2,
+                  "expert_bytes": 1e6, "other_bytes": 2e6},
         "texts": [{"name": "a.txt", "sha256": "0"}],
         "results": [_row("stock", 0.0), _row("oea(k0=1)", 0.02), _row("topk(k=1)", 0.3)],
     }  # fmt: skip

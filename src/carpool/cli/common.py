@@ -140,14 +140,17 @@ def model_facts(loaded: Any, name: str | None) -> dict[str, Any]:
     from dataclasses import asdict
 
     from carpool.evaluate.study import describe
-    from carpool.hosts.transformers import fingerprint
+    from carpool.hosts.transformers import fingerprint, weight_bytes
 
+    expert_bytes, other_bytes = weight_bytes(loaded)
     return {
         "name": "reference model" if name is None else Path(name).name,
         "architecture": type(loaded).__name__,
         "fingerprint": fingerprint(loaded),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         **asdict(describe(loaded)),
+        "expert_bytes": expert_bytes,
+        "other_bytes": other_bytes,
     }
 
 

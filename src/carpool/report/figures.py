@@ -6,30 +6,30 @@ from collections.abc import Sequence
 from math import floor, log10
 from typing import Any
 
-from carpool.evaluate.plot import COLOURS, INK, MUTED, PALE
+from carpool.evaluate.plot import COLOURS, MUTED, PALE
+from carpool.report.drawing import Change, Drawing, figure
 from carpool.report.load import Evaluation, Row
 
 LEAST_KL = 1e-6  # nats; stock's zero has no place on a logarithmic axis
 DASHES = ("solid", "dash", "dot", "dashdot")
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
-AXES = {
-    "bytes_share": ("bytes read (experts and surrogates), share of stock's", ".0%"),
-    "union_share": ("distinct experts read, share of stock's", ".0%"),
-    "union": ("distinct experts read in a layer and step", ".1f"),
-    "pairs": ("experts computed for a token in a layer", ".1f"),
+AXES = {  # label: metric, title, format
+    "bytes read": ("bytes_share", "bytes read, of stock's", ".0%"),
+    "experts read, share": ("union_share", "experts read, of stock's", ".0%"),
+    "experts read": ("union", "distinct experts read", ".1f"),
+    "pairs": ("pairs", "experts computed a token", ".1f"),
 }
 COSTS = {
-    "kl": "KL(stock ‖ policy), nats per decoded token",
-    "perplexity_ratio": "perplexity over stock's",
-    "displaced_mass": "displaced mass",
+    "KL": ("kl", "KL(stock ‖ policy), nats a token", ""),
+    "perplexity": ("perplexity_ratio", "perplexity over stock's", ""),
+    "displaced mass": ("displaced_mass", "displaced mass", ".0%"),
 }
 
 
-def frontier(evaluations: Sequence[Evaluation], batch: int) -> Any:
-    """Cost over experts read at one batch size; buttons change both axes."""
+def frontier(evaluations: Sequence[Evaluation], batch: int) -> Drawing:
+    """Cost over experts read at one batch size; menus change both axes."""
     import plotly.graph_objects as go
 
-    made = figure(height=560)
+    made = figure(height=480)
     lines = _lines(evaluations, batch)
     for name, rows, colour, dash in lines:
         made.add_trace(
@@ -40,49 +40,40 @@ def frontier(evaluations: Sequence[Evaluation], batch: int) -> Any:
                 marker={"size": 7, "line": {"color": "white", "width": 1}},
             )
         )  # fmt: skip
-    made.update_xaxes(title=AXES["bytes_share"][0], tickformat=AXES["bytes_share"][1], tickangle=0)
+    made.update_xaxes(title=AXES["bytes read"][1], tickformat=AXES["bytes read"][2], tickangle=0)
     values, texts = _ticks([kl for _, rows, _, _ in lines for kl in _shown(rows, "kl")])
-    made.update_yaxes(title=COSTS["kl"], type="log", tickmode="array", tickvals=values, ticktext=texts)
-    across = [
-        {
-            "label": label,
-            "method": "update",
-            "args": [
-                {"x": [[row.value(name) for row in rows] for _, rows, _, _ in lines]},
-                {"xaxis.title.text": AXES[name][0], "xaxis.tickformat": AXES[name][1]},
-            ],
-        }
-        for label, name in (
-            ("bytes read", "bytes_share"),
-            ("experts read, share", "union_share"),
-            ("experts read", "union"),
-            ("pairs", "pairs"),
-        )
-    ]
-    down = [
-        {
-            "label": label,
-            "method": "update",
-            "args": [
-                {"y": [_shown(rows, name) for _, rows, _, _ in lines],
-                 "error_y": [_bars(rows, name) for _, rows, _, _ in lines]},
-                {"yaxis.title.text": COSTS[name], "yaxis.type": "log" if name == "kl" else "linear",
-                 "yaxis.tickmode": "array" if name == "kl" else "auto",
-                 "yaxis.tickformat": ".0%" if name == "displaced_mass" else ""},
-            ],
-        }
-        for label, name in (("KL", "kl"), ("perplexity", "perplexity_ratio"), ("displaced", "displaced_mass"))
-    ]  # fmt: skip
-    _buttons(made, (across, 0.0, "left"), (down, 1.0, "right"))
-    return made
+    made.update_yaxes(title=COSTS["KL"][1], type="log", tickmode="array", tickvals=values, ticktext=texts)
+    across: dict[str, Change] = {
+        label: [
+            {"x": [[row.value(name) for row in rows] for _, rows, _, _ in lines]},
+            {"xaxis.title.text": title, "xaxis.tickformat": form},
+        ]
+        for label, (name, title, form) in AXES.items()
+    }
+    down: dict[str, Change] = {
+        label: [
+            {
+                "y": [_shown(rows, name) for _, rows, _, _ in lines],
+                "error_y": [_bars(rows, name) for _, rows, _, _ in lines],
+            },
+            {
+                "yaxis.title.text": title,
+                "yaxis.type": "log" if name == "kl" else "linear",
+                "yaxis.tickmode": "array" if name == "kl" else "auto",
+                "yaxis.tickformat": form,
+            },
+        ]
+        for label, (name, title, form) in COSTS.items()
+    }
+    return Drawing(made, {"cost": down, "over": across})
 
 
-def layers(evaluation: Evaluation, batch: int) -> Any:
+def layers(evaluation: Evaluation, batch: int) -> Drawing:
     """Union of every layer, stock as bars and policies as lines."""
     import plotly.graph_objects as go
 
     shown = representatives(evaluation, batch)
-    made = figure(height=height_for(len(shown) + 1))
+    made = figure()
     stock = evaluation.stock(batch)
     names = [str(layer) for layer in range(len(stock.data["union_by_layer"]))]
     made.add_trace(
@@ -97,7 +88,7 @@ def layers(evaluation: Evaluation, batch: int) -> Any:
         )  # fmt: skip
     made.update_xaxes(title="MoE layer", type="category")
     made.update_yaxes(title="distinct experts read in a step", rangemode="tozero")
-    return made
+    return Drawing(made)
 
 
 def representatives(evaluation: Evaluation, batch: int) -> list[tuple[Row, str]]:
@@ -113,11 +104,6 @@ def representative(evaluation: Evaluation, batch: int) -> list[str]:
 def dash_of(row: Row) -> str:
     """Controls are dotted."""
     return "dot" if row.control else "solid"
-
-
-def height_for(entries: int) -> int:
-    """Of a figure whose legend has so many entries, which would scroll in a lower one."""
-    return max(400, 120 + 19 * entries)
 
 
 def _ticks(values: Sequence[float]) -> tuple[list[float], list[str]]:
@@ -172,34 +158,3 @@ def _hover(row: Row) -> str:
         f"KL {row.value('kl'):.4f}{sure}<br>perplexity × {row.value('perplexity_ratio'):.4f}<br>"
         f"displaced mass {row.value('displaced_mass'):.1%}, {row.value('pairs'):.2f} experts a token"
     )
-
-
-def _buttons(figure: Any, *groups: tuple[list[dict[str, Any]], float, str]) -> None:
-    figure.update_layout(
-        margin={"t": 80},
-        updatemenus=[
-            {"type": "buttons", "direction": "right", "buttons": buttons, "x": x, "xanchor": anchor, "y": 1.02,
-             "yanchor": "bottom", "bgcolor": "white", "bordercolor": PALE, "font": {"size": 12}}
-            for buttons, x, anchor in groups
-        ],
-    )  # fmt: skip
-
-
-def figure(height: int) -> Any:
-    """An empty figure in the report's style."""
-    import plotly.graph_objects as go
-
-    made = go.Figure()
-    style(made, height)
-    return made
-
-
-def style(figure: Any, height: int) -> None:
-    """Fonts, colours and grid of the report."""
-    figure.update_layout(
-        height=height, template="plotly_white", font={"family": FONT, "color": INK, "size": 13},
-        margin={"l": 70, "r": 20, "t": 30, "b": 60}, hoverlabel={"bgcolor": "white", "font": {"family": FONT}},
-        legend={"font": {"size": 12}},
-    )  # fmt: skip
-    figure.update_xaxes(gridcolor=PALE, zeroline=False)
-    figure.update_yaxes(gridcolor=PALE, zeroline=False)

@@ -12,7 +12,7 @@ from carpool.errors import CarpoolError
 from carpool.evaluate.results import SCHEMA
 from carpool.plans.grammar import parse
 from carpool.policies.controls import CONTROLS
-from carpool.report.checked import METRICS, SHARE, Place, require_decoding, require_row
+from carpool.report.checked import AMOUNT, METRICS, SHARE, Place, require_decoding, require_row
 
 KIND, BLOCKS, INTERFERENCE = "carpool evaluation", "carpool block diffusion", "carpool interference"
 
@@ -101,8 +101,7 @@ def load(paths: Sequence[Path]) -> tuple[list[Evaluation], list[Interference]]:
     """Read result files of `carpool evaluate` (either way of decoding, or `--interference`) and of `carpool demo`.
 
     Raises:
-        CarpoolError: no file, not readable, not such results, another schema, results without stock, no evaluation, or
-            both ways of decoding.
+        CarpoolError: no file, not readable, not such results, another schema, results without stock, or no evaluation.
     """
     if not paths:
         raise CarpoolError("no results were given: name one or more JSON files of `carpool evaluate --json`")
@@ -123,8 +122,6 @@ def load(paths: Sequence[Path]) -> tuple[list[Evaluation], list[Interference]]:
             interferences.append(_interference(path, label, content))
     if not evaluations:
         raise CarpoolError("a report needs results of `carpool evaluate` beside those of `--interference`")
-    if len({one.facts["kind"] for one in evaluations}) > 1:
-        raise CarpoolError("block diffusion and step-by-step decoding do not compare; make a report of each")
     return evaluations, interferences
 
 
@@ -205,7 +202,9 @@ def _facts(file: Place) -> dict[str, Any]:
     """Everything but the results."""
     facts = {name: value for name, value in file.data.items() if name != "results"}
     if "model" in facts:
-        file.inside("model")
+        model = file.inside("model")
+        if "expert_bytes" in model.data:
+            model.number("expert_bytes", AMOUNT), model.number("other_bytes", AMOUNT), model.count("layers", 1)
     if "texts" in facts:
         for one in file.objects("texts"):
             one.text("name")
@@ -215,7 +214,8 @@ def _facts(file: Place) -> dict[str, Any]:
 
 
 def method_of(policy: str) -> tuple[str, bool]:
-    """What the settings of a method have in common (its name, texts, flags and guards), and whether it is a control."""
+    """What the settings of a method have in common (its name, texts, flags, warm-up and guards), and whether it is a
+    control."""
     if policy == "stock":
         return "stock", True
     try:
@@ -225,7 +225,8 @@ def method_of(policy: str) -> tuple[str, bool]:
     kept = [
         f"{field.name}={value!r}"
         for field in fields(plan.policy)
-        if isinstance(value := getattr(plan.policy, field.name), str | bool) and value != field.default
+        if (isinstance(value := getattr(plan.policy, field.name), str | bool) or field.name == "warmup")
+        and value != field.default
     ]
     name = plan.policy.name + (f"({', '.join(kept)})" if kept else "")
     return " | ".join((name, *map(str, plan.guards))), plan.policy.name in CONTROLS

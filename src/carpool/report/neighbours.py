@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from html import escape
 from itertools import accumulate
-from typing import Any
 
 from carpool.evaluate.plot import COLOURS, MUTED
-from carpool.report.figures import figure
+from carpool.report.drawing import Drawing, figure
 from carpool.report.load import Interference, method_of
+from carpool.report.tables import policy
 
 COLUMNS = ("policy", "KL mean", "p99", "worst", "between mean", "p99", "worst", "flipped", "unstable", "displaced")
 
 
-def neighbours(found: Interference) -> Any:
+def neighbours(found: Interference) -> Drawing:
     """Share of tokens whose prediction moves by more than so much when the neighbours change."""
     import plotly.graph_objects as go
 
-    made = figure(height=420)
+    made = figure()
     colours = iter(COLOURS * 20)
     for row in found.rows:
         counts = row["kl_between_co_batches"]["histogram"]
@@ -34,11 +34,10 @@ def neighbours(found: Interference) -> Any:
                 hovertemplate="%{y:.2%} of the tokens move by more than %{x:.2g} nats",
             )
         )  # fmt: skip
-    made.update_xaxes(
-        title="KL between one set of neighbours and the next, nats a token", type="log", dtick=1, exponentformat="power"
-    )
+    few = len(found.facts["histogram_edges"]) <= 10  # two a decade
+    made.update_xaxes(title="KL between neighbours, nats", type="log", dtick=1 if few else 2, exponentformat="power")
     made.update_yaxes(title="share of tokens above", tickformat=".0%", rangemode="tozero")
-    return made
+    return Drawing(made)
 
 
 def table(found: Interference) -> str:
@@ -54,5 +53,5 @@ def table(found: Interference) -> str:
         cells += [f"{row[name]:.1%}" for name in ("flipped_greedy", "unstable_greedy", "worst_displaced_mass")]
         text = escape(str((row["worst_token"] or {}).get("text") or "–"))
         numbers = "".join(f"<td>{cell}</td>" for cell in cells)
-        lines.append(f"<tr><td>{escape(row['policy'])}</td>{numbers}<td class='text'>{text}</td></tr>")
+        lines.append(f"<tr>{policy(row['policy'])}{numbers}<td class='text'>{text}</td></tr>")
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"

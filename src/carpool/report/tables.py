@@ -16,6 +16,11 @@ DECODED = (
 )  # fmt: skip
 
 
+def policy(name: str) -> str:
+    """The cell of a policy's name, which a narrow screen may break before what is in brackets."""
+    return f"<td class='policy'>{escape(name).replace('(', '(<wbr>')}</td>"
+
+
 def measurements(rows: Sequence[Row]) -> str:
     """Every metric of every policy at one batch size."""
     return _table(
@@ -72,13 +77,13 @@ def comparison(evaluations: Sequence[Evaluation]) -> str:
     head = "".join(f"<th colspan=3>{escape(one.label)}</th>" for one in evaluations)
     names = "<th>bytes, of stock</th><th>KL</th><th>95 %</th>" * len(evaluations)
     body = "".join(
-        f"<tr><td>{escape(policy)}</td><td>{batch}</td>"
+        f"<tr>{policy(name)}<td>{batch}</td>"
         + "".join(
             f"<td>{row.value('bytes_share'):.0%}</td><td>{row.value('kl'):.4f}</td><td>{_interval(row.interval('kl'))}</td>"
-            for row in (rows[policy, batch] for rows in found)
+            for row in (rows[name, batch] for rows in found)
         )
         + "</tr>"
-        for policy, batch in common
+        for name, batch in common
     )
     table = f"<table><thead><tr><th rowspan=2>policy</th><th rowspan=2>batch</th>{head}</tr><tr>{names}</tr></thead>"
     return f"<div class='scroll'>{table}<tbody>{body}</tbody></table></div>"
@@ -87,7 +92,7 @@ def comparison(evaluations: Sequence[Evaluation]) -> str:
 def _table(heads: Sequence[str], lines: Iterable[tuple[Row, Sequence[str]]]) -> str:
     head = "".join(f"<th>{name}</th>" for name in heads)
     body = "".join(
-        f"<tr{' class=control' if row.control else ''}><td>{escape(row.policy)}</td>"
+        f"<tr{' class=control' if row.control else ''}>{policy(row.policy)}"
         + "".join(f"<td>{cell}</td>" for cell in cells)
         + "</tr>"
         for row, cells in lines

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from carpool.hosts.transformers.hooks import Attachment, attach
     from carpool.hosts.transformers.known import Known
-    from carpool.hosts.transformers.layers import MoELayer, find_layers, fingerprint, identity
+    from carpool.hosts.transformers.layers import MoELayer, find_layers, fingerprint, identity, weight_bytes
     from carpool.hosts.transformers.loading import Opened, load_model, open_model
     from carpool.hosts.transformers.run import Run, share
 
@@ -25,13 +25,14 @@ __all__ = [
     "load_model",
     "open_model",
     "share",
+    "weight_bytes",
 ]
 
 # imported when it is asked for: hooks need torch's compiler, which `carpool doctor` does without
 _HOMES = {
     "hooks": ("Attachment", "attach"),
     "known": ("Known",),
-    "layers": ("MoELayer", "find_layers", "fingerprint", "identity"),
+    "layers": ("MoELayer", "find_layers", "fingerprint", "identity", "weight_bytes"),
     "loading": ("Opened", "load_model", "open_model"),
     "run": ("Run", "share"),
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate, takewhile
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -15,6 +17,9 @@ from carpool.hosts.transformers.families import Rule, rule_of
 from carpool.hosts.transformers.offload import weight
 from carpool.hosts.transformers.refused import refuse
 from carpool.routing.spec import RouteSpec, Routing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROUTER_NAMES = ("gate", "router")
 
@@ -157,6 +162,22 @@ def identity(layers: list[MoELayer]) -> Identity:
         hidden_size=samples[first.index].hidden_size,
         samples=samples,
     )
+
+
+def weight_bytes(model: PreTrainedModel) -> tuple[float, float]:
+    """Bytes of one expert of one layer (the mean over layers), and of all that a decoding step reads beside experts:
+    every other weight but the input embeddings, of which a step reads a row a token."""
+
+    def size(parameters: Iterable[nn.Parameter]) -> int:
+        return sum(one.numel() * one.element_size() for one in parameters)
+
+    layers = find_layers(model)
+    routed = {id(parameter) for layer in layers for parameter in layer.experts.parameters()}
+    embeddings = getattr(model.get_input_embeddings(), "weight", None)
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    beside = [one for one in model.parameters() if id(one) not in routed and (one is not embeddings or one is head)]
+    each = [size(layer.experts.parameters()) / layer.num_experts for layer in layers]
+    return sum(each) / len(each), float(size(beside))
 
 
 def _router(block: nn.Module) -> nn.Module | None:
