@@ -1,0 +1,56 @@
+"""The benchmark of bytes: where a curve crosses a KL, and what is compared with what."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from carpool import parse
+from carpool.evaluate.equal_bytes import Points
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import expert_bytes
+
+    yield expert_bytes
+    sys.modules.pop("expert_bytes")
+
+
+def curve(*points: tuple[float, float]) -> Points:
+    """Shares of bytes and KLs, the same in all samples."""
+    shares, kls = zip(*points, strict=True)
+    return Points(np.tile(shares, (11, 1)), np.tile(np.log(kls), (11, 1)))
+
+
+def test_a_curve_is_read_in_log_kl(benchmark: ModuleType) -> None:
+    line = curve((0.1, 0.1), (0.2, 0.01), (0.3, 0.001))
+    assert benchmark.bytes_at(line, 0.01)[0] == pytest.approx(0.2)
+    assert benchmark.bytes_at(line, 10**-1.5)[0] == pytest.approx(0.15)
+    assert benchmark.bytes_at(line, 0.2) is None, "no setting loses so much"
+    assert benchmark.bytes_at(line, 0.0001) is None, "no setting loses so little"
+
+
+def test_a_setting_that_reads_more_and_loses_more_does_not_help(benchmark: ModuleType) -> None:
+    bent = curve((0.1, 0.1), (0.2, 0.01), (0.25, 0.02), (0.3, 0.001))
+    assert benchmark.bytes_at(bent, 0.02)[0] == pytest.approx(0.1 + 0.1 * np.log(5) / np.log(10))
+
+
+def test_every_setting_is_a_plan_on_a_file_that_is_made(benchmark: ModuleType) -> None:
+    files = {benchmark.NESTED, benchmark.SHIPPED}
+    files |= {benchmark.uniform(bits, group) for bits in benchmark.BITS for group in benchmark.GROUPS}
+    names = [method.name for method in benchmark.methods()]
+    assert len(names) == len(set(names))
+    assert benchmark.OURS in names
+    assert set(benchmark.CONTROLS) <= set(names)
+    for method in benchmark.methods():
+        assert len(method.settings) >= 3
+        for file, text in method.settings:
+            assert file in files
+            parse(text).check(64, 8)
