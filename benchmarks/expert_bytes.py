@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -103,11 +104,13 @@ def make(folder: Path, texts: list[Path], tokens: int) -> None:
             subprocess.run(command, check=True)
 
 
-def measure(folder: Path, texts: list[Path], batch: int, sequence: int, done: Any) -> list[tuple[str, str, Result]]:
-    """Name of the method, file and result of every setting that this batch size can have; stock first."""
+def measure(
+    folder: Path, texts: list[Path], batch: int, sequence: int, chosen: list[Method], done: Any
+) -> list[tuple[str, str, Result]]:
+    """Name of the method, file and result of every setting; stock first."""
     model, tokenizer, shipped = load(None, None)
     by_file: dict[str, list[tuple[str, str]]] = {}
-    for method in methods():
+    for method in chosen:
         for file, plan in method.settings:
             by_file.setdefault(file, []).append((method.name, plan))
     found: list[tuple[str, str, Result]] = []
@@ -173,6 +176,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=60_000, help="of the calibration")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--sequence", type=int, default=64)
+    parser.add_argument("--methods", default=".*", help="pattern of the methods' names; default: all")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.what == "make":
@@ -182,12 +186,14 @@ def main() -> None:
         parser.error("--output is missing")
     content = json.loads(options.output.read_text()) if options.output.exists() else {}
     cells: dict[str, Any] = content.get("cells", {})
+    chosen = [method for method in methods() if re.search(options.methods, method.name)]
     for batch in options.batch:
-        rows = batch * BATCHES * options.sequence * (sum(len(m.settings) for m in methods()) + 18)
-        with progress(f"batch {batch}", rows) as advance:
-            found = measure(options.folder, options.text, batch, options.sequence, advance)
+        plans = sum(len(method.settings) for method in chosen) + len({file for m in chosen for file, _ in m.settings})
+        with progress(f"batch {batch}", batch * BATCHES * options.sequence * plans) as advance:
+            found = measure(options.folder, options.text, batch, options.sequence, chosen, advance)
         cells[str(batch)] = {
             "stock_union": found[0][2].union.value,
+            "sequence": options.sequence,
             "settings": [
                 {"method": name, "file": file, "policy": result.measured.name, "bytes": asdict(result.bytes_share),
                  "union": asdict(result.union_share), "kl": asdict(result.kl)}

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from lockstep_tools import NumberTokenizer, noise, opening, small_model
 from rich.console import Console
 from typer.testing import CliRunner
@@ -24,7 +25,7 @@ from carpool.hosts.transformers import find_layers, share
 from carpool.hosts.vllm.settings import Settings as Served
 from carpool.plans.policy_file import PolicyFile
 from carpool.routing.batch import Grouping
-from carpool.tune import DEFAULT, Failed, Point, Target, Trials, Tuned, family, measurable, tune
+from carpool.tune import DEFAULT, Failed, Point, Target, Trials, Tuned, bounded, family, measurable, tune
 from carpool.tune import search as search_module
 from carpool.tune import trials as trials_module
 from carpool.tune.split import split
@@ -368,9 +369,18 @@ def test_families():
         family("top_p(p=0.5)")
 
 
+def test_bytes_are_searched_in_hundredths_up_to_the_deepest_depth():
+    depth = family("depth | floor(0.3)")
+    assert depth.values(64, 8) == [], "without statistics nobody knows how deep the experts are stored"
+    (known,) = bounded([depth], {"depth_bytes": torch.tensor([0.14, 0.27])})
+    assert known.values(64, 8) == list(range(8, 28))
+    assert str(known.at(22)) == "depth(bytes=0.22) | floor(0.3)"
+    assert bounded([family("xshare")], {}) == [family("xshare")]
+
+
 def test_families_without_their_statistics_are_left_out():
     families = [family(one) for one in DEFAULT]
-    assert families[0].plan.policy.name == "surrogate"
+    assert [one.plan.policy.name for one in families[:2]] == ["depth", "surrogate"]
     names = {one.plan.policy.name for one in measurable(families, {"coverage"})}
     assert names == {"xshare", "des_vote", "lynx"}
     assert measurable(families, [name for one in families for name in one.required_stats]) == families

@@ -72,12 +72,12 @@ def prepare(console: Console, options: Options) -> Prepared:
     CarpoolError for what does not fit, before weights are read."""
     from carpool.artefacts.files import sha256_file
     from carpool.artefacts.shipped import shipped_with
-    from carpool.artefacts.statistics import Statistics
+    from carpool.artefacts.statistics import Statistics, made_by
     from carpool.artefacts.texts import load_texts
     from carpool.calibrate import token_sequences
     from carpool.evaluate.study import describe_layers
     from carpool.hosts.transformers import find_layers, identity
-    from carpool.tune import measurable
+    from carpool.tune import bounded, measurable
     from carpool.tune.split import split
 
     families, layout = check(options)
@@ -88,7 +88,7 @@ def prepare(console: Console, options: Options) -> Prepared:
         console.print(f"{halves.dropped} documents say what others say and are left out")
     opened = open_model(options.model)
     moe = describe_layers(opened.layers)
-    families = [one for one in families if one.values(moe.experts, moe.top_k)]
+    families = [one for one in families if one.knob == "bytes" or one.values(moe.experts, moe.top_k)]
     both = (halves.search, halves.verify)
     with progress("tokenizing", sum(len(document.text) for half in both for document in half)) as advance:
         search, verify = (draw(half, opened.tokenizer, options, layout, advance) for half in both)
@@ -104,8 +104,12 @@ def prepare(console: Console, options: Options) -> Prepared:
     statistics = options.stats or (None if shipped is None else shipped_with(model_id))
     if needy and statistics is None:
         statistics = made = _calibrate(model, cut() if windows is None else windows, options, data)
-    if statistics is not None and not options.policy:
-        families = measurable(families, Statistics.load(statistics).for_layer(opened.layers[0].index))
+    if statistics is not None:
+        known = Statistics.load(statistics).for_layer(opened.layers[0].index)
+        families = bounded(families if options.policy else measurable(families, known), known)
+    families = [one for one in families if one.values(moe.experts, moe.top_k)]
+    if not families:
+        raise CarpoolError(f"{statistics} holds no experts in planes; make them with `{made_by('planes_shape')}`")
     return Prepared(families, layout, data, search, verify, model, moe, model_id, statistics, made)
 
 

@@ -61,7 +61,10 @@ def show(console: Console, options: Options, target: Target, found: Tuned, batch
         console.print(said, markup=False)
     for said in files.lines:
         console.print(said, markup=False)
-    console.print(f"serve it: {serve(options, files.policy)}", markup=False)
+    if found.plan.reads_depths:  # no engine reads planes yet
+        console.print(f"use it: carpool.share(model, {str(files.policy)!r})", markup=False)
+    else:
+        console.print(f"serve it: {serve(options, files.policy)}", markup=False)
 
 
 def why_not(found: Tuned, target: Target) -> list[str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+
+from torch import Tensor
 
 from carpool.errors import CarpoolError
 from carpool.plans.grammar import Plan, parse
 from carpool.policies.registry import policies, policy_class
 
-KNOBS = ("budget", "size", "k0", "top", "k")
-DEFAULT = ("surrogate", "base", "xshare(budget=1, utility='squared')", "xshare", "des_vote", "lynx")
+KNOBS = ("bytes", "budget", "size", "k0", "top", "k")
+LEAST_BYTES = 8  # hundredths of stock's bytes; below, no depth is worth looking at
+DEFAULT = ("depth", "surrogate", "base", "xshare(budget=1, utility='squared')", "xshare", "des_vote", "lynx")
 
 
 @dataclass(frozen=True)
@@ -19,14 +22,17 @@ class Family:
 
     Attributes:
         plan: with any value of the knob. knob: the parameter that is searched.
+        most: the largest value, where statistics say one; shares of bytes are searched in hundredths.
     """
 
     plan: Plan
     knob: str
+    most: int | None = None
 
     def at(self, value: int) -> Plan:
         """The plan with a value of its knob."""
-        return Plan(replace(self.plan.policy, **{self.knob: value}), self.plan.guards)
+        given = value / 100 if self.knob == "bytes" else value
+        return Plan(replace(self.plan.policy, **{self.knob: given}), self.plan.guards)
 
     @property
     def name(self) -> str:
@@ -36,6 +42,8 @@ class Family:
 
     def values(self, num_experts: int, top_k: int) -> list[int]:
         """Values that the policy accepts for `E` experts, `K` a token, ascending."""
+        if self.knob == "bytes":
+            return list(range(LEAST_BYTES, (self.most or 0) + 1))
         found = []
         for value in range(1, num_experts + 1):
             try:
@@ -47,12 +55,22 @@ class Family:
 
     @property
     def required_stats(self) -> tuple[str, ...]:
-        return tuple(self.plan.policy.required_stats())
+        return self.plan.required_stats()
 
 
 def measurable(families: Sequence[Family], statistics: Collection[str]) -> list[Family]:
     """The families that need no other statistics than these; not all files hold what every method needs."""
     return [one for one in families if set(one.required_stats) <= set(statistics)]
+
+
+def bounded(families: Sequence[Family], statistics: Mapping[str, Tensor]) -> list[Family]:
+    """The families, with the most bytes that the experts of a layer can be read with where these are searched."""
+    found = []
+    for one in families:
+        if one.knob == "bytes" and "depth_bytes" in statistics:
+            one = replace(one, most=int(100 * float(statistics["depth_bytes"].max())))
+        found.append(one)
+    return found
 
 
 def family(text: str) -> Family:
@@ -68,7 +86,7 @@ def family(text: str) -> Family:
         given = next((knob for knob in KNOBS if knob in names), None)
         if given is None:
             raise CarpoolError(f"{bare} has no number to tune; it takes {', '.join(names) or 'no parameters'}")
-        text = f"{bare}({given}=1) {bar}{guards}"
+        text = f"{bare}({given}={0.25 if given == 'bytes' else 1}) {bar}{guards}"
     plan = parse(text)
     names = [parameter.name for parameter in fields(plan.policy)]
     knobs = [knob for knob in KNOBS if knob in names and getattr(plan.policy, knob) is not None]
