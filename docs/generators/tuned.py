@@ -77,8 +77,10 @@ def table(content: dict[str, Any]) -> str:
             ]
         )  # fmt: skip
     same = beside["union"].sum() == stock["union"].sum()
-    note = "" if same else "\nThe files were measured on other batches of that text than the grid's settings.\n"
-    return rows(HEADS, lines) + note
+    notes = [] if same else ["The files were measured on other batches of that text than the grid's settings."]
+    if any(about["layers"] for about in content["files"]):
+        notes.append(f"Made on {content['created'][:10]}, when `tune` still gave single layers numbers of their own.")
+    return rows(HEADS, lines) + (f"\n{' '.join(notes)}\n" if notes else "")
 
 
 def measured(sums: dict[str, Any], stock: dict[str, Any]) -> dict[str, Any]:
