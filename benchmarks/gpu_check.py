@@ -1,13 +1,18 @@
-"""What only the owner of a GPU can run: one command, one JSON.
+"""What only the owner of a GPU can run: one command, one JSON, eight minutes.
 
     make gpu-check                          # or: python benchmarks/gpu_check.py --output gpu-check.json
-    python benchmarks/gpu_check.py --model Qwen/Qwen3-30B-A3B --output gpu-check.json
+    python benchmarks/gpu_check.py --model Qwen/Qwen3-30B-A3B --minutes 20 --output gpu-check.json
 
-`graphs`: engines that record CUDA graphs replay a policy, take other numbers and a switch without restart, and stay
-within the budget. `off`: configured but switched off, and a budget of all experts, against a vLLM without the key: the
-same tokens and log-probabilities bit for bit (where the key costs a fused routing kernel, against vLLM without it).
-`speed`: decode throughput, each state in a process of its own, in turn. `quality`: `carpool evaluate` on transformers.
-Each step runs in a process of its own, and one that fails does not stop the others.
+For each of vLLM's model runners two engines start, one without the key and one with it, each in a process of its own:
+
+* `path`: a layer's routing runs in two launches, and vLLM recorded CUDA graphs.
+* `graphs`: replayed graphs change rows, count two equal runs alike, take another budget and a switch without restart.
+* `off`: switched off, and with a budget of all experts, the same tokens and log-probabilities bit for bit. Whether
+  these are also vLLM's without the key is told and no failure: the key may cost a fused routing kernel.
+* `speed`: output tokens a second of each state, one engine after another: a first impression, no benchmark.
+
+Then `quality`: `carpool evaluate` on transformers. A check that fails does not stop the others. What does not fit into
+`--minutes` is not run, and counts as failed.
 """
 
 from __future__ import annotations
@@ -27,82 +32,74 @@ from carpool.artefacts.files import write_text
 
 NO_GPU = "gpu-check: this machine has no CUDA GPU that torch can see, so nothing was checked"
 FULL = "xshare(budget=1.0)"
+RUNNERS = {"V2": "1", "V1": "0"}  # what VLLM_USE_V2_MODEL_RUNNER says; V2 is the default on GPUs
+LEAST = 20  # seconds without which no step begins
 Result = dict[str, Any]
+Outputs = list[tuple[list[int], list[float]]]  # tokens and log-probabilities of each request
 
 
-def graphs(options: argparse.Namespace) -> Result:
-    """Captured graphs follow rows, numbers and the switch."""
+def stock(options: argparse.Namespace) -> Result:
+    """What vLLM gives without the key, and how fast."""
+    llm = engine(options, None)
+    outputs, rates = timed(llm, options)
+    return {"failed": [], "outputs": outputs, "tokens_per_second": rates}
+
+
+def shared(options: argparse.Namespace) -> Result:
+    """One engine with the key, through all its states."""
     llm = engine(options, options.policy)
     failed: list[str] = []
+    found: Result = {"failed": failed, "graphs": recorded(llm), "states": {}}
+    [settings, *_] = llm.collective_rpc("carpool_report")
+    found["path"] = settings["paths"]
+    if options.device != "cpu" and found["path"] != ["two launches"]:
+        failed.append(f"path: routing runs {' and '.join(found['path'])}, not in two launches")
+
+    def state(name: str, **change: Any) -> tuple[Outputs, dict[str, float]]:
+        if change:
+            llm.collective_rpc("carpool_set", kwargs=change)
+        outputs, rates = timed(llm, options)
+        counted = report(llm)
+        found["states"][name] = {"tokens_per_second": rates, **counted}
+        return outputs, counted
+
+    _, first = state(options.policy)
     generate(llm, options)
-    first = report(llm)
+    twice = [report(llm)["rows"], first["rows"] / (1 + options.repeats)]
     if not first["rows_changed"]:
-        failed.append("replayed graphs changed no row")
-    generate(llm, options)
-    again = report(llm)
-    if again["rows"] != first["rows"]:
-        failed.append(f"two equal runs counted {first['rows']:.0f} and {again['rows']:.0f} rows")
-    llm.collective_rpc("carpool_set", kwargs={"policy": options.wider})
-    generate(llm, options)
-    wider = report(llm)
+        failed.append("graphs: the policy changed no row")
+    if twice[0] != twice[1]:
+        failed.append(f"graphs: two equal runs counted {twice[1]:.0f} and {twice[0]:.0f} rows")
+    _, wider = state(options.wider, policy=options.wider)
     if wider["union"] <= first["union"]:
-        failed.append(f"{options.wider} reads no more experts than {options.policy}")
-    llm.collective_rpc("carpool_set", kwargs={"enabled": False})
-    generate(llm, options)
-    if report(llm)["rows_changed"]:
-        failed.append("switched off, rows were still changed")
-    return {"failed": failed, "first": first, "wider": wider, "graphs": recorded(llm)}
+        failed.append(f"graphs: {options.wider} reads no more experts than {options.policy}")
+    full, counted = state(FULL, policy=FULL)
+    if counted["rows_changed"]:
+        failed.append("off: a budget of all experts changed rows")
+    off, counted = state("off", enabled=False)
+    if counted["rows_changed"]:
+        failed.append("off: switched off, rows were still changed")
+    if full != off:
+        failed.append("off: a budget of all experts and the switch give different outputs")
+    return found | {"outputs": off}
 
 
-def off(options: argparse.Namespace) -> Result:
-    """Off and a budget of all experts are vLLM's own output."""
-    stock = apart(options, "stock_outputs")  # first: this process must not hold the device meanwhile
-    failed: list[str] = list(stock["failed"])
-    llm = engine(options, FULL)
-    full = generate(llm, options)
-    if report(llm)["rows_changed"]:
-        failed.append("a budget of all experts changed rows")
-    llm.collective_rpc("carpool_set", kwargs={"enabled": False})
-    switched_off = generate(llm, options)
-    if full != switched_off:
-        failed.append("a budget of all experts and the switch give different outputs")
-    # another kernel may round differently; that is no fault of the policy, but the owner has to know
-    same = json.loads(json.dumps(switched_off)) == stock.get("outputs")
-    return {"failed": failed, "same_as_not_configured": same}
+def together(plain: Result, found: Result) -> Result:
+    """Both engines of a runner."""
+    failed = [*plain["failed"], *found["failed"]]
+    given, without = found.pop("outputs", None), plain.pop("outputs", None)
+    return {"failed": failed, "same_as_not_configured": given is not None and given == without,
+            "stock": plain, "shared": found}  # fmt: skip
 
 
-def stock_outputs(options: argparse.Namespace) -> Result:
-    """What vLLM gives without the key."""
-    return {"failed": [], "outputs": generate(engine(options, None), options)}
-
-
-def speed(options: argparse.Namespace) -> Result:
-    """Decode throughput of every state; the states take turns."""
-    states = {"stock": "", "full": FULL, options.policy: options.policy, options.wider: options.wider}
-    found: dict[str, list[float]] = {name: [] for name in states}
-    unions: dict[str, float] = {}
+def timed(llm: Any, options: argparse.Namespace) -> tuple[Outputs, list[float]]:
+    """Outputs of a first run, and output tokens a second of some more."""
+    outputs, rates = generate(llm, options), []
     for _ in range(options.repeats):
-        for name, policy in states.items():
-            made = apart(options, "throughput", "--state", policy)
-            if made["failed"]:
-                return made
-            found[name] += made["tokens_per_second"]
-            unions[name] = made["union"]
-    rows = {name: {"tokens_per_second": values, "union": unions[name]} for name, values in found.items()}
-    return {"failed": [], "batch": options.batch, "states": rows}
-
-
-def throughput(options: argparse.Namespace) -> Result:
-    """Output tokens a second of one engine, three times after a warm-up; prompts are one token long."""
-    llm = engine(options, options.state or None)
-    generate(llm, options)
-    rates = []
-    for _ in range(3):
         begin = time.perf_counter()
-        outputs = generate(llm, options)
-        rates.append(sum(len(ids) for ids, _ in outputs) / (time.perf_counter() - begin))
-    counted = report(llm) if options.state else {"union": 0.0, "steps": 0.0}
-    return {"failed": [], "tokens_per_second": rates, "union": counted["union"] / max(1.0, counted["steps"])}
+        again = generate(llm, options)
+        rates.append(sum(len(ids) for ids, _ in again) / (time.perf_counter() - begin))
+    return outputs, rates
 
 
 def quality(options: argparse.Namespace) -> Result:
@@ -126,16 +123,12 @@ def quality(options: argparse.Namespace) -> Result:
     return {"failed": [], "results": [as_dict(result) for found in results for result in found]}
 
 
-STEPS: dict[str, Callable[[argparse.Namespace], Result]] = {
-    "graphs": graphs, "off": off, "speed": speed, "quality": quality,
-    "stock_outputs": stock_outputs, "throughput": throughput,
-}  # fmt: skip
-CHECKS = ("graphs", "off", "speed", "quality")
+STEPS: dict[str, Callable[[argparse.Namespace], Result]] = {"stock": stock, "shared": shared, "quality": quality}
 
 
 def engine(options: argparse.Namespace, policy: str | None) -> Any:
     """An `LLM` on the device, with CUDA graphs where there is one."""
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = RUNNERS[options.runner]
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM
 
@@ -151,7 +144,7 @@ def engine(options: argparse.Namespace, policy: str | None) -> Any:
     return LLM(options.model, skip_tokenizer_init=True, **settings)
 
 
-def generate(llm: Any, options: argparse.Namespace) -> list[tuple[list[int], list[float]]]:
+def generate(llm: Any, options: argparse.Namespace) -> Outputs:
     """Greedy tokens and their log-probabilities of `batch` requests that start from different tokens."""
     from vllm import SamplingParams
 
@@ -176,14 +169,20 @@ def recorded(llm: Any) -> str:
     return str(llm.llm_engine.vllm_config.compilation_config.cudagraph_mode)
 
 
-def apart(options: argparse.Namespace, step: str, *more: str) -> Result:
-    """A step in a process of its own, so that it starts with an empty device."""
+def apart(options: argparse.Namespace, step: str, seconds: float, runner: str = "V2") -> Result:
+    """A step in a process of its own, so that it starts with an empty device, for some seconds at most."""
+    if seconds < LEAST:
+        return {"failed": [f"not run: the {options.minutes:g} minutes were over (--minutes)"]}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
         flags = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in PASSED]
         policies = ["--quality-policy", *options.quality_policy]
-        command = [sys.executable, __file__, *flags, *policies, f"--step={step}", f"--output={path}", *more]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [sys.executable, __file__, *flags, *policies, f"--step={step}", f"--runner={runner}",
+                   f"--output={path}"]  # fmt: skip
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return {"failed": [f"stopped: the {options.minutes:g} minutes were over (--minutes)"]}
         if not path.exists():
             cause = (done.stderr.strip().splitlines() or ["no message"])[-1]
             return {"failed": [f"the step ended with code {done.returncode}: {cause}"]}
@@ -203,7 +202,7 @@ def about() -> dict[str, Any]:
 
 
 PASSED = (
-    "model", "device", "policy", "wider", "batch", "tokens", "repeats", "quality_model", "quality_tokens",
+    "model", "device", "policy", "wider", "minutes", "batch", "tokens", "repeats", "quality_model", "quality_tokens",
 )  # fmt: skip
 
 
@@ -220,11 +219,18 @@ def main(arguments: list[str] | None = None) -> int:
         write_text(options.output, json.dumps(STEPS[options.step](options)) + "\n")
         return 0
     content: dict[str, Any] = {"arguments": {name: getattr(options, name) for name in PASSED}, "about": about()}
-    for name in CHECKS:
-        content[name] = apart(options, name)
-        print(f"{name}: {'; '.join(content[name]['failed']) or 'passed'}", flush=True)
+    end = time.monotonic() + 60 * options.minutes
+    for name in (*options.runners, "quality"):
+        begin = time.monotonic()
+        if name == "quality":
+            content[name] = apart(options, name, end - begin)
+        else:
+            plain = apart(options, "stock", end - begin, name)
+            content[name] = together(plain, apart(options, "shared", end - time.monotonic(), name))
+        content[name]["seconds"] = round(time.monotonic() - begin)
+        print(f"{name}: {'; '.join(content[name]['failed']) or 'passed'} ({content[name]['seconds']} s)", flush=True)
         write_text(options.output, json.dumps(content, indent=1) + "\n")
-    return int(any(content[name]["failed"] for name in CHECKS))
+    return int(any(content[name]["failed"] for name in (*options.runners, "quality")))
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -232,16 +238,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="allenai/OLMoE-1B-7B-0924")
     parser.add_argument("--policy", default="xshare(budget=16)")
     parser.add_argument("--wider", default="xshare(budget=32)", help="the same policy with another number")
+    parser.add_argument("--runners", nargs="+", default=[*RUNNERS], choices=RUNNERS)
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--quality-model", default="allenai/OLMoE-1B-7B-0924")
     parser.add_argument("--quality-policy", nargs="+", default=["xshare(budget=16)", "xshare(budget=24)", "topk(k=4)"])
-    parser.add_argument("--quality-tokens", type=int, default=24_576)
+    parser.add_argument("--quality-tokens", type=int, default=8192)
     parser.add_argument("--device", default="cuda", help="cpu: a rehearsal without graphs")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
-    parser.add_argument("--state", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--runner", choices=RUNNERS, default="V2", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 

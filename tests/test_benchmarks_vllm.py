@@ -97,11 +97,31 @@ def test_without_a_gpu_the_check_says_so(
 def test_one_failed_step_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     check = script("gpu_check", monkeypatch)
     monkeypatch.setattr(check, "about", dict)
-    monkeypatch.setattr(check, "apart", lambda _, name: {"failed": ["no"] if name == "off" else []})
+
+    def apart(_: Any, step: str, seconds: float, runner: str = "") -> dict[str, Any]:
+        assert 0 < seconds <= 8 * 60
+        return {"failed": ["no"] if (step, runner) == ("shared", "V2") else [], "outputs": [[1], [0.5]]}
+
+    monkeypatch.setattr(check, "apart", apart)
     output = tmp_path / "x.json"
     assert check.main(["--device", "cpu", "--output", str(output)]) == 1
     content: dict[str, Any] = json.loads(output.read_text())
-    assert [content[name]["failed"] for name in check.CHECKS] == [[], ["no"], [], []]
+    assert [content[name]["failed"] for name in ("V2", "V1", "quality")] == [["no"], [], []]
+    assert content["V2"]["same_as_not_configured"]
+
+
+def test_what_does_not_fit_into_the_time_is_not_passed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    check = script("gpu_check", monkeypatch)
+    monkeypatch.setattr(check, "about", dict)
+    output = tmp_path / "x.json"
+    assert check.main(["--device", "cpu", "--minutes", "0.1", "--output", str(output)]) == 1
+    assert "V2: not run: the 0.1 minutes were over (--minutes)" in capsys.readouterr().out
+    assert not json.loads(output.read_text())["V1"]["same_as_not_configured"]
+    monkeypatch.setattr(check, "LEAST", 0)
+    assert check.main(["--device", "cpu", "--minutes", "0.001", "--output", str(output)]) == 1
+    assert "V2: stopped: the 0.001 minutes were over" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -119,9 +139,11 @@ def test_rehearsal_of_the_gpu_checks(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     from carpool_demo import MODEL
 
     given += ["--quality-model", str(MODEL), "--quality-policy", "xshare(budget=16)", "--output", str(output)]
+    given += ["--runners", "V1", "--minutes", "60"]
     assert check.main(given) == 0, output.read_text()
     content = json.loads(output.read_text())
-    assert content["off"]["same_as_not_configured"]
-    assert content["graphs"]["first"]["union"] < content["graphs"]["wider"]["union"]
-    assert set(content["speed"]["states"]) == {"stock", "full", "xshare(budget=8)", "xshare(budget=16)"}
+    assert content["V1"]["same_as_not_configured"]
+    states = content["V1"]["shared"]["states"]
+    assert list(states) == ["xshare(budget=8)", "xshare(budget=16)", "xshare(budget=1.0)", "off"]
+    assert states["xshare(budget=8)"]["union"] < states["xshare(budget=16)"]["union"]
     assert [row["policy"] for row in content["quality"]["results"]] == ["stock", "xshare(budget=16)"]

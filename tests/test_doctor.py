@@ -87,6 +87,66 @@ def test_what_is_known_about_vllm_is_what_was_measured():
             assert family in known.REFUSED or family in known.REFUSED_ON_CPU, family
 
 
+def test_what_is_said_of_quantised_weights_is_what_was_measured(tmp_path):
+    """By the table of formats: what vLLM did not run is not called shared."""
+    from carpool.hosts.vllm import known
+
+    measured = json.loads((Path(__file__).parent.parent / "docs/results/vllm-coverage.json").read_text())["rows"]
+    methods = {row["method"]: row for row in measured if row.get("method")}
+    assert set(methods) == known.WITHOUT_KERNEL
+    for method, row in methods.items():
+        said = known.on_cpu(row["family"], method)
+        assert said.startswith("shared") == (row["result"] == "shared"), method
+        assert ("stand-ins" in said) == (row["result"] == "routers only"), method
+    quantised = {"deepseek_v3": "fp8", "gpt_oss": "mxfp4"}
+    for family, method in quantised.items():
+        config = tiny_config(family).to_dict() | {"quantization_config": {"quant_method": method}}
+        found = diagnose(folder(tmp_path, **config))
+        assert found.in_vllm["cpu"].startswith("not run where it was tried"), family
+        assert method in found.in_vllm["cpu"]
+    assert known.on_cpu("qwen3_moe", "exl3") == "not tried with weights in exl3"
+    assert known.on_cpu("gemma4_text", "fp8").startswith("refused")
+
+
+@pytest.mark.parametrize(
+    ("policy", "gpu"),
+    [
+        ("xshare(budget=16)", "two launches"),
+        ("surrogate(budget=16) | floor(0.3)", "two launches"),
+        ("xshare_speculative(budget=16, request_budget=8)", "operation by operation: xshare_speculative needs more"),
+    ],
+)
+def test_which_path_a_policy_takes(tmp_path, policy, gpu):
+    model = folder(tmp_path, **QWEN3_30B)
+    paths = diagnose(model).paths(policy)
+    assert paths["cpu"] == "compiled graph"
+    assert paths["cuda"].startswith(gpu)
+    shown = CliRunner().invoke(app, ["doctor", str(model), "--policy", policy])
+    assert shown.exit_code == 0, shown.output
+    assert f"A layer's routing in vLLM under {policy}" in " ".join(shown.output.split())
+    assert f"GPUs: {paths['cuda']}" in " ".join(shown.output.split())
+
+
+def test_more_experts_than_the_kernels_take(tmp_path):
+    found = diagnose(folder(tmp_path, **QWEN3_30B | {"num_experts": 1024}))
+    assert found.paths("topk(k=2)")["cuda"].startswith("operation by operation: 1024 experts")
+
+
+@pytest.mark.parametrize(
+    ("policy", "says"),
+    [
+        ("xshare(budget=999)", "asks for 999 of 128 experts"),
+        ("sharing(budget=8)", "unknown policy"),
+        ("xshare_expert_parallel(budget_per_device=4)", "needs the device of each expert"),
+        ("depth(bytes=0.2)", "reads experts at depths, which vLLM's kernels cannot"),
+    ],
+)
+def test_a_policy_that_cannot_run_on_the_model(tmp_path, policy, says):
+    shown = CliRunner().invoke(app, ["doctor", str(folder(tmp_path, **QWEN3_30B)), "--policy", policy])
+    assert shown.exit_code == 2
+    assert says in " ".join(shown.output.split())
+
+
 def test_suggestions_fit_the_model(tmp_path):
     for top_k in (1, 2, 8):
         found = diagnose(folder(tmp_path, **QWEN3_30B | {"num_experts_per_tok": top_k}))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,21 @@ import pytest
 pytest.importorskip("triton")
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ABSENT = ("safetensors", "transformers", "vllm", "typer", "rich", "prometheus_client", "scipy", "plotly")
 
 
 def run(*arguments: str, interpret: bool) -> list[dict[str, Any]]:
-    """Lines of `gpu_layer.py` in a process of its own: Triton decides at its import whether it interprets."""
+    """Lines of `gpu_layer.py` in a process of its own: Triton decides at its import whether it interprets. There is
+    nothing beside torch and Triton, not even NumPy where no interpreter asks for it."""
     environment = os.environ | {"TRITON_INTERPRET": "1" if interpret else "0"}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (*ABSENT, *(() if interpret else ("numpy",))):
+            (Path(folder) / f"{name}.py").write_text("raise ModuleNotFoundError(f'no module named {__name__}')\n")
+        environment["PYTHONPATH"] = os.pathsep.join([folder, environment.get("PYTHONPATH", "")])
+        return _lines(environment, *arguments)
+
+
+def _lines(environment: dict[str, str], *arguments: str) -> list[dict[str, Any]]:
     command = [sys.executable, str(BENCHMARKS / "gpu_layer.py"), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

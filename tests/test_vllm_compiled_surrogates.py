@@ -57,6 +57,24 @@ def test_really_compiled_surrogates_are_the_same() -> None:
     check_sum("int8")
 
 
+@pytest.mark.parametrize("how", ["int8", "bf16"])
+def test_without_a_compiler_few_pairs_read_their_own_maps(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of the two it is depends on shapes alone, as a recorded graph needs; both give the same."""
+    generator = torch.Generator().manual_seed(0)
+    inner_ERH, outer_EXH = (torch.randn(E, 3 + more, H, generator=generator) for more in (0, 1))
+    resident = Resident(stored({"surrogate_in": inner_ERH, "surrogate_out": outer_EXH}, how), 0, 1, torch.device("cpu"))
+    whole, wholes = resident.whole, []
+    monkeypatch.setattr(resident, "whole", lambda: wholes.append(1) or whole())
+    for count in (1, 3, E // K, 40):
+        hidden_NH = torch.randn(count, H, generator=generator)
+        ids_NK = torch.randint(0, E, (count, K), generator=generator, dtype=torch.int32)
+        weights_NK = torch.rand(count, K, generator=generator)
+        wholes.clear()
+        found_NH = resident(hidden_NH, ids_NK, weights_NK)
+        assert bool(wholes) == (count * K >= E)
+        torch.testing.assert_close(found_NH, whole()(hidden_NH, ids_NK, weights_NK), rtol=1e-4, atol=1e-4)
+
+
 def test_only_rows_that_share_are_computed() -> None:
     """Rows of a prompt leave nothing; what the others get is the same with and without them."""
     layer, rows = a_layer("surrogate(budget=1)", SPECS["softmax"], "batch")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import vllm_models as tiny
+from vllm_coverage import ROUTERS, STORED, cases, measure
 
 import carpool
 from carpool import CarpoolError, parse
@@ -76,3 +77,12 @@ def test_refused_by_name(family: str, tmp_path: Path) -> None:
     assert len(tiny.generate(stock, tiny.prompts(1))) == 1
     with pytest.raises(CarpoolError, match=REFUSED[family]):
         tiny.engine(folder, tiny.SHARING, **dtype_of(family))
+
+
+@pytest.mark.parametrize("storage", STORED)
+def test_quantised_experts(storage: str, tmp_path: Path) -> None:
+    """Shared by the kernel that vLLM has for them here, or in front of a stand-in for it."""
+    [case] = [case for case in cases() if case.method is not None and case.storage == storage]
+    row = measure(case, tmp_path)
+    assert row["result"] in ("shared", ROUTERS), row
+    assert row["rows_changed"] > 0

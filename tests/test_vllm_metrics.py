@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,3 +89,14 @@ def test_a_copy_from_before_a_reset_is_dropped(series: dict[str, Series], monkey
     step(counters)
     published.publish()
     assert series["rows"].total == 2
+
+
+def test_copies_of_experts_save_nothing() -> None:
+    """Under EPLB the bytes read are the most and those of native routing the least that they can be."""
+    counters = Counters(["layer"])
+    values = dict.fromkeys(FIELDS, 0.0) | {"steps": 3, "natural_union": 40, "union": 24, "surrogates": 10}
+    counters.add_measured(0, torch.tensor([values[name] for name in FIELDS], dtype=torch.float64))
+    layer: Any = SimpleNamespace(expert_bytes=100, surrogate_bytes=2, replicas=0)
+    assert metrics.bytes_read(counters.report(), [layer]) == {"natural_bytes": 4000, "read_bytes": 2420}
+    layer.replicas = 4
+    assert metrics.bytes_read(counters.report(), [layer]) == {"natural_bytes": 4000, "read_bytes": 3620}

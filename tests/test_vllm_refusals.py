@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -321,3 +322,40 @@ def test_a_vllm_that_moved_a_constructor_runs_until_it_is_asked_to_share(monkeyp
     arm._configured(None, SimpleNamespace(additional_config={}))
     with pytest.raises(CarpoolError, match=r"this vLLM has no vllm\.v1\.worker\.moved\.Worker"):
         arm._configured(None, SimpleNamespace(additional_config={"carpool": SHARING}))
+
+
+def test_policies_see_experts_and_not_their_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under EPLB vLLM maps ids to copies after the seam: what is shared are experts as the model numbers them."""
+    from vllm.distributed.eplb.eplb_state import EplbLayerState
+    from vllm.model_executor.layers.fused_moe.router import base_router
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+    from carpool.hosts.vllm import router as seam
+
+    one = torch.ones(1, dtype=torch.int32)
+    state = EplbLayerState(one, one, one, one, [one])
+    router = CPURouter(top_k=2, global_num_experts=8, eplb_state=state, renormalize=True)
+    router.__class__ = seam.shared_class(CPURouter)
+    layer, seen = SimpleNamespace(), []
+    router.carpool_layer = layer
+
+    def routed(given: Any, hidden_NH: Any, logits_NE: Any, native: Any) -> Any:
+        assert given is layer
+        seen.append(native.ids_NK)
+        return native
+
+    monkeypatch.setattr(seam, "routed", routed)
+    monkeypatch.setattr(base_router, "eplb_map_to_physical_and_record", lambda topk_ids, **_: topk_ids + 100)
+    logits_NE = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    _, ids_NK = router.select_experts(torch.zeros(5, 4), logits_NE)
+    assert torch.equal(seen[0].sort(-1).values, logits_NE.topk(2).indices.int().sort(-1).values)
+    assert torch.equal(ids_NK, seen[0] + 100)
+
+
+def test_routers_are_made_without_a_word_about_the_weights() -> None:
+    """So the seam is the same whatever the format of the experts; engines: `test_vllm_families.py`."""
+    from vllm.model_executor.layers.fused_moe.layer import create_fused_moe_router
+
+    names = inspect.signature(create_fused_moe_router).parameters
+    assert "top_k" in names
+    assert not [name for name in names if "quant" in name or "weight_dtype" in name or "params_dtype" in name]

@@ -10,23 +10,58 @@ from typing import Any
 import torch
 import vllm_models as tiny
 from family_matrix import describe
+from vllm_stand_ins import stood_in
 
 from carpool import CarpoolError
 
 DTYPES = ("bfloat16", "float32")
 FULL = "xshare(budget=1.0)"
 WIDE = {"hidden_size": 256, "moe_intermediate_size": 128, "head_dim": 128}  # blocks of 128, as number formats have
-NO_GATE = ["lm_head", "re:.*mlp.gate$"]
-INT8 = {
-    "quant_method": "compressed-tensors", "format": "int-quantized", "ignore": NO_GATE,
-    "config_groups": {"group_0": {
-        "targets": ["Linear"],
-        "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
-        "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
-    }},
+# gates and attention as they are: formats are about experts, and attention has kernels of its own
+LINEAR = [f"model.layers.{i}.{name}" for i in range(2) for name in (
+    "mlp.gate", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+)]  # fmt: skip
+
+
+def _compressed(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A configuration of compressed-tensors."""
+    given = {"symmetric": True, "dynamic": False}
+    group = {"targets": ["Linear"], "weights": given | weights}
+    if inputs is not None:
+        group["input_activations"] = given | weights | {"dynamic": True} | inputs
+    ignored = ["lm_head", *LINEAR]
+    return {
+        "quant_method": "compressed-tensors", "format": form, "ignore": ignored, "config_groups": {"group_0": group},
+    }  # fmt: skip
+
+
+FP8 = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+STORED = {  # what checkpoints hold: family, sizes, configuration of the weights
+    "int8, compressed-tensors": ("qwen3_moe", _compressed(
+        "int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}, {"strategy": "token"}
+    )),
+    "int4, compressed-tensors": ("qwen3_moe", _compressed(
+        "pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
+    )),
+    "fp8, compressed-tensors": ("qwen3_moe", _compressed(
+        "float-quantized", FP8, {"strategy": "group", "group_size": 128, "block_structure": None}
+    )),
+    "fp8": ("qwen3_moe", {
+        "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+        "modules_to_not_convert": LINEAR,
+    }),
+    "int4, GPTQ": ("qwen3_moe", {
+        "quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True,
+        "dynamic": {"-:.*self_attn.*": {}, "-:.*mlp.gate$": {}},
+    }),
+    "int4, AWQ": ("qwen3_moe", {
+        "quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm",
+        "modules_to_not_convert": ["self_attn", "mlp.gate"],
+    }),
+    "mxfp4": ("gpt_oss", {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "router", "lm_head"]}),
 }  # fmt: skip
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "dynamic": {}}
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+ON_LOAD = ("fp8_per_block", "mxfp4", "int8_per_channel_weight_only")  # vLLM quantises by itself
+ROUTERS = "routers only"  # shared, with stand-ins for experts that vLLM has no kernel for
 ROUNDED = "shared; native to rounding"  # a compiler fuses stock's router into its neighbours, and rounds otherwise
 
 
@@ -50,16 +85,23 @@ class Case:
         """What no two cases share."""
         return self.family, self.storage, self.parallel
 
+    @property
+    def method(self) -> str | None:
+        """How the model's configuration calls the quantisation of its weights."""
+        name: str | None = self.config.get("quantization_config", {}).get("quant_method")
+        return name
+
 
 def cases() -> list[Case]:
     """Every family in every number format, the number formats of quantised weights, and ways to spread a model."""
     made = [Case(name, options={"dtype": dtype}, storage=dtype) for dtype in DTYPES for name in tiny.FAMILIES]
     made.append(Case("qwen3_moe", "float16", options={"dtype": "float16"}))
-    for name in ("fp8_per_block", "mxfp4", "int8_per_channel"):
+    for name in ON_LOAD:
         made.append(Case("qwen3_moe", name, config=WIDE, options={"dtype": "bfloat16", "quantization": name}))
-    for name, given in (("int8, compressed-tensors", INT8), ("int4, GPTQ", GPTQ), ("int4, AWQ", AWQ)):
+    for name, (family, given) in STORED.items():
+        sizes = WIDE if family == "qwen3_moe" else {"hidden_size": 256, "intermediate_size": 128}
         options = {"dtype": "bfloat16", "load_format": "dummy"}
-        made.append(Case("qwen3_moe", name, config=WIDE | {"quantization_config": given}, options=options))
+        made.append(Case(family, name, config=sizes | {"quantization_config": given}, options=options))
     backend = {"model_impl": "transformers"}
     made.append(Case("qwen3_moe", parallel="one worker, Transformers backend", options=backend))
     made.append(Case("qwen3_moe", parallel="one worker, torch.compile", options={"enforce_eager": False}))
@@ -89,29 +131,50 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         seen from.
     """
     row: dict[str, Any] = {"family": case.family, "storage": case.storage, "parallel": case.parallel}
+    row |= {} if case.method is None else {"method": case.method}
     if not (folder / "config.json").exists():
         _write(case, folder)
-    given = tiny.prompts(6)
     native, without = None, ""
     try:
-        native = tiny.generate(tiny.engine(folder, None, **case.options), given)
+        native = tiny.generate(tiny.engine(folder, None, **case.options), tiny.prompts(6))
     except Exception as error:  # whatever it is, it is not about sharing
         without = _first(error)
+    if native is None and case.method is not None:
+        with stood_in() as reached:
+            native = tiny.generate(tiny.engine(folder, None, **case.options), tiny.prompts(6))
+            found = _beside(native, case, folder, reached)
+        result = ROUTERS if found["result"] == "shared" and found["reached"] == found["union"] else "failed"
+        return row | found | {"result": result, "says": without}
+    return row | _beside(native, case, folder, without=without)
+
+
+def _beside(
+    native: Any, case: Case, folder: Path, reached: list[torch.Tensor] | None = None, without: str = ""
+) -> dict[str, Any]:
+    """The plugin beside an engine without it.
+
+    Args:
+        native: what that gave; None if it did not run, and `without` says why.
+        reached: to which the experts' stand-ins add the ids of their calls.
+    """
+    row: dict[str, Any] = {}
+    given = tiny.prompts(6)
     try:
         llm = tiny.engine(folder, tiny.SHARING, **case.options)
     except CarpoolError as error:
-        return row | {"result": "refused", "says": _first(error), "without": without or "runs"}
+        return {"result": "refused", "says": _first(error), "without": without or "runs"}
     except Exception as error:
-        row |= {"says": without or _first(error)}
-        return row | {"result": "not run by vLLM" if without else "failed"}
+        return {"result": "not run by vLLM" if without else "failed", "says": without or _first(error)}
     if native is None:
-        return row | {"result": "not run by vLLM", "says": without}
+        return {"result": "not run by vLLM", "says": without}
     shared = tiny.generate(llm, given)
     found = llm.collective_rpc("carpool_report")
     layers = [layer for rank in found for layer in rank["layers"]]
     row |= {
         name: sum(layer[name] for layer in layers) for name in ("steps", "rows_changed", "union", "natural_union")
     }  # fmt: skip
+    if reached is not None:  # prompts came before the steps that are counted
+        row["reached"] = sum(len(ids.unique()) for ids in reached[-row["steps"] :])
     row["within_budget"] = all(layer["union"] <= layer["steps"] * tiny.BUDGET for layer in layers)
     row["tokens_differ"] = [ids for ids, _ in shared] != [ids for ids, _ in native]
     llm.collective_rpc("carpool_set", kwargs={"enabled": False})
@@ -160,7 +223,8 @@ def _random(tensor: torch.Tensor, *_: Any, **__: Any) -> None:
     if not tensor.is_floating_point():
         low, high = (-128, 128) if tensor.dtype == torch.int8 else (0, 1 << 30)
         tensor.copy_(torch.randint(low, high, tensor.shape, generator=generator))
-    elif tensor.dim() == 1:  # norms
+    elif tensor.dim() == 1:  # norms, biases
         tensor.fill_(1.0)
     else:
-        tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.05)
+        std = 1.0 if tensor.shape[:1] == (tiny.VOCABULARY,) else 0.05  # tokens that differ in spite of biases
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)

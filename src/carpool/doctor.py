@@ -12,6 +12,7 @@ from carpool.errors import CarpoolError
 from carpool.known_shapes import RoutingRule, Shape, read
 
 if TYPE_CHECKING:
+    from carpool.plans.grammar import Plan
     from carpool.routing.spec import RouteSpec
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -80,8 +81,42 @@ class Diagnosis:
             found.append((f"sere(top={k0}, threshold=0.3)", "statistics from `carpool calibrate`"))
         else:
             found.append(("oea(k0=...), sere(top=...), topk(k=...)", "more than one expert per token: none fits"))
+        found.append((f"surrogate(budget={half})", "statistics from `carpool calibrate --surrogates 16`"))
         found.append((f"des_vote(size={max(half, self.top_k)})", 'group="request" or "block:n" for diffusion models'))
         return found
+
+    def paths(self, policy: str) -> dict[str, str]:
+        """How vLLM runs a layer's routing under a policy, by device: `cpu` and, with Triton, `cuda`.
+
+        Raises:
+            CarpoolError: a text that is no policy, or one that cannot run on this model.
+        """
+        import torch
+
+        from carpool.hosts.vllm.fused import path_on
+        from carpool.hosts.vllm.known import check_plan
+        from carpool.plans.grammar import parse
+
+        plan = parse(policy).for_serving()
+        plan.check(self.num_experts, self.top_k)
+        check_plan(plan)
+        _rehearse(plan, self)
+        size = self.num_experts, self.top_k
+        return {name: path_on(torch.device(name), plan, *size, triton=True) for name in self.in_vllm}
+
+
+def _rehearse(plan: Plan, found: Diagnosis) -> None:
+    """Raises CarpoolError if a policy needs to know of rows what an engine does not say."""
+    import torch
+
+    from carpool.plans.pipeline import route
+    from carpool.routing.batch import Batch
+    from carpool.routing.spec import RouteSpec
+
+    if plan.policy.required_stats():  # which come from a calibration
+        return
+    batch = Batch.of(1, request_N=torch.zeros(1, dtype=torch.int64), num_requests=1)
+    route(plan, RouteSpec(top_k=found.top_k), torch.zeros(1, found.num_experts), batch)
 
 
 def diagnose(model: str | Path) -> Diagnosis:
@@ -144,7 +179,7 @@ def _diagnosis(shape: Shape, family: str, text_family: str, quantization: Any) -
         expert_bytes=shape.expert_numbers * bits / 8,
         weights=f"{bits:g} bits ({method})" if method != "none" else f"{bits:g} bits",
         in_vllm={
-            "cpu": on_cpu(text_family),
+            "cpu": on_cpu(text_family, method),
             "cuda": on_gpu(text_family, FUSED_ROUTING.get(method, f"nobody knows what ({method!r} weights)")),
         },
     )

@@ -27,6 +27,7 @@ GPU_DRIVERS = ("/proc/driver/nvidia/version", "/dev/kfd")  # asking torch takes 
 def doctor(
     model: Annotated[str, typer.Argument(help="A model's folder, its config.json, or a name in the local cache.")],
     bandwidth: Annotated[float, typer.Option(help="Memory bandwidth in GB/s, for the time a step's reads take.")] = 0.0,
+    policy: Annotated[str | None, typer.Option(help="A policy text: how would vLLM run it on this model?")] = None,
     as_json: ShowJson = False,
 ) -> None:
     """Read a model's configuration: routing rule, experts read at each batch size, what a policy needs."""
@@ -36,8 +37,9 @@ def doctor(
         raise CarpoolError(f"--bandwidth {bandwidth}: give GB/s, 0 for none")
     console = Console()
     found = diagnose(model)
+    paths = {} if policy is None else found.paths(policy)
     if as_json:
-        typer.echo(json.dumps(_as_dict(found, bandwidth), indent=1))
+        typer.echo(json.dumps(_as_dict(found, bandwidth) | ({"paths": paths} if paths else {}), indent=1))
         return
     rule = found.rule
     console.print(
@@ -66,11 +68,17 @@ def doctor(
     console.print("[bold]Policies to begin with[/]")
     for text, needs in found.suggestions():
         console.print(f"  {text}   needs: {needs}", highlight=False)
+    console.print("  `carpool tune` finds the numbers for a quality that you name", highlight=False)
     here = "cuda" if any(map(os.path.exists, GPU_DRIVERS)) else "cpu"
     console.print("\n[bold]In vLLM[/], where a policy needs routing in Python")
-    for device, name in (("cpu", "CPU build"), ("cuda", "GPUs")):
-        place = f"{name} (this machine)" if device == here else name
+    places = {"cpu": "CPU build", "cuda": "GPUs"}
+    places[here] += " (this machine)"
+    for device, place in places.items():
         console.print(f"  {place}: {found.in_vllm[device]}", highlight=False)
+    if paths:
+        console.print(f"\n[bold]A layer's routing in vLLM[/] under {policy}", highlight=False)
+        for device, place in places.items():
+            console.print(f"  {place}: {paths[device]}", highlight=False)
 
 
 def _as_dict(found: Diagnosis, bandwidth: float) -> dict[str, Any]:

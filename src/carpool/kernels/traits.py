@@ -24,6 +24,8 @@ from carpool.policies import (
     TopK,
     TopP,
     XShare,
+    XShareExpertParallel,
+    XShareSpeculative,
 )
 from carpool.policies.base import Number
 
@@ -94,13 +96,17 @@ TRAITS: dict[type[Policy], Callable[[Any, int, int], Traits]] = {
     LayerThreshold: lambda policy, E, K: _skipping(policy, "threshold", policy.tau),
     AllowList: lambda policy, E, K: Traits("list", policy.fill),
 }
+UNFIT: dict[type[Policy], str] = {
+    XShareSpeculative: "needs more than two launches: its set for every request comes before that of the batch",
+    XShareExpertParallel: "needs the device of each expert, which no engine says",
+}
 KNOWN_GUARDS = (DecodeOnly, MinBatch, Protect, ShortCircuit, Floor)
 
 
 def uncovered(plan: Plan, num_experts: int, top_k: int) -> str | None:
     """Why the kernels do not take a plan; None if they do."""
     if type(plan.policy) not in TRAITS:
-        return f"{plan.policy.name} needs more than two launches, or is not known to the kernels"
+        return f"{plan.policy.name} {UNFIT.get(type(plan.policy), 'is not known to the kernels')}"
     for guard in plan.guards:
         if type(guard) not in KNOWN_GUARDS:
             return f"the guard {guard.name} is not known to the kernels"

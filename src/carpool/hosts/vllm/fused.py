@@ -24,22 +24,46 @@ if TYPE_CHECKING:
 
 DEVICES = ("cuda",)
 CHECKED = 8  # rows
+LAUNCHES, GRAPH, OPERATIONS = "two launches", "compiled graph", "operation by operation"
 
 
 def path(layer: Layer) -> str:
     """How a layer's plan runs."""
     if layer.fused is not None:
-        return "two launches"
-    return "operation by operation" if layer.graph is None else "compiled graph"
+        return LAUNCHES
+    return OPERATIONS if layer.graph is None else GRAPH
 
 
-def obstacle(device: torch.device, plan: Plan, num_experts: int, top_k: int) -> str | None:
-    """Why a plan cannot run in two launches on a device; None if it can."""
+def obstacle(
+    device: torch.device, plan: Plan, num_experts: int, top_k: int, *, triton: bool | None = None
+) -> str | None:
+    """Why a plan cannot run in two launches on a device; None if it can.
+
+    Args:
+        triton: whether Triton is there; None: look.
+    """
     if device.type not in DEVICES:
         return f"the kernels of routing run on {' or '.join(DEVICES)}, not on {device.type}"
-    if importlib.util.find_spec("triton") is None:
+    if not (importlib.util.find_spec("triton") is not None if triton is None else triton):
         return "Triton is not installed"
     return uncovered(plan, num_experts, top_k)
+
+
+def path_on(device: torch.device, plan: Plan, num_experts: int, top_k: int, *, triton: bool | None = None) -> str:
+    """How a plan would run on a device, and why not better: `path` before there is an engine, with its defaults.
+
+    Args:
+        triton: see `obstacle`.
+    """
+    cause = obstacle(device, plan, num_experts, top_k, triton=triton)
+    if cause is None:
+        return LAUNCHES
+    return GRAPH if compiles(device) else f"{OPERATIONS}: {cause}"
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether routing is compiled there unless the user says otherwise: where it was tried."""
+    return device.type == "cpu"
 
 
 class Kernels:

@@ -16,7 +16,7 @@ from carpool.experts.surrogates import NAMES
 from carpool.hosts.vllm.compiled import Compiler
 from carpool.hosts.vllm.expert_samples import sampling
 from carpool.hosts.vllm.follow import drafter, follow
-from carpool.hosts.vllm.fused import Kernels
+from carpool.hosts.vllm.fused import Kernels, compiles
 from carpool.hosts.vllm.knobs import Knobs
 from carpool.hosts.vllm.layer import Layer, Step
 from carpool.hosts.vllm.layers import build_layers
@@ -159,8 +159,8 @@ class Host:
         return sum(layer.resident.memory for layer in self.layers if layer.resident is not None)
 
     def _compiles(self, device: torch.device) -> bool:
-        """As the user says; without a word on CPUs only, where it was tried."""
-        return device.type == "cpu" if self.settings.compile is None else self.settings.compile
+        """As the user says."""
+        return compiles(device) if self.settings.compile is None else self.settings.compile
 
     def use_plans(
         self, plans: list[Plan], stats: list[dict[str, Tensor]], compile_new: bool, kernels_new: bool

@@ -5,6 +5,13 @@ By what was run (`docs/results/vllm-coverage.json`), and by vLLM's code for refu
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from carpool.errors import CarpoolError
+
+if TYPE_CHECKING:  # doctor does without torch where it can
+    from carpool.plans.grammar import Plan
+
 FUNCTION = "vLLM routes it by a function of the model's own, which Carpool does not know"
 EXTERNAL = "vLLM runs it by its Transformers backend, whose router sees no logits"
 CPU = "vLLM's CPU build"
@@ -22,13 +29,27 @@ REFUSED_ON_CPU = {
     "ernie4_5_moe": f"{CPU} drops its correction bias",
     "minimax_m2": f"{CPU} knows no sigmoid without expert groups",
 }
+# what configurations call weights whose experts the CPU build did not run where it was tried
+WITHOUT_KERNEL = frozenset({"awq", "compressed-tensors", "fp8", "gptq", "mxfp4"})
 
 
-def on_cpu(family: str) -> str:
-    """What becomes of a model type in vLLM's CPU build, in a few words."""
+def on_cpu(family: str, method: str = "none") -> str:
+    """What becomes of a model in vLLM's CPU build, in a few words.
+
+    Args:
+        family: model type.
+        method: how the configuration calls the quantisation of its weights; "none" without one.
+    """
     reason = REFUSED.get(family) or REFUSED_ON_CPU.get(family)
     if reason is not None:
         return f"refused: {reason}"
+    if method in WITHOUT_KERNEL:
+        return (
+            f"not run where it was tried: {CPU} has kernels for experts in {method} on CPUs with AMX only; Carpool's "
+            "part was tested with stand-ins for them"
+        )
+    if method != "none":
+        return f"not tried with weights in {method}"
     return TESTED if family in SHARED else "not tried with this family; the plugin checks every router when it loads"
 
 
@@ -42,3 +63,9 @@ def on_gpu(family: str, lost: str) -> str:
     if family in REFUSED:
         return f"refused: {REFUSED[family]}"
     return f"untested; routing in Python gives up {lost}"
+
+
+def check_plan(plan: Plan) -> None:
+    """Raises CarpoolError for a plan that vLLM cannot run, whatever the model."""
+    if plan.reads_depths:
+        raise CarpoolError(f"{plan} reads experts at depths, which vLLM's kernels cannot; use transformers for it")

@@ -88,6 +88,12 @@ class Layer:
         return int(sum(weight.nbytes for weight in experts.parameters()) // experts.local_num_experts)
 
     @property
+    def replicas(self) -> int:
+        """Copies of experts beside their first ones (EPLB), over all ranks."""
+        moe = self.runner.moe_config
+        return int(moe.num_experts - moe.num_logical_experts)
+
+    @property
     def surrogate_bytes(self) -> int:
         """Of one expert's surrogate, on this rank; 0 without any."""
         return 0 if self.resident is None else self.resident.bytes

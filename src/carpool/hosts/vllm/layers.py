@@ -13,6 +13,7 @@ from carpool.artefacts.statistics import Statistics, made_by
 from carpool.errors import CarpoolError
 from carpool.hosts.vllm.expert_samples import taken
 from carpool.hosts.vllm.gate_check import check
+from carpool.hosts.vllm.known import check_plan
 from carpool.hosts.vllm.layer import Layer
 from carpool.hosts.vllm.router import is_shared
 from carpool.hosts.vllm.settings import Settings
@@ -72,8 +73,7 @@ def prepare(layer: Layer, plan: Plan) -> dict[str, Tensor]:
             engine does not give.
     """
     plan.check(layer.num_experts, layer.spec.top_k)
-    if plan.reads_depths:
-        raise CarpoolError(f"{plan} reads experts at depths, which vLLM's kernels cannot; use transformers for it")
+    check_plan(plan)
     missing = [name for name in plan.policy.required_stats() if name not in layer.statistics]
     if missing:
         raise CarpoolError(

@@ -101,12 +101,16 @@ class Metrics:
 
 
 def bytes_read(report: list[LayerReport], layers: list[Layer]) -> dict[str, float]:
-    """Of experts, and of surrogates, over all layers: under native routing and really."""
-    sizes = [(row, layer.expert_bytes, layer.surrogate_bytes) for row, layer in zip(report, layers, strict=True)]
-    return {
-        "natural_bytes": sum(row.natural_union * expert for row, expert, _ in sizes),
-        "read_bytes": sum(row.union * expert + row.surrogates * surrogate for row, expert, surrogate in sizes),
-    }
+    """Of experts, and of surrogates, over all layers: under native routing and really.
+
+    An engine that holds copies of experts (EPLB) lets a token's place in the batch choose among them, and counters know
+    experts, not copies. So there every copy counts as read, and none natively: no more is saved than this says.
+    """
+    natural = read = 0
+    for row, layer in zip(report, layers, strict=True):
+        natural += row.natural_union * layer.expert_bytes
+        read += (row.union + row.steps * layer.replicas) * layer.expert_bytes + row.surrogates * layer.surrogate_bytes
+    return {"natural_bytes": natural, "read_bytes": read}
 
 
 @functools.cache  # a name may be registered once per process; engines in one process add up

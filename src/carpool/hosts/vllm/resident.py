@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from carpool.experts.surrogates import NAMES, SCALES, Surrogates, stored_part
+from carpool.experts.surrogates import NAMES, SCALES, Surrogates, by_pairs, stored_part
 
 
 class Resident:
@@ -36,6 +36,8 @@ class Resident:
     def __call__(self, hidden_NH: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """The weighted sum of this rank's parts, `[N, H]` float32."""
         if self.sum is None or len(hidden_NH) == 1:  # compilers take one row for a special case
+            if ids_NK.numel() < len(self.tensors[0]):  # fewer numbers to convert than all experts have
+                return by_pairs(hidden_NH, ids_NK, weights_NK, *self.tensors)
             return self.whole()(hidden_NH, ids_NK, weights_NK)
         return self.sum(hidden_NH.float().contiguous(), ids_NK.contiguous(), weights_NK.contiguous(), *self.tensors)
 
