@@ -108,7 +108,7 @@ def _explain(console: Console, card: Card, facts: dict[str, Any]) -> None:
             console.print(f"[bold]{head}:[/] {escape(said)}", highlight=False, soft_wrap=not console.is_terminal)
     if not facts:
         return
-    stats = " --stats stats.safetensors" if facts["made_by"] else ""
+    stats = f" --stats {facts['made_by'].rpartition(' ')[2]}" if facts["made_by"] else ""
     lines = {
         "Kind": KINDS[card.kind],
         "Cost": facts["cost"],
