@@ -258,7 +258,18 @@ def test_experts_that_are_bypassed_are_noticed(shared: Any) -> None:
     host = tiny.host(shared)
     layer, left = host.layers[1], (torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, 4))
     logits_NE = torch.zeros(2, tiny.EXPERTS)
-    for again in (host._prove, lambda: routed(layer, torch.zeros(2, 64), logits_NE, carpool.Routing(*left))):
+
+    def step() -> None:
+        rows = host.step.rows
+        rows.sharing = rows.real = 2
+        try:
+            host.proof.stepped()
+        finally:
+            rows.clear()
+            host.proof.begin()
+
+    host.proof.begin()
+    for again in (step, lambda: routed(layer, torch.zeros(2, 64), logits_NE, carpool.Routing(*left))):
         layer.left = left
         with pytest.raises(CarpoolError, match=r"layers\.1\.mlp\.experts: the engine bypassed its experts"):
             again()

@@ -67,6 +67,8 @@ def runners(found: list[dict[str, Any]]) -> str:
         if len(mine) > 1:
             cells = [_cell(mine[place]) if place in mine else "not measured" for place in places]
             lines.append([f"`{case[0]}`", FORMATS.get(case[1], case[1]), case[2], *cells])
+    if not lines:
+        return "Nothing of the table above was measured on another version or runner yet (`make coverage`)."
     return rows(("family", "weights", "run by", *(f"{version}, {runner}" for version, runner in places)), lines)
 
 
