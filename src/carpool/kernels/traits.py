@@ -13,8 +13,11 @@ from carpool.policies import (
     OEA,
     SERE,
     AllowList,
+    BitPlan,
+    Depth,
     DESSeq,
     DESVote,
+    Hobbit,
     LayerThreshold,
     Lynx,
     Policy,
@@ -98,6 +101,7 @@ TRAITS: dict[type[Policy], Callable[[Any, int, int], Traits]] = {
 }
 UNFIT: dict[type[Policy], str] = {
     XShareSpeculative: "needs more than two launches: its set for every request comes before that of the batch",
+    **dict.fromkeys((Depth, Hobbit, BitPlan), "reads experts at depths, which the kernels do not know"),
     XShareExpertParallel: "needs the device of each expert, which no engine says",
 }
 KNOWN_GUARDS = (DecodeOnly, MinBatch, Protect, ShortCircuit, Floor)

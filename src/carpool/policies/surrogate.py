@@ -101,7 +101,10 @@ class Surrogate(Policy):
 
     def coreset(self, inputs: Inputs) -> Tensor:
         """Bool `[G, E]`."""
-        share_NE = inputs.native_share_NE.float()
+        weight_NE = inputs.native_weight_NE
+        # summed in float64, or its last bits would depend on who adds
+        total_N1 = weight_NE.sum(-1, keepdim=True, dtype=torch.float64).float()
+        share_NE = weight_NE / total_N1.clamp_min(1e-30)
         size = resolve_budget("budget", self.budget, inputs.num_experts)
         warm_GE = inputs.votes(inputs.rank_NE < self.warmup)
         return inputs.top_by_utility(inputs.utility(share_NE.square() * inputs.stats["cost"]), size, warm_GE)
