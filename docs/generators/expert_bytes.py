@@ -31,12 +31,13 @@ def short(content: dict[str, Any]) -> str:
     sharing = min(one["bytes"]["value"] for one in content["cells"]["16"]["settings"]
                   if one["method"].endswith("16 bits") and one["kl"]["value"] <= LOSE)  # fmt: skip
     uniform = min(share for name, share in found.items() if name.startswith("uniform"))
+    pair = _best(found, "HOBBIT")
     return (
-        "**Sharing is not all that saves bytes.** On the same model at batch 16: of stock's bytes, the best sharing rule "
-        f"on 16-bit experts needs {sharing:.0%} for a KL of {LOSE:g}. For a KL of {SHOWN:g} uniform quantisation needs "
-        f"{uniform:.1%}, MC's bit plan {found[PLAN]:.1%}, HOBBIT's rule over the batch {_best(found, 'HOBBIT'):.1%}, and "
-        f"experts that are read as deep as their batch needs {found[OURS]:.1%}: [bytes](docs/bytes.md), in transformers "
-        "so far.\n"
+        "**Sharing is not all that saves bytes.** On the same model at batch 16: of stock's bytes, the best sharing "
+        f"rule on 16-bit experts needs {sharing:.0%} for a KL of {LOSE:g}. For a KL of {SHOWN:g} uniform quantisation "
+        f"needs {uniform:.1%}, MC's bit plan {found[PLAN]:.1%}, HOBBIT's rule over the batch {pair:.1%}, and experts "
+        f"that are read as deep as their batch needs {found[OURS]:.1%}: [bytes](docs/bytes.md), in transformers so far."
+        "\n"
     )
 
 

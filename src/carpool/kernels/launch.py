@@ -118,16 +118,16 @@ class Fused:
             follow: rows that are not real take the first row's experts, and nothing is counted where no row votes.
         """
         count = len(logits_NE)
-        if count == 0:
-            if not follow:  # no program would run to count the call
-                totals_F[FIELDS.index("calls")] += 1
-                totals_F[FIELDS.index("steps")] += batch.num_steps
-            return native
         ids_NK, weights_NK = torch.empty_like(native.ids_NK), torch.empty_like(native.weights_NK)
         left: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.traits.assign == "leave":
             dtype = self.spec.weight_dtype or torch.float32
             left = torch.empty_like(native.ids_NK, dtype=torch.int32), torch.empty_like(weights_NK, dtype=dtype)
+        if count == 0:
+            if not follow:  # no program would run to count the call
+                totals_F[FIELDS.index("calls")] += 1
+                totals_F[FIELDS.index("steps")] += batch.num_steps
+            return Routing(native.ids_NK, native.weights_NK, *left)
         tables, stats, scratch, spec = self.tables, self.stats, self.scratch, self.spec
         if scores is None and self._needs_scores(logits_NE):
             scores = scored(spec, logits_NE)
