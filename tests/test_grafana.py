@@ -19,8 +19,9 @@ BOARD = json.loads((Path(__file__).parent.parent / "docs/grafana.json").read_tex
 def names() -> set[str]:
     """The plugin's metrics, as Prometheus exposes them."""
     source = Path(metrics.__file__).read_text()
-    gauges = set(re.findall(r'Gauge\(\s*"(carpool_\w+)"', source))
-    counters = {name for name, _ in metrics.COUNTERS.values()} | set(re.findall(r'Counter\(\s*"(carpool_\w+)"', source))
+    gauges = set(re.findall(r'"Gauge",\s*"(carpool_\w+)"', source))
+    counters = {name for name, _ in metrics.COUNTERS.values()}
+    counters |= set(re.findall(r'"Counter",\s*"(carpool_\w+)"', source))
     return gauges | {f"{name}_total" for name in counters}
 
 

@@ -218,7 +218,8 @@ def test_metrics_count_what_ran(shared: Any) -> None:
     from prometheus_client import REGISTRY
 
     def read(name: str) -> float:
-        return REGISTRY.get_sample_value(name) or 0.0
+        labels = {"model_name": str(tiny.qwen3()), "engine": "0"}
+        return REGISTRY.get_sample_value(name, labels) or 0.0
 
     names = ("carpool_rows_total", "carpool_rows_changed_total", "carpool_experts_read_total")
     shared.collective_rpc("carpool_report", kwargs={"reset": True})
@@ -233,6 +234,17 @@ def test_metrics_count_what_ran(shared: Any) -> None:
     with pytest.raises(CarpoolError):
         shared.collective_rpc("carpool_set", kwargs={"policy": "nothing()"})
     assert read("carpool_refusals_total") == refusals + 1
+
+
+def test_lone_and_exempt_steps_are_counted(shared: Any) -> None:
+    """So that "every row was alone" differs from "not running"."""
+    shared.collective_rpc("carpool_report", kwargs={"reset": True})
+    tiny.generate(shared, tiny.prompts(1, seed=9), tokens=5)
+    [report] = shared.collective_rpc("carpool_report", kwargs={"reset": True})
+    assert report["steps"] == {"passes": 5, "passes_exempt": 1, "passes_alone": 4}
+    tiny.generate(shared, tiny.prompts(3, seed=9), tokens=5)
+    [report] = shared.collective_rpc("carpool_report", kwargs={"reset": True})
+    assert report["steps"] == {"passes": 5, "passes_exempt": 1, "passes_alone": 0}
 
 
 def test_one_lone_request_is_native(shared: Any, stock: Any) -> None:

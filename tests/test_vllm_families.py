@@ -75,7 +75,9 @@ def test_refused_by_name(family: str, tmp_path: Path) -> None:
     folder = tiny.write_model(family, tmp_path)
     stock = tiny.engine(folder, None, **dtype_of(family))
     assert len(tiny.generate(stock, tiny.prompts(1))) == 1
-    with pytest.raises(CarpoolError, match=REFUSED[family]):
+    with pytest.raises(CarpoolError, match=REFUSED[family]):  # by its layers
+        tiny.engine(folder, tiny.SHARING | {"allow_untested_engine": True}, **dtype_of(family))
+    with pytest.raises(CarpoolError, match=r"cannot be shared|no mixture-of-experts layer"):  # before they are loaded
         tiny.engine(folder, tiny.SHARING, **dtype_of(family))
 
 

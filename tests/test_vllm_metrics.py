@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +14,7 @@ import pytest
 import torch
 
 from carpool.hosts.vllm import metrics
-from carpool.hosts.vllm.metrics import COUNTERS, Metrics
+from carpool.hosts.vllm.metrics import COUNTERS, Metrics, labels_of
 from carpool.plans.counters import FIELDS, Counters, Reading
 
 
@@ -42,8 +46,8 @@ class Slow(Reading):
 @pytest.fixture
 def series(monkeypatch: pytest.MonkeyPatch) -> dict[str, Series]:
     found = {field: Series() for field in COUNTERS}
-    monkeypatch.setattr(metrics, "_metrics", lambda: found)
-    monkeypatch.setattr(metrics, "_refusals", lambda: None)
+    monkeypatch.setattr(metrics, "_metrics", lambda _: found)
+    monkeypatch.setattr(metrics, "_refusals", lambda _: None)
     monkeypatch.setattr(metrics, "bytes_read", lambda *_: {"natural_bytes": 0.0, "read_bytes": 0.0})
     monkeypatch.setattr(metrics, "PERIOD", 0.0)
     return found
@@ -100,3 +104,73 @@ def test_copies_of_experts_save_nothing() -> None:
     assert metrics.bytes_read(counters.report(), [layer]) == {"natural_bytes": 4000, "read_bytes": 2420}
     layer.replicas = 4
     assert metrics.bytes_read(counters.report(), [layer]) == {"natural_bytes": 4000, "read_bytes": 3620}
+
+
+def test_labels_are_vllms_own() -> None:
+    """As `PrometheusStatLogger` gives them, so that ours can be joined with them."""
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(served_model_name="served"), parallel_config=SimpleNamespace(data_parallel_rank=0)
+    )
+    assert labels_of(config) == ("served", "0")
+    metrics._enabled(labels_of(config)).set(1)
+    metrics._refusals(labels_of(config)).inc()
+    from prometheus_client import REGISTRY
+
+    labels = {"model_name": "served", "engine": "0"}
+    assert REGISTRY.get_sample_value("carpool_enabled", labels) == 1
+    assert REGISTRY.get_sample_value("carpool_refusals_total", labels) == 1
+    assert {*metrics._metrics(labels_of(config))} == {*COUNTERS}
+
+
+def test_the_labels_names_are_vllms() -> None:
+    """A renamed label would part them."""
+    pytest.importorskip("vllm", reason="vLLM is an extra")
+    import inspect
+
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    assert 'labelnames = ["model_name", "engine"]' in inspect.getsource(PrometheusStatLogger.__init__)
+
+
+ENDING = """
+import os
+from carpool.hosts.vllm.metrics import collect_from_workers
+collect_from_workers()
+from prometheus_client import Counter
+from vllm.v1.metrics.prometheus import get_prometheus_registry, shutdown_prometheus
+Counter("seen", "x", ["model_name"]).labels("m").inc()
+assert get_prometheus_registry().get_sample_value("seen_total", {"model_name": "m"}) == 1
+folder = os.environ["PROMETHEUS_MULTIPROC_DIR"]
+assert os.listdir(folder)
+shutdown_prometheus()
+print(folder)
+"""
+
+
+def test_the_shared_folder_is_not_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vLLM does at the end fails on a folder that it made itself."""
+    prometheus = pytest.importorskip("vllm.v1.metrics.prometheus", reason="vLLM is an extra")
+    from prometheus_client import values
+
+    name = "PROMETHEUS_MULTIPROC_DIR"
+    monkeypatch.setenv(name, "")  # so that it is gone afterwards
+    monkeypatch.delenv(name)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setattr(values, "ValueClass", values.ValueClass)
+    metrics.collect_from_workers()
+    assert Path(os.environ[name]).is_dir()
+    assert prometheus._prometheus_multiproc_dir is None
+
+
+@pytest.mark.slow
+def test_a_server_ends_without_an_error_and_leaves_no_folder() -> None:
+    """vLLM gives Prometheus an object in place of the folder's path."""
+    pytest.importorskip("vllm", reason="vLLM is an extra")
+    environment = {name: value for name, value in os.environ.items() if name != "PROMETHEUS_MULTIPROC_DIR"}
+    environment |= {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    ended = subprocess.run([sys.executable, "-c", ENDING], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    said = ended.stdout + ended.stderr
+    assert "cleanup" not in said
+    assert "set by user" not in said
+    assert not Path(ended.stdout.strip().splitlines()[-1]).exists()

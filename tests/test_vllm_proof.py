@@ -90,8 +90,8 @@ def test_many_silent_layers_are_told_in_few_words() -> None:
 def test_every_reading_for_the_metrics_is_a_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     from carpool.hosts.vllm import metrics
 
-    monkeypatch.setattr(metrics, "_metrics", dict)
-    monkeypatch.setattr(metrics, "_refusals", lambda: None)
+    monkeypatch.setattr(metrics, "_metrics", lambda _: {})
+    monkeypatch.setattr(metrics, "_refusals", lambda _: None)
     monkeypatch.setattr(metrics, "bytes_read", lambda *_: {})
     engine = Engine()
     published = Metrics(engine.counters, engine.layers, True, engine.proof)

@@ -147,6 +147,25 @@ def test_only_servers_collect_metrics_across_processes(monkeypatch: pytest.Monke
     assert collected == ["metrics"]
 
 
+@pytest.mark.slow
+def test_an_impossible_budget_ends_vllms_command_before_weights_load(tmp_path: Path) -> None:
+    import json
+    import os
+    import subprocess
+    import sys
+
+    folder = tiny.write_model("qwen3_moe", tmp_path)
+    (folder / "model.safetensors").unlink()
+    policy = json.dumps({"carpool": SHARING | {"policy": "xshare(budget=999)"}})
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--skip-tokenizer-init",
+               "--additional-config", policy]  # fmt: skip
+    ended = subprocess.run(command, env=os.environ | tiny.ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    last = "carpool: budget=999 asks for 999 of 32 experts; use 1 to 32"
+    assert ended.stderr.rstrip().splitlines()[-1] == last
+    assert "Traceback" not in ended.stderr
+
+
 def test_untested_versions_need_the_override(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 

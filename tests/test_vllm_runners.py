@@ -113,7 +113,8 @@ def test_requests_of_one_token_are_said_and_counted(caplog: pytest.LogCaptureFix
     from prometheus_client import REGISTRY
 
     def read() -> float:
-        return REGISTRY.get_sample_value("carpool_requests_prompt_only_total") or 0.0
+        labels = {"model_name": str(tiny.qwen3()), "engine": "0"}
+        return REGISTRY.get_sample_value("carpool_requests_prompt_only_total", labels) or 0.0
 
     llm, before = engine(), read()
     tiny.generate(llm, tiny.prompts(3), tokens=1)

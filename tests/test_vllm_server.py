@@ -56,7 +56,9 @@ class Server:
         """Our metrics by name."""
         with urllib.request.urlopen(self.url + "/metrics", timeout=60) as answer:
             lines = answer.read().decode().splitlines()
-        return {name: float(value) for name, value in (x.split() for x in lines if x.startswith("carpool_"))}
+        found = [line.rpartition(" ") for line in lines if line.startswith("carpool_")]
+        assert all('engine="0",model_name="tiny"' in name for name, _, _ in found)  # vLLM's own
+        return {name.partition("{")[0]: float(value) for name, _, value in found}
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,8 @@ def serving(folder: Path, carpool: dict[str, Any]) -> Iterator[Server]:
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=120)
+        said = (folder / "log.txt").read_text()
+        assert "metrics cleanup" not in said
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -171,6 +175,14 @@ def test_nothing_is_lost_while_policies_change_and_clients_vanish(server: Server
     assert 0 < end["carpool_rows_changed_total"] < end["carpool_rows_total"]
     assert end["carpool_experts_read_total"] < end["carpool_experts_natural_total"]
     assert set(end) == set(start)  # whatever was served, the series are the same
+
+
+def test_a_request_that_says_nonsense_is_answered_with_an_error(server: Server) -> None:
+    status, answer = server.post(
+        "/v1/completions", {"model": "tiny", "prompt": [5], "max_tokens": 2, "vllm_xargs": {"carpool": "xshare(8)"}}
+    )
+    assert status == 400
+    assert "\"carpool\": 'xshare(8)'" in json.loads(answer)["error"]["message"]
 
 
 def test_samples_of_one_request_share_and_strangers_do_not(folder: Path) -> None:

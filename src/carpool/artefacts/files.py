@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from carpool.errors import CarpoolError
 
@@ -105,6 +105,20 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     Raises:
         CarpoolError: the file cannot be read, is none, is truncated, or its header is damaged or beyond reason.
     """
+    with _opened(path) as file:
+        # copies: what is read stays as it is when somebody writes over the file
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no iterable
+        return tensors, dict(file.metadata() or {})
+
+
+def safetensors_names(path: str | Path) -> list[str]:
+    """The names of a file's tensors, of which none is read; raises what `read_safetensors` raises for its header."""
+    with _opened(path) as file:
+        return list(file.keys())
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     path = require_file(path)
@@ -120,8 +134,6 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         raise CarpoolError(f"{path} is truncated: it has {size} bytes, its header alone takes {header}")
     try:
         with safe_open(path, framework="pt") as file:
-            # copies: what is read stays as it is when somebody writes over the file
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no iterable
-            return tensors, dict(file.metadata() or {})
+            yield file
     except (SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise CarpoolError(f"{path} is no safetensors file, or is damaged or truncated ({error})") from None

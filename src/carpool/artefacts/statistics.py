@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from carpool.artefacts.files import atomic_path, read_safetensors
+from carpool.artefacts.files import atomic_path, read_safetensors, safetensors_names
 from carpool.artefacts.identity import SAMPLES, Identity, Sample, differs, tensor_bytes
 from carpool.artefacts.json_text import parse_json
 from carpool.artefacts.tensor_checks import AGAIN, check_layer
@@ -198,6 +198,15 @@ class Statistics:
         if checksum != _checksum(metadata, tensors):
             raise CarpoolError(f"{path} is damaged: its checksum differs; {AGAIN} or fetch the file anew")
         return stats
+
+    @staticmethod
+    def names_in(path: str | Path) -> frozenset[str]:
+        """Names of the statistics in a file, from its header alone: what the file is worth, `load` finds out.
+
+        Raises:
+            CarpoolError: missing, no safetensors file, or its header is damaged.
+        """
+        return frozenset(key.split(".", 2)[-1] for key in safetensors_names(path))
 
     def _metadata(self) -> dict[str, str]:
         values = {f.name: json.dumps(getattr(self, f.name)) for f in fields(self) if f.metadata.get("json", True)}

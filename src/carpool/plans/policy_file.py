@@ -97,15 +97,18 @@ class PolicyFile:
                 f"(they are {min(layers)} to {max(layers)})"
             )
 
-    def check_model(self, model: Identity) -> None:
-        """Raises CarpoolError if the file was made for a model with other counts or another fingerprint."""
-        counts = {"num_layers": len(model.layers), "num_experts": model.num_experts, "top_k": model.top_k}
+    def check_counts(self, counts: dict[str, int]) -> None:
+        """Raises CarpoolError if the file was made for a model with other counts (keys of `MODEL`)."""
         for name, count in counts.items():
             if self.model.get(name, count) != count:
                 raise CarpoolError(
                     f"the policy file is of a model with {MODEL[name]} {self.model[name]}, this one has {count}; make "
                     "one for this model"
                 )
+
+    def check_model(self, model: Identity) -> None:
+        """Raises CarpoolError if the file was made for a model with other counts or another fingerprint."""
+        self.check_counts({"num_layers": len(model.layers), "num_experts": model.num_experts, "top_k": model.top_k})
         made_for = self.model.get("fingerprint", model.fingerprint)
         if made_for != model.fingerprint:
             raise CarpoolError(

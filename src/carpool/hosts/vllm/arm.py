@@ -15,8 +15,10 @@ from typing import Any
 
 from carpool import __version__
 from carpool.errors import CarpoolError
-from carpool.hosts.vllm.request_keys import mark_samples
-from carpool.hosts.vllm.settings import Settings, configured
+from carpool.hosts.vllm.near_keys import warn
+from carpool.hosts.vllm.refusal import end_with_the_sentence
+from carpool.hosts.vllm.request_keys import check_request, mark_samples
+from carpool.hosts.vllm.settings import KEY, Settings, configured
 
 KILL_SWITCH = "CARPOOL_DISABLE"
 MARK = "carpool_version"
@@ -46,7 +48,11 @@ def _arm(owner: type, name: str, then: Callable[..., None]) -> None:
     @functools.wraps(original)
     def armed(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
-        then(self, result)
+        try:
+            then(self, result)
+        except CarpoolError:
+            end_with_the_sentence()
+            raise
         return result
 
     armed.carpool_original = original  # type: ignore[attr-defined]  # a function may carry a mark
@@ -55,14 +61,17 @@ def _arm(owner: type, name: str, then: Callable[..., None]) -> None:
 
 def _model_known(arguments: Any, model_config: Any) -> None:
     """In the front end, before vLLM itself may refuse the model in its own words."""
-    if Settings.of(arguments.additional_config) is not None:
+    settings = Settings.of(arguments.additional_config)
+    if settings is not None:
         from carpool.hosts.vllm.engine import check_model
 
-        check_model(model_config)
+        check_model(model_config, settings)
 
 
 def _configured(arguments: Any, config: Any) -> None:
     """In the front end: refuse early, where the user sees it, and let workers' metrics reach a server's /metrics."""
+    if isinstance(config.additional_config, dict):
+        warn((key for key in config.additional_config if key != MARK), (KEY,), "additional_config")
     settings = Settings.of(config.additional_config)
     if settings is None:
         return
@@ -79,8 +88,10 @@ def _configured(arguments: Any, config: Any) -> None:
 
 
 def _request_processed(processor: Any, request: Any) -> None:
-    """In the front end, for every request: its samples are known there, and what a client wrote can be dropped."""
+    """In the front end, for every request: it can be refused there, its samples are known, and what a client wrote in
+    their place can be dropped."""
     if configured(processor.vllm_config.additional_config):
+        check_request(request.sampling_params)
         mark_samples(request)
 
 

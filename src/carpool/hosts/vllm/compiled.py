@@ -36,12 +36,12 @@ class Compiler:
     """Compiled graphs by what they depend on; None for one that failed.
 
     Args:
-        group: rows that share a coreset.
+        group: rows that share a coreset; may be set anew.
         agree: whether a condition holds on all ranks that must decide alike.
     """
 
     def __init__(self, group: str, agree: Callable[[bool], bool] = bool) -> None:
-        self._group, self._agree = group, agree
+        self.group, self._agree = group, agree
         self._graphs: dict[str, Graph | None] = {}
 
     def use(self, layers: list[Layer], compile_new: bool) -> None:
@@ -51,11 +51,11 @@ class Compiler:
             layers: with their plans.
             compile_new: compile what was not compiled before; otherwise such plans run operation by operation.
         """
-        keys = [_key(layer) for layer in layers]
+        keys = [f"{self.group == 'batch'}:{_key(layer)}" for layer in layers]
         if compile_new:
             for key, layer in zip(keys, layers, strict=True):
                 if key not in self._graphs:
-                    self._graphs[key] = self._try(partial(_compile, layer, self._group))
+                    self._graphs[key] = self._try(partial(_compile, layer, self.group))
             if not self._agree(all(self._graphs[key] is not None for key in keys)):
                 self._graphs |= dict.fromkeys(keys)
         for key, layer in zip(keys, layers, strict=True):

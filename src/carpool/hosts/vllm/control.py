@@ -6,11 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from carpool.errors import CarpoolError
-from carpool.hosts.vllm.fused import path
+from carpool.hosts.vllm.change import change, checked
 from carpool.hosts.vllm.host import Host
-from carpool.hosts.vllm.isolation import require_isolated
-from carpool.hosts.vllm.layers import prepare
-from carpool.plans.grammar import parse
+from carpool.hosts.vllm.in_force import in_force, say, say_refused
 
 
 class Control:
@@ -23,66 +21,61 @@ class Control:
         """Give the host's worker the methods."""
         self._host.worker.carpool_set, self._host.worker.carpool_report = self.set, self.report
 
-    def set(self, policy: str | None = None, enabled: bool | None = None, compile: bool = False) -> dict[str, Any]:
-        """Change the policy of all layers, or switch sharing off and on, between two steps.
+    def set(self, *positional: Any, **given: Any) -> dict[str, Any]:
+        """Change the policy of all layers or who shares with whom, or switch sharing off and on, between two steps.
 
         Args:
-            policy: a policy text; the defaults of serving are added. Replaces settings per layer of a policy file.
-            enabled: False routes natively (what is cached stays prompts only), True shares again.
-            compile: compile a kind of policy that this engine has not compiled yet; the engine pauses meanwhile.
-                Without it such a policy runs at once, somewhat slower. Other numbers never need it.
+            positional: refused: every value has a name.
+            given:
+                policy: a policy text; the defaults of serving are added. Replaces settings per layer of a policy file.
+                file: a policy file on the worker's machine, with its settings per layer and its statistics.
+                group: rows that share a coreset, not wider than the isolation of the start.
+                enabled: False routes natively (what is cached stays prompts only), True shares again.
+                compile: compile a kind of policy or grouping that this engine has not compiled yet; the engine pauses
+                    meanwhile. Without it such a policy runs at once, somewhat slower. Other numbers never need it.
 
         Returns:
             The settings now in force.
 
         Raises:
-            CarpoolError: a text that cannot be read, a policy that does not fit the model, its isolation or lacks
-                statistics, weights that are not those of its files, or, where CUDA graphs were recorded, another
-                kind of policy. Nothing has changed then.
+            CarpoolError: an unknown name or a wrong type, a text or file that cannot be read, a policy that does not
+                fit the model, its isolation or lacks statistics, a file of another model, weights that are not those of
+                the files, or, where CUDA graphs were recorded, another kind of policy or grouping. Nothing has changed
+                then.
         """
         host = self._host
         try:
-            if enabled is not None and type(enabled) is not bool:
-                raise CarpoolError(f"carpool_set: enabled={enabled!r}; give true or false")
+            values = checked(positional, given)
             if host.step is None or host.metrics is None:
                 raise CarpoolError("carpool_set: the model is not loaded yet")
-            if host.foreign and (enabled or policy is not None):
+            policy, file, group = (values.get(name) for name in ("policy", "file", "group"))
+            changes = any(value is not None for value in (policy, file, group))
+            if host.foreign and (values.get("enabled") or changes):
                 raise CarpoolError(f"carpool_set: {host.foreign}")
-            if policy is not None:
-                plan = parse(policy).for_serving()
-                require_isolated(plan, host.settings, host.worker.vllm_config)
-                stats = [prepare(layer, plan) for layer in host.layers]
-                host.use_plans([plan] * len(host.layers), stats, compile is True, compile is True)
-        except CarpoolError:
+            if changes:
+                change(host, policy, file, group, values.get("compile", False))
+        except CarpoolError as error:
             if host.metrics is not None:
                 host.metrics.refused()
+            say_refused(host, error)
             raise
-        if enabled is not None:
-            host.enable(enabled)
-        return self._settings()
+        if "enabled" in values:
+            host.enable(values["enabled"])
+        if values:
+            say(host, "changes")
+        return in_force(host)
 
     def report(self, reset: bool = False) -> dict[str, Any]:
-        """The settings in force and the counters of every layer since the start or the last reset."""
+        """The settings in force, the steps without anything to share, and the counters of every layer, since the start
+        or the last reset."""
         host = self._host
-        if host.step is None or host.metrics is None:
+        if host.step is None or host.steps is None:
             raise CarpoolError("carpool_report: the model is not loaded yet")
         layers = [
             {**asdict(row), "expert_bytes": layer.expert_bytes, "surrogate_bytes": layer.surrogate_bytes}
             for row, layer in zip(host.step.counters.report(), host.layers, strict=True)
         ]
+        steps = dict(host.steps.counts)
         if reset:
             host.count_anew()
-        return {**self._settings(), "layers": layers}
-
-    def _settings(self) -> dict[str, Any]:
-        host = self._host
-        plans = {str(layer.plan) for layer in host.layers}
-        assert host.step is not None
-        return {
-            "policy": plans.pop() if len(plans) == 1 else "set per layer" if plans else "no layer on this rank",
-            "group": str(host.settings.group),
-            "enabled": host.step.enabled,
-            "surrogate_memory": host.surrogate_memory,
-            "paths": sorted({path(layer) for layer in host.layers}),
-            "compiled": all(layer.graph is not None for layer in host.layers),
-        }
+        return {**in_force(host), "steps": steps, "layers": layers}

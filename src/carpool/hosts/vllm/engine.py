@@ -6,8 +6,10 @@ import inspect
 from typing import Any
 
 from carpool.errors import CarpoolError
+from carpool.hosts.vllm.early import check_configuration
 from carpool.hosts.vllm.isolation import require_isolated
 from carpool.hosts.vllm.settings import Settings
+from carpool.plans.policy_file import PolicyFile
 
 TESTED = ("0.32.", "0.33.")  # versions whose seams were read and run
 SEAMS = {  # what we replace or call, and the parameters we rely on
@@ -25,7 +27,7 @@ def check_engine(config: Any, settings: Settings) -> None:
     """
     _check_version(settings)
     _check_seams()
-    check_model(config.model_config)
+    check_model(config.model_config, settings)
     parallel = config.parallel_config
     if parallel.enable_expert_parallel and _on_cpu():
         raise CarpoolError("expert parallelism on vLLM's CPU build: its kernel ignores the expert map; leave it off")
@@ -33,22 +35,30 @@ def check_engine(config: Any, settings: Settings) -> None:
         raise CarpoolError("data parallelism hands the router rows of other ranks; run one engine a replica instead")
     _check_rows(config)
     _check_decoding(config)
-    policies = settings.policies
-    if getattr(config, "lora_config", None) is not None and (policies.statistics or policies.model):
-        raise CarpoolError(
-            "adapters (LoRA) make other weights of those that statistics and policy files were made for; leave out "
-            "--enable-lora, or give a policy that needs none"
-        )
-    if parallel.pipeline_parallel_size > 1 and (policies.statistics or policies.model or policies.layers):
-        raise CarpoolError(
-            "with pipeline parallelism no stage sees all layers, so statistics and policy files cannot be checked "
-            "against the model; give a policy that needs none, or use tensor parallelism"
-        )
+    check_files(config, settings.policies)
     if config.kv_transfer_config is not None:
         raise CarpoolError(
             "a KV connector may hand what a policy computed to other requests; remove kv_transfer_config"
         )
     require_isolated(settings.policies.plan, settings, config)
+
+
+def check_files(config: Any, policies: PolicyFile) -> None:
+    """Refuse files where nobody could tell that they are of the model that runs.
+
+    Raises:
+        CarpoolError: statistics or a policy file with adapters, or under pipeline parallelism.
+    """
+    if getattr(config, "lora_config", None) is not None and (policies.statistics or policies.model):
+        raise CarpoolError(
+            "adapters (LoRA) make other weights of those that statistics and policy files were made for; leave out "
+            "--enable-lora, or give a policy that needs none"
+        )
+    if config.parallel_config.pipeline_parallel_size > 1 and (policies.statistics or policies.model or policies.layers):
+        raise CarpoolError(
+            "with pipeline parallelism no stage sees all layers, so statistics and policy files cannot be checked "
+            "against the model; give a policy that needs none, or use tensor parallelism"
+        )
 
 
 def _check_rows(config: Any) -> None:
@@ -83,11 +93,12 @@ def _check_decoding(config: Any) -> None:
         )
 
 
-def check_model(model_config: Any) -> None:
-    """Refuse a kind of model whose decoding the plugin does not follow, whatever the override.
+def check_model(model_config: Any, settings: Settings) -> None:
+    """Refuse a kind of model whose decoding the plugin does not follow, whatever the override, and what the model's
+    configuration says against the settings.
 
     Raises:
-        CarpoolError: a diffusion language model, or one that generates nothing.
+        CarpoolError: a diffusion language model, one that generates nothing, or see `check_configuration`.
     """
     if getattr(model_config, "runner_type", "generate") == "pooling":
         raise CarpoolError(
@@ -99,6 +110,7 @@ def check_model(model_config: Any) -> None:
             "vLLM decodes diffusion models in its V2 model runner only, which needs a GPU and which Carpool does not "
             "follow through denoising; use `carpool.share` in transformers, or leave out the key 'carpool'"
         )
+    check_configuration(model_config, settings, _on_cpu())
 
 
 def _check_version(settings: Settings) -> None:

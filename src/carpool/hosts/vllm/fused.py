@@ -84,6 +84,12 @@ class Kernels:
         """Bytes of the buffers."""
         return 0 if self._scratch is None else self._scratch.memory
 
+    def regroup(self, layers: list[Layer]) -> None:
+        """The rows have another grouping: buffers have another size, and launches hold the old ones."""
+        self._scratch, self._tried = None, set()
+        for layer in layers:
+            layer.fused = None
+
     def use(self, layers: list[Layer], try_new: bool) -> None:
         """Give every layer the launches of its plan, or none where there is an obstacle.
 

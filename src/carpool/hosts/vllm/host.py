@@ -17,14 +17,17 @@ from carpool.hosts.vllm.compiled import Compiler
 from carpool.hosts.vllm.expert_samples import sampling
 from carpool.hosts.vllm.follow import drafter, follow
 from carpool.hosts.vllm.fused import Kernels, compiles
+from carpool.hosts.vllm.in_force import say
 from carpool.hosts.vllm.knobs import Knobs
 from carpool.hosts.vllm.layer import Layer, Step
 from carpool.hosts.vllm.layers import build_layers
-from carpool.hosts.vllm.metrics import Metrics
+from carpool.hosts.vllm.metrics import Metrics, labels_of
 from carpool.hosts.vllm.proof import Proof
+from carpool.hosts.vllm.ranks import first_of_tensor_parallel, on_all_ranks
 from carpool.hosts.vllm.router import define_op, shared_class
 from carpool.hosts.vllm.settings import Settings
 from carpool.hosts.vllm.step_rows import Rows
+from carpool.hosts.vllm.steps import Steps
 from carpool.hosts.vllm.supplement import hook
 from carpool.hosts.vllm.weights import Weights
 from carpool.plans.counters import Counters
@@ -42,12 +45,13 @@ class Host:
     def __init__(self, worker: Any, settings: Settings) -> None:
         self.worker, self.settings = worker, settings
         self.layers: list[Layer] = []
-        self.compiler = Compiler(settings.group.kind, _on_all_ranks)
+        self.compiler = Compiler(settings.group.kind, on_all_ranks)
         self.step: Step | None = None
         self.metrics: Metrics | None = None
         self.kernels: Kernels | None = None
         self.weights: Weights | None = None
         self.proof: Proof | None = None
+        self.steps: Steps | None = None
         self._warming = False
 
     @classmethod
@@ -142,16 +146,20 @@ class Host:
             if any(name in layer.statistics for name in NAMES):  # a policy may ask for them later
                 hook(layer)
         plans, stats = [layer.plan for layer in self.layers], [layer.stats for layer in self.layers]
-        self.kernels = Kernels(rows, _on_all_ranks)
+        self.kernels = Kernels(rows, on_all_ranks)
         self.use_plans(plans, stats, self._compiles(device), self.settings.compile is not False)
         if hasattr(runner, "model_memory_usage"):  # where vLLM measures: what is left is for keys and values
             runner.model_memory_usage += self.surrogate_memory + self.kernels.memory
         self.proof = Proof(self.step, self.layers)
-        self.metrics = Metrics(self.step.counters, self.layers, _first_of_tensor_parallel(), self.proof)
+        self.steps = Steps(rows, self.layers)
+        self.metrics = Metrics(
+            self.step.counters, self.layers, first_of_tensor_parallel(), self.proof, self.steps, labels_of(config)
+        )
         self.weights = Weights(runner.get_model(), self.settings.policies, self.layers, self._show)
         self.weights.watch(worker)
         self._show()
         self._follow(runner, self.step)
+        say(self, "starts")
 
     @property
     def surrogate_memory(self) -> int:
@@ -193,11 +201,21 @@ class Host:
             self.kernels.use(self.layers, kernels_new)
         self.compiler.use(self.layers, compile_new)
 
+    def regroup(self, settings: Settings) -> None:
+        """Take settings that differ by their grouping, between two steps; `use_plans` has to follow."""
+        assert self.step is not None
+        self.settings = settings
+        self.step.rows.regroup(settings.group.kind)
+        self.compiler.group = settings.group.kind
+        if self.kernels is not None:
+            self.kernels.regroup(self.layers)
+
     def count_anew(self) -> None:
         """All counters from zero, once what they hold is published."""
-        if self.step is None or self.metrics is None or self.proof is None:
+        if self.step is None or self.metrics is None or self.proof is None or self.steps is None:
             return
         self.metrics.publish(now=True)
+        self.steps.begin()
         self.step.counters.reset()
         self.metrics.forget()
         self.proof.begin()
@@ -218,8 +236,15 @@ class Host:
             self.metrics.enabled(self.step.enabled and not self.foreign)
 
     def _follow(self, runner: Any, step: Step) -> None:
-        assert self.proof is not None
-        follow(runner, step.rows, lambda: step.enabled and not (self._warming or self.foreign), self.proof.stepped)
+        proof, steps = self.proof, self.steps
+        assert proof is not None
+        assert steps is not None
+
+        def stepped() -> None:
+            steps.stepped()
+            proof.stepped()
+
+        follow(runner, step.rows, lambda: step.enabled and not (self._warming or self.foreign), stepped)
         execute = runner.execute_model
 
         def published(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
@@ -231,22 +256,3 @@ class Host:
             return result
 
         runner.execute_model = published
-
-
-def _first_of_tensor_parallel() -> bool:
-    """All ranks decide alike; one of them reports."""
-    from vllm.distributed import get_tensor_model_parallel_rank
-
-    return bool(get_tensor_model_parallel_rank() == 0)
-
-
-def _on_all_ranks(condition: bool) -> bool:
-    """Whether it holds on every rank of this tensor parallel group; all of them must ask."""
-    from vllm.distributed import get_tp_group
-
-    group = get_tp_group()
-    if group.world_size == 1:
-        return condition
-    holds = torch.tensor([int(condition)])
-    torch.distributed.all_reduce(holds, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
-    return bool(holds)

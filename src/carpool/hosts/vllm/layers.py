@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from carpool.artefacts.identity import Identity, fingerprint
-from carpool.artefacts.statistics import Statistics, made_by
+from carpool.artefacts.statistics import Statistics
 from carpool.errors import CarpoolError
+from carpool.hosts.vllm.early import check_fit, require_experts
 from carpool.hosts.vllm.expert_samples import taken
 from carpool.hosts.vllm.gate_check import check
-from carpool.hosts.vllm.known import check_plan
 from carpool.hosts.vllm.layer import Layer
 from carpool.hosts.vllm.router import is_shared
 from carpool.hosts.vllm.settings import Settings
@@ -47,11 +47,7 @@ def build_layers(model: torch.nn.Module, settings: Settings, config: Any, device
 
     modules = dict(model.named_modules())
     found = [(path, module) for path, module in modules.items() if isinstance(module, MoERunner)]
-    if not found and config.parallel_config.pipeline_parallel_size == 1:
-        raise CarpoolError(
-            f"{type(model).__name__} has no mixture-of-experts layer that Carpool can share (a dense model, or experts "
-            "that vLLM runs without a router object); start it without the key 'carpool'"
-        )
+    require_experts(bool(found) or config.parallel_config.pipeline_parallel_size > 1, type(model).__name__)
     require_all(model, [runner for _, runner in found])
     gates = {runner.layer_name: _gate(modules, path, runner) for path, runner in found}
     layers = [_layer(runner, gates[runner.layer_name], settings, device) for _, runner in found]
@@ -72,14 +68,7 @@ def prepare(layer: Layer, plan: Plan) -> dict[str, Tensor]:
         CarpoolError: the plan does not fit the layer, or needs statistics that were not loaded or facts that an
             engine does not give.
     """
-    plan.check(layer.num_experts, layer.spec.top_k)
-    check_plan(plan)
-    missing = [name for name in plan.policy.required_stats() if name not in layer.statistics]
-    if missing:
-        raise CarpoolError(
-            f"{plan.policy} needs the statistics {missing[0]!r}; make them with `{made_by(missing[0])}` and name the "
-            'file with "stats"'
-        )
+    check_fit(plan, layer.num_experts, layer.spec.top_k, layer.statistics)
     stats = {name: tensor.to(layer.device) for name, tensor in plan.policy.prepare(layer.statistics).items()}
     _rehearse(layer, plan, stats)
     if plan.policy.surrogates and layer.resident is None:
@@ -116,13 +105,17 @@ def differ(model: torch.nn.Module, policies: PolicyFile, layers: list[Layer]) ->
     do. What cannot be compared does not count as the same, as it does in an engine that starts with it."""
     if not policies.model and layers[0].source is None:
         return ""
-    modules = dict(model.named_modules())
-    paths = {id(module): path for path, module in modules.items()}
-    gates = {layer.name: _gate(modules, paths[id(layer.runner)], layer.runner) for layer in layers}
     try:
-        return _check_model(policies, layers[0].source, layers, gates)
+        return _check_model(policies, layers[0].source, layers, gates_of(model, layers))
     except CarpoolError as error:
         return str(error)
+
+
+def gates_of(model: torch.nn.Module, layers: list[Layer]) -> dict[str, Tensor | None]:
+    """The gate's weight of every layer as it is now, by the layer's name; None where it cannot be read."""
+    modules = dict(model.named_modules())
+    paths = {id(module): path for path, module in modules.items()}
+    return {layer.name: _gate(modules, paths[id(layer.runner)], layer.runner) for layer in layers}
 
 
 def _check_model(

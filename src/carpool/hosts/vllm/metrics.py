@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import functools
+import os
+import tempfile
 import time
 from typing import Any
 
 from carpool.hosts.vllm.layer import Layer
 from carpool.hosts.vllm.proof import Proof
+from carpool.hosts.vllm.steps import Steps
 from carpool.plans.counters import Counters, LayerReport, Reading, totals
 
 PERIOD = 1.0  # seconds between two readings of the device's counters
+LABELS = ("model_name", "engine")  # as vLLM's own metrics have them
+Labels = tuple[str, str]  # their values
+UNLABELLED: Labels = ("", "0")
 COUNTERS = {  # field of the counters: metric (Prometheus appends _total), help
     "rows": ("carpool_rows", "rows (tokens times layers) of steps in which a policy ran"),
     "rows_exempt": ("carpool_rows_exempt", "of these, rows with native routing: prompts and requests that opted out"),
@@ -35,6 +41,9 @@ COUNTERS = {  # field of the counters: metric (Prometheus appends _total), help
         "bytes of experts that native routing would have read, on one rank (all with EP)",
     ),
     "read_bytes": ("carpool_read_bytes", "bytes of experts and surrogates read, on one rank (all with EP)"),
+    "passes": ("carpool_steps", "steps with a request while policies were on"),
+    "passes_exempt": ("carpool_steps_exempt", "of these, without a row that may share: prompts, opted out"),
+    "passes_alone": ("carpool_steps_alone", "of these, in which every row that may share was alone in its group"),
 }
 
 
@@ -46,15 +55,21 @@ class Metrics:
         layers: in the order of the counters.
         publishes: False on all but one of the ranks that decide alike.
         proof: asked, at each reading, whether every layer's policy ran as often as it had to.
+        steps: counted on the host.
+        labels: see `labels_of`.
     """
 
-    def __init__(self, counters: Counters, layers: list[Layer], publishes: bool, proof: Proof | None = None) -> None:
-        self._counters, self._layers, self._proof, self._publishes = counters, layers, proof, publishes
+    def __init__(
+        self, counters: Counters, layers: list[Layer], publishes: bool, proof: Proof | None = None,
+        steps: Steps | None = None, labels: Labels = UNLABELLED,
+    ) -> None:  # fmt: skip
+        self._counters, self._layers, self._proof, self.publishes = counters, layers, proof, publishes
+        self._steps, self._labels = steps, labels
         self._last: dict[str, float] = {}
         self._next = 0.0
         self._reading: tuple[Reading, tuple[int, ...]] | None = None
         if publishes:  # the series are there from the start, at 0
-            _metrics(), _refusals()
+            _metrics(labels), _refusals(labels)
 
     def publish(self, now: bool = False) -> None:
         """Add what happened since the last time, at most once a `PERIOD` and without waiting for the device: what is
@@ -63,7 +78,7 @@ class Metrics:
         Raises:
             CarpoolError: a layer's policy did not run as often as it had to.
         """
-        if not self._publishes:
+        if not self.publishes:
             return
         if now:
             self._reading = self._read()
@@ -73,7 +88,8 @@ class Metrics:
         if self._reading is not None and (now or self._reading[0].ready):
             (reading, asked), self._reading = self._reading, None
             report = reading.report()
-            self._add(totals(report) | bytes_read(report, self._layers))
+            passes = {} if self._steps is None else self._steps.counts
+            self._add(totals(report) | bytes_read(report, self._layers) | passes)
             if self._proof is not None:
                 self._proof.check(report, asked)
 
@@ -81,8 +97,8 @@ class Metrics:
         return self._counters.reading(), () if self._proof is None else self._proof.asked
 
     def _add(self, current: dict[str, float]) -> None:
-        for field, metric in _metrics().items():
-            metric.inc(max(0.0, current[field] - self._last.get(field, 0.0)))
+        for field, metric in _metrics(self._labels).items():
+            metric.inc(max(0.0, current.get(field, 0.0) - self._last.get(field, 0.0)))
         self._last = current
 
     def forget(self) -> None:
@@ -91,13 +107,13 @@ class Metrics:
 
     def enabled(self, value: bool) -> None:
         """Whether policies are on."""
-        if self._publishes:
-            _enabled().set(float(value))
+        if self.publishes:
+            _enabled(self._labels).set(float(value))
 
     def refused(self) -> None:
         """A change at run time was refused."""
-        if self._publishes:
-            _refusals().inc()
+        if self.publishes:
+            _refusals(self._labels).inc()
 
 
 def bytes_read(report: list[LayerReport], layers: list[Layer]) -> dict[str, float]:
@@ -113,52 +129,57 @@ def bytes_read(report: list[LayerReport], layers: list[Layer]) -> dict[str, floa
     return {"natural_bytes": natural, "read_bytes": read}
 
 
-@functools.cache  # a name may be registered once per process; engines in one process add up
-def _metrics() -> dict[str, Any]:
-    from prometheus_client import Counter
-
-    return {field: Counter(name, text.capitalize()) for field, (name, text) in COUNTERS.items()}
+def labels_of(config: Any) -> Labels:
+    """Values of `LABELS` for an engine, from vLLM's configuration."""
+    return str(config.model_config.served_model_name), str(config.parallel_config.data_parallel_rank)
 
 
-@functools.cache
-def _refusals() -> Any:
-    from prometheus_client import Counter
+@functools.cache  # a name may be registered once per process; engines of one model in one process add up
+def _family(kind: str, name: str, text: str, **options: Any) -> Any:
+    import prometheus_client
 
-    return Counter("carpool_refusals", "Changes at run time that were refused")
+    return getattr(prometheus_client, kind)(name, text, LABELS, **options)
 
 
 @functools.cache
-def prompts_only() -> Any:
+def _metrics(labels: Labels) -> dict[str, Any]:
+    return {
+        field: _family("Counter", name, text.capitalize()).labels(*labels) for field, (name, text) in COUNTERS.items()
+    }
+
+
+def _refusals(labels: Labels) -> Any:
+    return _family("Counter", "carpool_refusals", "Changes at run time that were refused").labels(*labels)
+
+
+def prompts_only(labels: Labels) -> Any:
     """Of requests that end with their first token."""
-    from prometheus_client import Counter
+    text = "Requests of one token (beam search, scoring), which are nothing but prompts and never share"
+    return _family("Counter", "carpool_requests_prompt_only", text).labels(*labels)
 
-    return Counter(
-        "carpool_requests_prompt_only",
-        "Requests of one token (beam search, scoring), which are nothing but prompts and never share",
+
+def _enabled(labels: Labels) -> Any:
+    return _family("Gauge", "carpool_enabled", "1 while policies are on", multiprocess_mode="livemostrecent").labels(
+        *labels
     )
 
 
-@functools.cache
-def _enabled() -> Any:
-    from prometheus_client import Gauge
-
-    return Gauge("carpool_enabled", "1 while policies are on", multiprocess_mode="livemostrecent")
+@functools.cache  # until the process ends, which removes it
+def _shared_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="carpool-metrics-", ignore_cleanup_errors=True)
 
 
 def collect_from_workers() -> None:
     """In the front end of a server: let the metrics of worker processes reach /metrics.
 
     Prometheus' own way across processes is a shared directory, which has to be named before the workers start. vLLM
-    does the same itself when it runs several front ends.
+    does the same itself when it runs several front ends; but what it does at the end fails on a directory of its own.
     """
-    import os
-
     from vllm import envs
 
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ or not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
         return
     import prometheus_client.values
-    from vllm.v1.metrics.prometheus import setup_multiprocess_prometheus
 
-    setup_multiprocess_prometheus()
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = _shared_folder().name
     prometheus_client.values.ValueClass = prometheus_client.values.MultiProcessValue()

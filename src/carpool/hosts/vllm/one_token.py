@@ -9,7 +9,7 @@ import functools
 import logging
 from typing import Any
 
-from carpool.hosts.vllm.metrics import prompts_only
+from carpool.hosts.vllm.metrics import labels_of, prompts_only
 
 
 @functools.cache  # once a process
@@ -23,7 +23,7 @@ def _say() -> None:
 
 def count_one_token(scheduler: Any) -> None:
     """Count them where requests reach this scheduler."""
-    add_request, counter = scheduler.add_request, prompts_only()
+    add_request, counter = scheduler.add_request, prompts_only(labels_of(scheduler.vllm_config))
 
     def added(request: Any, *args: Any, **kwargs: Any) -> Any:
         if request.sampling_params is not None and request.max_tokens == 1:

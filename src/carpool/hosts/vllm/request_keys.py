@@ -11,16 +11,40 @@ import secrets
 from collections.abc import Hashable
 from typing import Any
 
+from carpool.errors import CarpoolError
+from carpool.hosts.vllm.near_keys import warn
+
 OPT_OUT = "carpool"
 TENANT = "carpool_tenant"
 PROMPT = "carpool_prompt"
 SAMPLES = "_carpool_samples"
 
 
+def check_request(sampling_params: Any) -> None:
+    """Refuse a request that says something of Carpool that means nothing; warn of keys that are nearly ours.
+
+    Raises:
+        CarpoolError: names key and value. vLLM's server answers 400 with it.
+    """
+    given = _extra(sampling_params)
+    switch = given.get(OPT_OUT, "on")
+    if switch not in ("on", "off"):
+        raise CarpoolError(
+            f'a request says "{OPT_OUT}": {switch!r}; write "off" for native routing, or leave the key out: the policy '
+            "is the server's"
+        )
+    for name in (TENANT, PROMPT):
+        value = given.get(name, "")
+        if value not in ("", None) and _key(value) is None:
+            raise CarpoolError(f'a request says "{name}": {value!r}; give a text or a whole number, or leave it out')
+    warn(given, (OPT_OUT, TENANT, PROMPT, SAMPLES), "a request's extra_args (vllm_xargs)", once=True)
+
+
 def opted_out(sampling_params: Any) -> bool:
     """Whether a request asked for native routing with `extra_args={"carpool": "off"}`.
 
-    Any other value but "on" counts as off too: what we do not understand must not change a user's result.
+    The front end refuses any other value but "on"; one that came past it counts as off: what we do not understand must
+    not change a user's result.
     """
     return _extra(sampling_params).get(OPT_OUT, "on") != "on"
 

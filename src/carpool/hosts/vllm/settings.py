@@ -111,7 +111,12 @@ def _isolation(given: dict[str, Any]) -> str:
 
 def _grouping(given: dict[str, Any]) -> Grouping:
     # without a word about either, the methods' own grouping, so that it is refused and not silently inert
-    group = Grouping.parse(given.get("group", given.get("isolation", "batch")))
+    return grouping(given.get("group", given.get("isolation", "batch")))
+
+
+def grouping(text: str) -> Grouping:
+    """Raises CarpoolError for a text that is no grouping, or none that an engine has."""
+    group = Grouping.parse(text)
     if group.kind not in GROUPINGS:
         raise CarpoolError(f"{KEY}: group={str(group)!r} is no grouping of an engine; use {' or '.join(GROUPINGS)}")
     return group

@@ -108,6 +108,12 @@ class Rows:
             self._group_R = _numbers((group_key(given, self.group, self._isolation) for given in parameters), count)
         self._parameters = parameters
 
+    def regroup(self, group: str) -> None:
+        """Let other rows share a coreset, between two forward passes; nothing that was recorded may hold the old."""
+        self.group = group
+        self._views.clear()
+        self._parameters = []
+
     def clear(self) -> None:
         """No request is running: whatever is forwarded now (profiling, warm-up, graph capture) is padding."""
         self.expected = self.real = self.sharing = 0
@@ -121,6 +127,14 @@ class Rows:
         return Batch(
             group_N, num_groups, real_N, voter_N, exempt_N, step_N, request_N=request_N, num_requests=num_requests
         )
+
+    @property
+    def together(self) -> int:
+        """Rows that a policy may change in the group that has most of them."""
+        if self.group == "batch":
+            return self.sharing
+        number_N = self._numbers_2N[int(self.group in KEYED), : self.real]
+        return int(np.bincount(number_N[self._shares]).max(initial=0))
 
     def sharing_rows(self) -> Tensor | None:
         """Places of the rows that a policy may change; None where these are all."""

@@ -34,10 +34,11 @@ class Weights:
 
     Attributes:
         foreign: why no policy may run on the weights that the model has now, or empty.
+        policies: what the user gave last, with the files.
     """
 
     def __init__(self, model: Any, policies: PolicyFile, layers: list[Layer], changed: Callable[[], None]) -> None:
-        self._model, self._policies, self._layers, self._changed = model, policies, layers, changed
+        self._model, self.policies, self._layers, self._changed = model, policies, layers, changed
         self.foreign = ""
         self._replaced = False
 
@@ -89,7 +90,7 @@ class Weights:
         self._replaced = False
         for layer in self._layers:
             _renew_bias(layer)
-        cause = differ(self._model, self._policies, self._layers) if self._layers else ""
+        cause = differ(self._model, self.policies, self._layers) if self._layers else ""
         self.foreign = f"other weights were loaded, so sharing stays off: {cause}" if cause else ""
         if self.foreign:
             logging.getLogger("vllm.carpool").error("carpool: %s", self.foreign)

@@ -1,0 +1,80 @@
+"""What a model's configuration alone decides, before any weight is loaded; the sentences are those of the loaded model.
+
+A number that the configuration does not give plainly decides nothing here: the layers are checked again once they are
+there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+from carpool.artefacts.statistics import Statistics, made_by
+from carpool.errors import CarpoolError
+from carpool.hosts.vllm.known import REFUSED, REFUSED_ON_CPU, check_plan
+from carpool.hosts.vllm.settings import Settings
+from carpool.plans.grammar import Plan
+
+
+def check_fit(plan: Plan, num_experts: int, top_k: int, statistics: Container[str]) -> None:
+    """Refuse a plan that a layer cannot run.
+
+    Args:
+        plan: of the layer.
+        num_experts, top_k: `E` and `K` of the layer.
+        statistics: names of those that were loaded for it.
+
+    Raises:
+        CarpoolError: impossible for `E` and `K`, reads experts at depths, or needs statistics that are not there.
+    """
+    plan.check(num_experts, top_k)
+    check_plan(plan)
+    missing = [name for name in plan.policy.required_stats() if name not in statistics]
+    if missing:
+        raise CarpoolError(
+            f"{plan.policy} needs the statistics {missing[0]!r}; make them with `{made_by(missing[0])}` and name the "
+            'file with "stats"'
+        )
+
+
+def require_experts(found: bool, model: str) -> None:
+    """Raises CarpoolError for a model in which no MoE layer was found."""
+    if not found:
+        raise CarpoolError(
+            f"{model} has no mixture-of-experts layer that Carpool can share (a dense model, or experts "
+            "that vLLM runs without a router object); start it without the key 'carpool'"
+        )
+
+
+def check_configuration(model_config: Any, settings: Settings, on_cpu: bool) -> None:
+    """Refuse by vLLM's configuration of a model what would be refused once its weights are there.
+
+    Args:
+        model_config: vLLM's.
+        settings: the user's; `allow_untested_engine` lets families pass, whose layers are checked anyway.
+        on_cpu: whether this is vLLM's CPU build.
+
+    Raises:
+        CarpoolError: a dense model, a family that is known to be refused, or a policy or files that do not fit.
+    """
+    text, policies = getattr(model_config, "hf_text_config", None), settings.policies
+    if text is None:
+        return
+    experts, top_k = model_config.get_num_experts(), model_config.get_num_experts_per_tok()
+    names = getattr(model_config, "architectures", None) or ["the model"]
+    require_experts(bool(experts) or _mentions_experts(text), names[0])
+    family = getattr(text, "model_type", "")
+    cause = REFUSED.get(family) or (REFUSED_ON_CPU.get(family) if on_cpu else None)
+    if cause and not settings.allow_untested_engine:
+        raise CarpoolError(f"a model of the family {family} cannot be shared: {cause}; leave out the key 'carpool'")
+    if not experts or not top_k:
+        return
+    policies.check_counts({"num_experts": experts, "top_k": top_k})
+    known = () if policies.statistics is None else Statistics.names_in(policies.statistics)
+    for plan in policies.plans:
+        check_fit(plan.for_serving(), experts, top_k, known)
+
+
+def _mentions_experts(text: Any) -> bool:
+    """Whether a configuration speaks of experts by a name that vLLM does not read their number from."""
+    return any(value and ("expert" in name or "moe" in name) for name, value in text.to_dict().items())

@@ -1,0 +1,34 @@
+"""How a refusal ends where vLLM's own command line runs: with its sentence, and without a traceback above it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import TracebackType
+
+from carpool.errors import CarpoolError
+
+
+def end_with_the_sentence() -> None:
+    """Let a `CarpoolError` that nobody catches end this process in one line, if vLLM's command line runs in it.
+
+    Somebody else's program keeps its traceback. The exit code stays that of an uncaught exception.
+    """
+    if not _command_line() or getattr(sys.excepthook, "carpool", False):
+        return
+    usual = sys.excepthook
+
+    def ended(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, CarpoolError):
+            print(f"carpool: {error}", file=sys.stderr, flush=True)
+        else:
+            usual(kind, error, trace)
+
+    ended.carpool = True  # type: ignore[attr-defined]  # a function may carry a mark
+    sys.excepthook = ended
+
+
+def _command_line() -> bool:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    module = getattr(spec, "name", None) or ""
+    return module.startswith("vllm.") or os.path.basename(sys.argv[0]) == "vllm"  # noqa: PTH119
