@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from carpool.artefacts.files import sha256_file, write_text
+from carpool.artefacts.shipped import shipped_with
 from carpool.artefacts.statistics import Statistics
 from carpool.artefacts.texts import Document, load_texts
-from carpool.cli.common import embedded_texts, load, model_facts, shipped_statistics
+from carpool.cli.common import embedded_texts, load, model_facts
 from carpool.evaluate.intervals import FEWEST
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.measure import measure
@@ -30,6 +31,7 @@ from carpool.evaluate.measured import Measured
 from carpool.evaluate.results import provenance, text_facts
 from carpool.evaluate.sequences import Sequences, draw
 from carpool.evaluate.study import describe
+from carpool.hosts.transformers import find_layers, identity
 from carpool.plans.grammar import Plan, parse
 from carpool.routing.batch import Grouping
 
@@ -120,7 +122,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results")
     given = parser.parse_args()
     model, tokenizer, stats = load(given.model, given.stats)
-    used = given.stats or (shipped_statistics() if given.model is None else None)
+    used = given.stats or shipped_with(identity(find_layers(model)))
     paths = given.text or embedded_texts()
     documents = [replace(document, text=document.text[:LONGEST]) for document in load_texts(paths)]
     facts = {

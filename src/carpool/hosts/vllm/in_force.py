@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from carpool.hosts.vllm.fused import path
 
-if TYPE_CHECKING:
-    from carpool.hosts.vllm.host import Host
-
 LOG = logging.getLogger("vllm.carpool")
+
+
+class Host(Protocol):
+    """What is said of `carpool.hosts.vllm.host.Host`."""
+
+    step: Any
+    weights: Any
+    layers: Any
+    settings: Any
+    metrics: Any
+
+    @property
+    def surrogate_memory(self) -> int: ...
 
 
 def in_force(host: Host) -> dict[str, Any]:
