@@ -142,7 +142,7 @@ def test_statistics_of_routers_alone_need_no_sample():
         ({"layers": altered("coverage", lambda c: c.float())}, "coverage is torch.float32"),
         ({"layers": altered("coverage", lambda c: c - 1000)}, "between 0 and"),
         ({"layers": altered("coverage", lambda c: c + 1000)}, "between 0 and"),
-        ({"layers": {1: layer() | {"more": torch.ones(1).half()}}}, "is torch.float16"),
+        ({"layers": {1: layer() | {"more": torch.ones(1).cfloat()}}}, "is torch.complex64"),
         ({"layers": {1: layer() | {"more": torch.ones(1) / 0}}}, "NaN or inf"),
         ({"layers": altered("sample_in", lambda s: s[:, :3])}, r"not torch.bfloat16 \[6, 16\]"),
         ({"layers": altered("sample_in", lambda s: torch.cat([s, s]))}, "at most 6 experts"),

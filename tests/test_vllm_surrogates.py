@@ -156,15 +156,17 @@ def test_other_policies_with_the_same_statistics_leave_nothing(shared: Any) -> N
 def test_what_is_counted(shared: Any) -> None:
     from prometheus_client import REGISTRY
 
+    def counted(name: str) -> float:
+        labels = {"model_name": str(shared.llm_engine.vllm_config.model_config.served_model_name), "engine": "0"}
+        return REGISTRY.get_sample_value(f"carpool_{name}_total", labels) or 0.0
+
     names = ("surrogates_read", "surrogate_pairs", "read_bytes", "natural_bytes")
     shared.collective_rpc("carpool_report", kwargs={"reset": True})
-    before = [REGISTRY.get_sample_value(f"carpool_{name}_total") or 0.0 for name in names]
+    before = [counted(name) for name in names]
     calls = tiny.watch(shared)
     tiny.generate(shared, tiny.prompts(6, seed=7), tokens=5)
     [report] = shared.collective_rpc("carpool_report", kwargs={"reset": True})
-    read, pairs, read_bytes, natural_bytes = (
-        REGISTRY.get_sample_value(f"carpool_{name}_total") - old for name, old in zip(names, before, strict=True)
-    )
+    read, pairs, read_bytes, natural_bytes = (counted(name) - old for name, old in zip(names, before, strict=True))
     H, width = tiny.SIZES["hidden_size"], tiny.FAMILIES["qwen3_moe"]["moe_intermediate_size"]
     expert, surrogate = 3 * H * width * 4, (2 * RANK + 1) * (H + 4)
     used = union = natural = found = 0

@@ -82,7 +82,7 @@ def _watch(page: str, first: Scrape, interval: float, console: Console) -> None:
                 try:
                     now = scrape(page)
                 except CarpoolError as error:  # a server that restarts is waited for
-                    live.update(Group(view(page, before), Text(str(error), style="yellow")), refresh=True)
+                    live.update(Group(view(page, before), Text(str(error), style="bold")), refresh=True)
                     continue
                 live.update(view(page, now, now.since(before)), refresh=True)
                 before = now
@@ -118,14 +118,14 @@ def view(page: str, found: Scrape, change: Scrape | None = None) -> RenderableTy
 
 
 def _head(page: str, found: Scrape, change: Scrape | None) -> Text:
-    state, style = ("sharing", "bold green") if _enabled(found) else ("switched off", "bold yellow")
+    state, style = ("sharing", "bold") if _enabled(found) else ("switched off", "bold reverse")
     head = Text.assemble((state, style), f"  {page}")
     if "requests" in found.values:
         head.append(f"  {found.values['requests']:.0f} requests running")
     if change is not None and "tokens" in change.values and change.at > 0:
         head.append(f", {change.values['tokens'] / change.at:,.1f} tokens/s")
     if not found.total("layer_steps"):
-        head.append("\nno policy has run yet: lone requests and prompts keep their native routing", style="yellow")
+        head.append("\nno policy has run yet: lone requests and prompts keep their native routing", style="italic")
     elif change is not None and not change.total("layer_steps"):
         head.append("\nno policy ran since the last look", style="dim")
     return head
@@ -137,7 +137,7 @@ def _bar(found: Scrape) -> Text:
     if share is None:
         return Text()
     filled = round(BAR * min(share, 1.0))
-    return Text.assemble(("█" * filled, "cyan"), ("░" * (BAR - filled), "dim"), f" {share:.0%} of the experts")
+    return Text.assemble(("█" * filled, "bold"), ("░" * (BAR - filled), "dim"), f" {share:.0%} of the experts")
 
 
 def _enabled(found: Scrape) -> bool:
