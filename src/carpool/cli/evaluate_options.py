@@ -51,7 +51,9 @@ class Options:
     ] = None
     batches: Annotated[int | None, typer.Option(help="Batches at every batch size, in place of --tokens.")] = None
     seed: Seed = 0
-    stats: Annotated[Path | None, typer.Option(help="Statistics of `carpool calibrate`, for SERE and its like.")] = None
+    stats: Annotated[
+        Path | None, typer.Option(help="File of `carpool calibrate` or `compress`, for policies that need it.")
+    ] = None
     json_path: Annotated[Path | None, typer.Option("--json", help="File to write all results to.")] = None
     allow_unchanged: Annotated[
         bool, typer.Option("--allow-unchanged", help="Let a policy pass that changes no row.")

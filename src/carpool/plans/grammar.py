@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -174,6 +174,12 @@ def _build(name: str, args: list[Any], kwargs: dict[str, Any]) -> Policy | Guard
     try:
         return kind(*args, **kwargs)
     except TypeError:
+        needed = [one.name for one in fields(kind) if one.default is MISSING][len(args) :]
+        missing = [one for one in needed if one not in kwargs]
+        if missing:
+            raise CarpoolError(
+                f"{name} needs {missing[0]!r}: write {name}({missing[0]}=...); it takes: {', '.join(names)}"
+            ) from None
         raise CarpoolError(
             f"{name} takes {', '.join(names) or 'no parameters'}; given: {_short(str(args or kwargs))}"
         ) from None

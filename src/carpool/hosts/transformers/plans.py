@@ -59,8 +59,9 @@ def prepare(policies: PolicyFile, layers: list[MoELayer], stats: str | Path | St
         missing = [name for name in plan.required_stats() if name not in tensors]
         if missing:
             raise CarpoolError(
-                f"{plan} needs the statistic {missing[0]!r}, which the file lacks for layer {layer.index}; "
-                f"make the file with `{made_by(missing[0])}`" + _known_domains(missing[0], tensors)
+                f"{plan} needs the statistic {missing[0]!r}, which the statistics lack for layer {layer.index}; "
+                f"make a file with `{made_by(missing[0])}` and name it: stats=..., --stats on the command line"
+                + _known_domains(missing[0], tensors)
             )
         device = layer.weight_EH.device
         given = plan.prepare({name: tensor.to(device) for name, tensor in tensors.items()})
