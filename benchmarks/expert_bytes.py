@@ -105,10 +105,16 @@ def make(folder: Path, texts: list[Path], tokens: int) -> None:
 
 
 def measure(
-    folder: Path, texts: list[Path], batch: int, sequence: int, chosen: list[Method], done: Any
+    loaded: tuple[Any, Any, Any],
+    folder: Path,
+    texts: list[Path],
+    batch: int,
+    sequence: int,
+    chosen: list[Method],
+    done: Any,
 ) -> list[tuple[str, str, Result]]:
     """Name of the method, file and result of every setting; stock first."""
-    model, tokenizer, shipped = load(None, None)
+    model, tokenizer, shipped = loaded
     by_file: dict[str, list[tuple[str, str]]] = {}
     for method in chosen:
         for file, plan in method.settings:
@@ -187,10 +193,12 @@ def main() -> None:
     content = json.loads(options.output.read_text()) if options.output.exists() else {}
     cells: dict[str, Any] = content.get("cells", {})
     chosen = [method for method in methods() if re.search(options.methods, method.name)]
+    loaded = load(None, None)
+    sizes = {path.stem: stored(path) for path in sorted(options.folder.glob("*.safetensors"))}
     for batch in options.batch:
         plans = sum(len(method.settings) for method in chosen) + len({file for m in chosen for file, _ in m.settings})
         with progress(f"batch {batch}", batch * BATCHES * options.sequence * plans) as advance:
-            found = measure(options.folder, options.text, batch, options.sequence, chosen, advance)
+            found = measure(loaded, options.folder, options.text, batch, options.sequence, chosen, advance)
         cells[str(batch)] = {
             "stock_union": found[0][2].union.value,
             "sequence": options.sequence,
@@ -201,11 +209,10 @@ def main() -> None:
             ],
             "needed": compare(found),
         }  # fmt: skip
-        model, _, _ = load(None, None)
         content = {
-            **provenance(), "model": model_facts(model, None), "texts": text_facts(options.text),
+            **provenance(), "model": model_facts(loaded[0], None), "texts": text_facts(options.text),
             "arguments": {"sequence": options.sequence, "batches": BATCHES, "seed": 0, "tokens": options.tokens},
-            "stored": {path.stem: stored(path) for path in sorted(options.folder.glob("*.safetensors"))},
+            "stored": sizes,
             "cells": dict(sorted(cells.items(), key=lambda cell: int(cell[0]))),
         }  # fmt: skip
         write_text(options.output, json.dumps(content, indent=1) + "\n")

@@ -95,7 +95,7 @@ def test_what_is_read_is_counted_at_its_deepest_use(compressed: tuple[Any, Stati
     layers = find_layers(model)
     run = forward(model, parse("depth(bytes=0.2)"), ids, layout, num_layers=len(layers), stats=stats, observe=observe)
     for place, layer in enumerate(layers):
-        sizes = StoredExperts.of(stats.for_layer(layer.index)).sizes()
+        sizes = StoredExperts.of(stats.for_layer(layer.index)).sizes
         read = float(sizes[seen[place]].sum())
         assert float(run.layers_LFM[place, LAYER_FIELDS.index("bytes")]) == pytest.approx(read)
         assert read < float(run.layers_LFM[place, LAYER_FIELDS.index("union")])
@@ -113,7 +113,7 @@ def test_a_run_says_how_much_it_read(compressed: tuple[Any, Statistics]) -> None
     assert found.read == found.natively
     assert found.bytes_read is not None
     assert found.bytes_natively is not None
-    sizes = StoredExperts.of(stats.for_layer(find_layers(model)[0].index)).sizes()
+    sizes = StoredExperts.of(stats.for_layer(find_layers(model)[0].index)).sizes
     assert found.bytes_read / found.bytes_natively == pytest.approx(float(sizes[4]))
 
 

@@ -116,7 +116,7 @@ def test_bytes_are_those_of_the_tensors() -> None:
     assert planes.bytes_stored * planes.num_experts == held
     assert planes.bytes_read(2) == 8 * (2 * 5 + 2 * 3) + 4
     stored = StoredExperts(nested_round(weights(1, 32), (4,)), nested_round(torch.randn(3, 32, 4), (4,)))
-    assert stored.sizes()[4] == stored.bytes_read(4) / (2 * (8 * 32 + 32 * 4))
+    assert stored.sizes[4] == stored.bytes_read(4) / (2 * (8 * 32 + 32 * 4))
 
 
 def test_what_it_refuses() -> None:

@@ -100,7 +100,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         paths.append(tmp_path / f"{domain}.jsonl")
         lines = (" ".join("x" * (place * number % 50) for place in range(60)) for number in range(3, 43))
         paths[-1].write_text("\n".join(json.dumps({"text": line}) for line in lines))
-    for module in ("calibrate", "compress", "evaluate", "tune", "policy_files"):
+    for module in ("common", "evaluate", "tune", "policy_files"):  # calibrations ask `common`
         monkeypatch.setattr(f"carpool.cli.{module}.embedded_texts", lambda: paths)
 
     def run(text: str, *more: str) -> str:

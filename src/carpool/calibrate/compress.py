@@ -91,23 +91,21 @@ def measure(projections: Projections, stored: StoredExperts, seen: Routed, seed:
     E, depths = len(projections.into_ERH), stored.depths
     energy_E, count_E = torch.zeros(2, E)
     error_LE = torch.zeros(len(depths), E)
-    per_expert = by_expert(seen, E)
-    for expert, rows_C, _ in per_expert:
-        energy_E[expert] = _output(projections, seen, rows_C, expert).square().sum()
-        count_E[expert] = len(rows_C)
-    for place, depth in enumerate(depths):
-        into_ERH, out_EHI = stored.into.read(depth), stored.out.read(depth)
-        for expert, rows_C, _ in per_expert:
-            whole_CH = _output(projections, seen, rows_C, expert)
-            between_CI = projections.between(seen.hidden_NH[rows_C].float(), expert, into_ERH[expert])
-            error_CH = projections.output(between_CI, expert, out_EHI[expert]) - whole_CH
+    for expert, rows_C, _ in by_expert(seen, E):
+        hidden_CH, one = seen.hidden_NH[rows_C].float(), slice(expert, expert + 1)
+        whole_CH = projections.output(projections.between(hidden_CH, expert), expert)
+        energy_E[expert], count_E[expert] = whole_CH.square().sum(), len(rows_C)
+        into, out = stored.into.of_experts(one), stored.out.of_experts(one)
+        for place, depth in enumerate(depths):
+            between_CI = projections.between(hidden_CH, expert, into.read(depth)[0])
+            error_CH = projections.output(between_CI, expert, out.read(depth)[0]) - whole_CH
             error_LE[place, expert] = error_CH.square().sum()
     known_E = energy_E > 0
     share_LE = torch.where(
         known_E, error_LE / energy_E.clamp_min(1e-30), error_LE.sum(-1, keepdim=True) / energy_E.sum()
     )
     mean_E = torch.where(known_E, energy_E / count_E.clamp_min(1), energy_E.sum() / count_E.sum().clamp_min(1))
-    sizes = stored.sizes()[list(depths)]
+    sizes = stored.sizes[list(depths)]
     return {
         "depth_energy": mean_E,
         "depth_error": share_LE.clamp(0, 1),
@@ -115,10 +113,6 @@ def measure(projections: Projections, stored: StoredExperts, seen: Routed, seed:
         "depth_use": _use(seen, E, seed),
         "depth_gate": _gate(seen, E),
     }
-
-
-def _output(projections: Projections, seen: Routed, rows_C: Tensor, expert: int) -> Tensor:
-    return projections.output(projections.between(seen.hidden_NH[rows_C].float(), expert), expert)
 
 
 def _use(seen: Routed, num_experts: int, seed: int) -> Tensor:

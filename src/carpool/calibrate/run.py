@@ -64,9 +64,7 @@ def calibrate(
         CarpoolError: layers of different widths, ids outside the vocabulary, sequences longer than the model's,
             experts that cannot be run one by one in fp32, or outputs that are not finite.
     """
-    import carpool
-
-    num_experts, top_k = _widths(layers)
+    num_experts, _ = _widths(layers)
     require_fitting(model, sequences_BT)
     total = sequences_BT.numel()
     sample = torch.randperm(total, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[:CKA_TOKENS]
@@ -103,21 +101,40 @@ def calibrate(
             for collector in mine:
                 results[layer.index] |= collector.result()
     everywhere = set.intersection(*(set(tensors) for tensors in results.values()))
+    kept = {
+        index: {name: tensors[name] for name in tensors if name in everywhere} for index, tensors in results.items()
+    }
+    width = samples[0][0].shape[-1]
+    return signed(model, layers, kept, hidden_size=width, tokens=total, seed=seed, data=data)
+
+
+def signed(
+    model: Any,
+    layers: Sequence[Layer],
+    measured: Mapping[int, Mapping[str, Tensor]],
+    *,
+    hidden_size: int,
+    tokens: int,
+    seed: int,
+    data: Sequence[tuple[str, str]],
+) -> Statistics:
+    """What was measured in every layer, with whose it is and where it is from."""
+    import carpool
+
     return Statistics(
-        layers={index: {name: tensors[name] for name in tensors if name in everywhere}
-                for index, tensors in results.items()},
+        layers=measured,
         fingerprint=fingerprint((layer.index, layer.weight_EH) for layer in layers),
         architecture=type(model).__name__,
-        num_experts=num_experts,
-        top_k=top_k,
-        hidden_size=samples[0][0].shape[-1],
-        tokens=total,
+        num_experts=layers[0].num_experts,
+        top_k=layers[0].top_k,
+        hidden_size=hidden_size,
+        tokens=tokens,
         seed=seed,
         data=tuple(data),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         carpool_version=carpool.__version__,
         torch_version=torch.__version__,
-    )  # fmt: skip
+    )
 
 
 def require_fitting(model: Any, sequences_BT: Tensor) -> None:

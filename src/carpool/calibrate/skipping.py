@@ -140,7 +140,7 @@ def _passes(
 
     device = next(model.parameters()).device
     rows = max(1, BATCH_TOKENS // sequences_BT.shape[1])
-    options: dict[str, Any] = {"stats": stats if plan.policy.required_stats() else None, "observe": observe}
+    options: dict[str, Any] = {"stats": stats if plan.required_stats() else None, "observe": observe}
     with torch.inference_mode(), share(model, plan, exempt_prefill=False, **options):
         for ids_BT in sequences_BT.split(rows):
             model.base_model(input_ids=ids_BT.to(device), use_cache=False)

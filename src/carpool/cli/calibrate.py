@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 
 from carpool.cli.app import command
-from carpool.cli.common import embedded_texts, listed, open_model, progress, require_number, warn
+from carpool.cli.common import calibration_texts, listed, open_model, progress, require_number, warn
 from carpool.cli.options import Model, Seed, Texts, WindowLength
-from carpool.cli.table import DETAIL, Column, Row, print_table, say
+from carpool.cli.table import DETAIL, Column, Row, print_table
 
 if TYPE_CHECKING:
     from carpool.artefacts.statistics import Statistics
@@ -50,19 +50,14 @@ class Options:
 @command("calibrate")
 def calibrate(options: Options) -> None:
     """Measure how well each expert stands in for each other one, and write it beside its provenance."""
-    from carpool.artefacts.files import require_writable, sha256_file
-    from carpool.artefacts.texts import load_texts
+    from carpool.artefacts.files import require_writable
     from carpool.calibrate import token_sequences
 
     console = Console()
     require_windows(options.tokens, options.sequence, options.seed)
     require_number("--surrogates", options.surrogates, 1)
     require_writable(options.output)
-    paths = options.text or embedded_texts()
-    if not options.text:
-        say(console, "without --text: on the embedded texts; measure policies on other text than they were made from")
-    documents = load_texts(paths)
-    data = [(path.name, sha256_file(path)) for path in paths]
+    documents, data = calibration_texts(console, options.text)
     opened = open_model(options.model)
     windows = token_sequences(
         documents, opened.tokenizer, options.tokens, options.sequence, options.seed, options.surrogates is not None

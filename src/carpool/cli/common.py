@@ -21,10 +21,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from carpool.cli.table import say
 from carpool.errors import CarpoolError
 
 if TYPE_CHECKING:
     from carpool.artefacts.statistics import Statistics
+    from carpool.artefacts.texts import Document
     from carpool.hosts.transformers import MoELayer, Opened
     from carpool.plans.policy_file import AnyPlan
 
@@ -41,6 +43,17 @@ def embedded_texts() -> list[Path]:
     except ImportError:
         raise CarpoolError(REQUIRED) from None
     return sorted(TEXTS.glob("*.jsonl"))
+
+
+def calibration_texts(console: Console, texts: list[Path] | None) -> tuple[list[Document], list[tuple[str, str]]]:
+    """Documents to calibrate on, and name and hash of their files; without any the embedded ones, which is said."""
+    from carpool.artefacts.files import sha256_file
+    from carpool.artefacts.texts import load_texts
+
+    paths = texts or embedded_texts()
+    if not texts:
+        say(console, "without --text: on the embedded texts; measure policies on other text than they were made from")
+    return load_texts(paths), [(path.name, sha256_file(path)) for path in paths]
 
 
 def require_number(option: str, value: float | None, low: float, high: float = inf) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from carpool.cli.app import command
 from carpool.cli.calibrate import require_windows
-from carpool.cli.common import embedded_texts, listed, open_model, progress, require_number, warn
+from carpool.cli.common import calibration_texts, listed, open_model, progress, require_number, warn
 from carpool.cli.options import Model, Seed, Texts, WindowLength
 from carpool.cli.table import Column, Row, print_table, say
 from carpool.errors import CarpoolError
@@ -48,8 +48,7 @@ def compress(options: Options) -> None:
 
     Layers that are done are kept beside the output until the file is written: an interrupted run goes on there.
     """
-    from carpool.artefacts.files import require_writable, sha256_file
-    from carpool.artefacts.texts import load_texts
+    from carpool.artefacts.files import require_writable
     from carpool.calibrate import token_sequences
     from carpool.calibrate.compress import POWERS
 
@@ -60,11 +59,7 @@ def compress(options: Options) -> None:
     if options.method not in POWERS:
         raise CarpoolError(f"--method {options.method}: use one of {', '.join(POWERS)}")
     require_writable(options.output)
-    paths = options.text or embedded_texts()
-    if not options.text:
-        say(console, "without --text: on the embedded texts; measure policies on other text than they were made from")
-    documents = load_texts(paths)
-    data = [(path.name, sha256_file(path)) for path in paths]
+    documents, data = calibration_texts(console, options.text)
     opened = open_model(options.model)
     windows = token_sequences(documents, opened.tokenizer, options.tokens, options.sequence, options.seed, True)
     stats = make(opened.weights(), windows, depths, options, data)
@@ -76,14 +71,9 @@ def make(
     model: Any, windows: Any, depths: tuple[int, ...], options: Options, data: list[tuple[str, str]]
 ) -> Statistics:
     """Quantise all layers, those that an earlier run has left excepted, and write the file."""
-    from datetime import UTC, datetime
-
-    import torch
-
-    import carpool
     from carpool.artefacts.identity import fingerprint
-    from carpool.artefacts.statistics import Statistics
     from carpool.calibrate.compress import compress as run
+    from carpool.calibrate.run import signed
     from carpool.hosts.transformers import find_layers
 
     layers = find_layers(model)
@@ -104,20 +94,10 @@ def make(
             model, layers, windows.ids_BT, windows.held_B, depths=depths, group=options.group,
             method=options.method, seed=options.seed, known=known, done=done,  # type: ignore[arg-type]  # checked
         )  # fmt: skip
-    stats = Statistics(
-        layers=found,
-        fingerprint=name,
-        architecture=type(model).__name__,
-        num_experts=layers[0].num_experts,
-        top_k=layers[0].top_k,
-        hidden_size=layers[0].weight_EH.shape[1],
-        tokens=windows.ids_BT.numel(),
-        seed=options.seed,
-        data=tuple(data),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        carpool_version=carpool.__version__,
-        torch_version=torch.__version__,
-    )
+    stats = signed(
+        model, layers, found, hidden_size=layers[0].weight_EH.shape[1], tokens=windows.ids_BT.numel(),
+        seed=options.seed, data=data,
+    )  # fmt: skip
     stats.save(options.output)
     kept.remove()
     return stats
@@ -172,7 +152,7 @@ def show(console: Console, stats: Statistics, depths: tuple[int, ...]) -> None:
     print_table(console, columns, rows)
     first = next(iter(stats.layers.values()))
     stored = StoredExperts.of(first)
-    sizes = stored.sizes()
+    sizes = stored.sizes
     say(
         console,
         "read at " + ", ".join(f"{depth} bits: {float(sizes[depth]):.1%}" for depth in depths) + " of 16 bits; stored: "

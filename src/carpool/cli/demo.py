@@ -51,7 +51,7 @@ def demo(
     opened = open_model(None)
     tokenizer, shipped = opened.tokenizer, may_be_shipped(opened)
     numbers, series = load_demo()
-    without = [one for one in series if shipped is None and any(plan.policy.required_stats() for plan in one.plans)]
+    without = [one for one in series if shipped is None and any(plan.required_stats() for plan in one.plans)]
     series = [one for one in series if one not in without]
     settings = Settings(
         plans=tuple(plan for one in series for plan in one.plans),

@@ -175,7 +175,7 @@ def write(options: Options, ready: Prepared, target: Target, found: Tuned, searc
         "fingerprint": ready.identity.fingerprint, "num_layers": ready.moe.layers, "num_experts": ready.moe.experts,
         "top_k": ready.moe.top_k,
     }  # fmt: skip
-    statistics = _beside(options.output, ready.statistics) if found.plan.policy.required_stats() else None
+    statistics = _beside(options.output, ready.statistics) if found.plan.required_stats() else None
     PolicyFile(
         found.plan,
         {},

@@ -71,11 +71,6 @@ class Planes:
     def num_experts(self) -> int:
         return self.planes_DERB.shape[1]
 
-    @property
-    def deepest(self) -> int:
-        """`D`."""
-        return self.depths[-1]
-
     def codes(self, depth: int) -> Tensor:
         """The first bits of every weight, int32 `[E, R, I]`."""
         return unpack(self.planes_DERB[:depth], self.width)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from carpool.artefacts.statistics import made_by
 from carpool.errors import CarpoolError
 from carpool.experts.planes import Planes
+from carpool.routing.lazy import lazy_property
 from carpool.routing.spec import ALL_BITS
 
 NAMES = ("planes_into", "planes_out")
@@ -52,6 +53,7 @@ class StoredExperts:
         rows = self.into.planes_DERB.shape[2]
         return 2 * (rows * self.into.width + self.into.width * self.out.width)
 
+    @lazy_property
     def sizes(self) -> Tensor:
         """What reading an expert at a depth takes over its bytes in 16 bits, float64 `[17]` by depth: 0 at depth 0, 1
         for the original; infinite where nothing is stored."""

@@ -179,7 +179,8 @@ def decide(
     # a group without a voter has nobody to choose for it
     mute_G1 = inputs.voters_G1 == 0
     depth_GE = plan.policy.read_depth(inputs)
-    coreset_GE = plan.policy.coreset(inputs) | inputs.free_GE | mute_G1
+    chosen_GE = plan.policy.coreset(inputs) if depth_GE is None else depth_GE > 0
+    coreset_GE = chosen_GE | inputs.free_GE | mute_G1
     for guard in plan.guards:
         coreset_GE = guard.coreset(plan.policy, inputs, coreset_GE)
     unfloored_NE = plan.policy.allowed(inputs, coreset_GE) | (batch.exempt_N.unsqueeze(-1) & inputs.native_NE)

@@ -176,7 +176,10 @@ class Policy:
         return {name: stats[name] for name in self.required_stats()}
 
     def coreset(self, inputs: Inputs) -> Tensor:
-        """The experts a group may use, bool `[G, E]`; default: all of them."""
+        """The experts a group may use, bool `[G, E]`; default: those that it reads, or all of them."""
+        depth_GE = self.read_depth(inputs)
+        if depth_GE is not None:
+            return depth_GE > 0
         shape = (inputs.batch.num_groups, inputs.num_experts)
         return torch.ones(shape, dtype=torch.bool, device=inputs.scores_NE.device)
 

@@ -115,28 +115,25 @@ class Depth(Policy):
         levels = sorted(levels, reverse=True)  # of two that cost the same the deeper one
         share_JE, size_J = (torch.stack([of[one] for one in levels]) for of in (share, size))
         error_EJ = (share_JE * energy_E).T.contiguous()
+        level_J = torch.tensor(levels, dtype=torch.int64, device=error_EJ.device)
+        common = {"level": level_J, "deepest": level_J[0], "shallowest": level_J[level_J > 0][-1]}
+        if self.budget is not None:
+            gain_EJ, added_EJ = increments(error_EJ, size_J)
+            return common | {"gain": gain_EJ, "added": added_EJ}
         use_VSE = stats["depth_use"].double()
         if self.bytes is None:
             price_V = torch.full_like(use_VSE[:, 0, 0], self.price or 0.0)
         else:
             price_V = prices(self.bytes, use_VSE, error_EJ, size_J)
-        level_J = torch.tensor(levels, dtype=torch.int64, device=error_EJ.device)
         octave_X = torch.arange(1, 1 << len(price_V), device=error_EJ.device).log2().floor().long()
         cost_XJ = price_V[octave_X].unsqueeze(-1) * size_J
-        gain_EJ, added_EJ = increments(error_EJ, size_J)
-        return {
-            "gain": gain_EJ,
-            "added": added_EJ,
-            "level": level_J,
-            "error": error_EJ / (1 << FRACTION_BITS),  # of a unit of fixed-point use
-            "cost": torch.cat([cost_XJ[:1], cost_XJ]),
-            "deepest": level_J[0],
-            "shallowest": level_J[level_J > 0][-1],
-        }
-
-    def coreset(self, inputs: Inputs) -> Tensor:
-        """Bool `[G, E]`."""
-        return self.read_depth(inputs) > 0
+        return (
+            common
+            | {
+                "error": error_EJ / (1 << FRACTION_BITS),  # of a unit of fixed-point use
+                "cost": torch.cat([cost_XJ[:1], cost_XJ]),
+            }
+        )
 
     def read_depth(self, inputs: Inputs) -> Tensor:
         """Int64 `[G, E]`."""

@@ -67,12 +67,8 @@ class Hobbit(Policy):
             )
         return {"deepest": torch.tensor(self.high, device=stats["planes_shape"].device)}
 
-    def coreset(self, inputs: Inputs) -> Tensor:
-        """Bool `[G, E]`; the heaviest expert of a voter is always in it."""
-        return self.read_depth(inputs) > 0
-
     def read_depth(self, inputs: Inputs) -> Tensor:
-        """Int64 `[G, E]`."""
+        """Int64 `[G, E]`; the heaviest expert of a voter is always read."""
         ids_NK = inputs.native_ids_NK.long()
         share_NK = inputs.native_share_NE.gather(-1, ids_NK)
         heavier_NK = (share_NK.unsqueeze(-2) * (share_NK.unsqueeze(-2) > share_NK.unsqueeze(-1))).sum(-1)

@@ -110,7 +110,7 @@ class Forward:
         if not self._again:
             self.tally.add(position, batch, outcome)
             if stored is not None:
-                self.tally.add_bytes(position, outcome, batch, stored.sizes())
+                self.tally.add_bytes(position, outcome, batch, stored.sizes)
             if terms.observe is not None:
                 terms.observe(position, batch, outcome)
         _, weights, ids = layer.unpack(output)

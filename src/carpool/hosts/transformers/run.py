@@ -155,7 +155,7 @@ class Run:
         """What reading an expert at a depth takes over its bytes in 16 bits, by layer, float64 `[17]` by depth."""
         plain = torch.zeros(ALL_BITS + 1, dtype=torch.float64, device="cpu")
         plain[ALL_BITS] = 1
-        return [plain if one.stored is None else one.stored.sizes() for one in self._terms.prepared]
+        return [plain if one.stored is None else one.stored.sizes for one in self._terms.prepared]
 
     def surrogate_shares(self) -> list[float]:
         """Bytes of one surrogate over those of one expert, by layer; 0 without surrogates."""
