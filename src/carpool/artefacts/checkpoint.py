@@ -1,0 +1,81 @@
+"""A checkpoint that Carpool made: a folder in transformers format, written in one piece, with a recipe beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from carpool.artefacts.files import write_text
+from carpool.errors import CarpoolError
+
+RECIPE = "recipe.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a checkpoint was made, and what that cost.
+
+    Attributes:
+        method: name of the method. parameters: all that it was given.
+        fingerprint: of the source's routers (`carpool.artefacts.identity.fingerprint`). architecture: its class.
+        data: `(file name, sha256)` of every text file that decided something.
+        errors: what was measured on text that decided nothing, by name.
+        created: date and time, ISO 8601, UTC. carpool_version: of the run.
+    """
+
+    method: str
+    parameters: Mapping[str, Any]
+    fingerprint: str
+    architecture: str
+    data: Sequence[tuple[str, str]]
+    errors: Mapping[str, Any]
+    created: str
+    carpool_version: str
+
+    def save(self, folder: Path) -> None:
+        """Write `recipe.json` into a folder."""
+        write_text(folder / RECIPE, json.dumps(asdict(self), indent=1) + "\n")
+
+
+def require_new_folder(path: str | Path) -> Path:
+    """The path, if a folder can be made there; call it before long work.
+
+    Raises:
+        CarpoolError: a file or a folder with something in it is there, or the folder around it is missing or read-only.
+    """
+    path = Path(path)
+    around = path.resolve().parent
+    if path.is_dir() and any(path.iterdir()):
+        raise CarpoolError(f"cannot write {path}: the folder is not empty; name a new one")
+    if path.exists() and not path.is_dir():
+        raise CarpoolError(f"cannot write {path}: a file is there; name a folder")
+    if not around.is_dir():
+        raise CarpoolError(f"cannot write {path}: the folder {around} does not exist")
+    if not os.access(around, os.W_OK | os.X_OK):
+        raise CarpoolError(f"cannot write {path}: the folder {around} is not writable")
+    return path
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name when the block ends, and vanishes if the block raises.
+
+    Raises:
+        CarpoolError: see `require_new_folder`, or the disk says no.
+    """
+    target = require_new_folder(path).resolve()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        temporary.replace(target)  # an empty folder gives way
+    except OSError as error:
+        raise CarpoolError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
