@@ -39,8 +39,8 @@ def sensitivity(num_experts: int, generator: torch.Generator) -> dict[str, Tenso
 
 def allow_lists(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Scores with ties, over all domains and of one."""
-    scores_2E = (torch.rand(2, num_experts, generator=generator) * 8).round() / 8
-    return {"easy_ep": scores_2E[0], "easy_ep/code": scores_2E[1]}
+    scores_3E = (torch.rand(3, num_experts, generator=generator) * 8).round() / 8
+    return {"easy_ep": scores_3E[0], "easy_ep/code": scores_3E[1], "reap": scores_3E[2]}
 
 
 def unexplained(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -63,4 +63,14 @@ def planes(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
         "depth_use": torch.rand(3, 8, num_experts, generator=generator).square(),
         "depth_gate": torch.rand(num_experts, generator=generator),
         "coverage": torch.randint(0, 99, (num_experts,), generator=generator),
+    }
+
+
+def usual_tokens(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Quantiles that ratios and norms of the harness's cases fall between, and experts in planes."""
+    share_K1 = 0.6 ** torch.arange(16).unsqueeze(-1)
+    return {
+        "ratio_quantiles": share_K1 * torch.linspace(0.2, 1, 11),
+        "l1_quantiles": torch.linspace(0, 24, 101),
+        **planes(num_experts, generator),
     }

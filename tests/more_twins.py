@@ -144,6 +144,27 @@ def layer_threshold_allowed(world: World, row: int, policy: Any, coreset: set[in
     return {e for j, (e, weight) in enumerate(pairs) if j == 0 or alpha * weight >= float(policy.tau) * total}
 
 
+def odp_allowed(world: World, row: int, policy: Any, coreset: set[int]) -> set[int]:
+    """MC: rank j goes if w_j / w_1 is below the quantile of its rank; important tokens keep all."""
+
+    def quantile(values: list[float], share: float) -> float:
+        place = share * (len(values) - 1)
+        low = min(int(place), len(values) - 2)
+        return values[low] + (values[low + 1] - values[low]) * (place - low)
+
+    pairs, size = by_weight(world, row), sum(abs(value) for value in world.extra["hidden"][row])
+    if policy.quantile == 0 or (
+        policy.protect > 0 and size >= quantile(world.stats["l1_quantiles"], 1 - policy.protect)
+    ):
+        return {e for e, _ in pairs}
+    least = [quantile(values, policy.quantile) for values in world.stats["ratio_quantiles"]]
+    return {e for j, (e, weight) in enumerate(pairs) if j == 0 or weight >= least[j] * pairs[0][1]}
+
+
+def odp_assign(world: World, row: int, policy: Any, allowed: set[int], coreset: set[int]) -> Choice:
+    return drop(world, row, policy, allowed, coreset)
+
+
 def skip_assign(world: World, row: int, policy: Any, allowed: set[int], coreset: set[int]) -> Choice:
     """What is left, mixed anew or with the weights it had."""
     if policy.renormalize:
@@ -155,10 +176,10 @@ def skip_assign(world: World, row: int, policy: Any, allowed: set[int], coreset:
 
 
 def listed(world: World, policy: Any) -> set[int]:
-    """The layer's list: given, or the highest EASY-EP scores."""
+    """The layer's list: given, or the highest scores of EASY-EP or REAP."""
     if policy.experts is not None:
         return set(policy.experts)
-    name = "easy_ep" if policy.domain is None else "easy_ep/" + policy.domain
+    name = policy.score if policy.domain is None else "easy_ep/" + policy.domain
     scores = {expert: int(single(score) * 2**40) for expert, score in enumerate(world.stats[name])}
     return top_by(scores, count(policy.size, world.num_experts))
 
@@ -176,6 +197,7 @@ SPECULATIVE = Twin(coreset=speculative_coreset, limit=budget_limit)
 TOP_P = Twin(allowed=top_p_allowed, assign=skip_assign)
 TAIL_MASS = Twin(allowed=tail_mass_allowed, assign=skip_assign)
 LAYER_THRESHOLD = Twin(allowed=layer_threshold_allowed, assign=skip_assign)
+ODP = Twin(allowed=odp_allowed, assign=odp_assign)
 ALLOW_LIST = Twin(
     coreset=lambda world, group, policy: listed(world, policy),
     allowed=lambda world, row, policy, coreset: listed(world, policy),

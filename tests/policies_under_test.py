@@ -12,7 +12,16 @@ from typing import Any
 import more_twins
 import torch
 import twins
-from layer_statistics import allow_lists, no_stats, norm_predictor, planes, sensitivity, similarities, unexplained
+from layer_statistics import (
+    allow_lists,
+    no_stats,
+    norm_predictor,
+    planes,
+    sensitivity,
+    similarities,
+    unexplained,
+    usual_tokens,
+)
 from torch import Tensor
 
 Texts = Callable[[int, int], list[str]]  # from E and K
@@ -255,6 +264,14 @@ ROWS = (
         stats=sensitivity,
     ),
     Row(
+        name="odp",
+        texts=lambda E, K: ["odp()", "odp(0.3, protect=0)", "odp(quantile=0.85, protect=0.4)"],
+        identity=lambda E, K: ["odp(0.0)", "odp(0.7, protect=1.0)"],
+        twin=more_twins.ODP,
+        stats=usual_tokens,
+        hidden=True,
+    ),
+    Row(
         name="allow_list",
         texts=lambda E, K: [
             f"allow_list({list(range(0, E, 2))})",
@@ -263,6 +280,7 @@ ROWS = (
             f"allow_list(size={half(E)})",
             "allow_list(size=0.25, fill='drop')",
             "allow_list(size=0.5, domain='code')",
+            "allow_list(size=0.5, score='reap')",
         ],
         identity=lambda E, K: [f"allow_list({list(range(E))})", "allow_list(size=1.0)", f"allow_list(size={E})"],
         twin=more_twins.ALLOW_LIST,

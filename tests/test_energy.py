@@ -40,7 +40,7 @@ def norm(values: list[float]) -> float:
 def twin(given: Seen) -> dict[str, list]:
     """Loops over tokens and experts."""
     hidden, outputs, ids, weights, residual, domain = (tensor.double().tolist() for tensor in given[:6])
-    gate, norms, squares, count = ([0.0] * E for _ in range(4))
+    gate, norms, squares, weighted, count = ([0.0] * E for _ in range(5))
     score, covered = ([[0.0] * E for _ in DOMAINS] for _ in range(2))
     logs, ratios = [], []
     for n in range(N):
@@ -52,6 +52,7 @@ def twin(given: Seen) -> dict[str, list]:
             gate[e] += w
             norms[e] += length
             squares[e] += length**2
+            weighted[e] += w * length
             count[e] += 1
             score[int(domain[n])][e] += w * length * max(0.0, 1 - cosine)
             covered[int(domain[n])][e] += 1
@@ -71,6 +72,7 @@ def twin(given: Seen) -> dict[str, list]:
         "gate_sum": gate,
         "norm_mean": [a / max(1, c) for a, c in zip(norms, count, strict=True)],
         "norm_square_mean": [a / max(1, c) for a, c in zip(squares, count, strict=True)],
+        "reap": [a / max(1, c) for a, c in zip(weighted, count, strict=True)],
         "easy_ep": [sum(own[e] / sum(own) for own in score) / len(DOMAINS) for e in range(E)],
         "easy_ep/a": [value / sum(score[0]) for value in score[0]],
         "easy_ep/b": [value / sum(score[1]) for value in score[1]],
@@ -80,6 +82,7 @@ def twin(given: Seen) -> dict[str, list]:
         "norm_bias": solved[H].tolist(),
         "norm_scale": statistics.fmean(logs) + 3 * statistics.pstdev(logs),
         "ratio_quantiles": deciles,
+        "l1_quantiles": np.quantile([sum(map(abs, row)) for row in hidden], np.linspace(0, 1, 101)).tolist(),
     }
 
 

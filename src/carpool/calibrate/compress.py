@@ -14,6 +14,7 @@ from torch import Tensor
 from carpool.calibrate.capture import Layer, Routed, calm, capture
 from carpool.calibrate.moments import Moments, Projections, by_expert
 from carpool.calibrate.run import BATCH_TOKENS, require_fitting
+from carpool.calibrate.token_quantiles import TokenQuantiles
 from carpool.errors import CarpoolError
 from carpool.experts.planes import GROUP
 from carpool.experts.rounding import nested_feedback, nested_round
@@ -87,7 +88,8 @@ def lost(tensors: Mapping[str, Tensor]) -> Tensor:
 
 def measure(projections: Projections, stored: StoredExperts, seen: Routed, seed: int) -> dict[str, Tensor]:
     """`depth_energy [E]`, `depth_error [L, E]`, `depth_bytes [L]`, `depth_use [V, S, E]`, `depth_gate [E]` on tokens
-    that the quantiser did not see (see `carpool.policies.Depth`). An expert without any has the layer's mean."""
+    that the quantiser did not see (see `carpool.policies.Depth`), and what is usual for these tokens
+    (`carpool.calibrate.token_quantiles`). An expert without any has the layer's mean."""
     E, depths = len(projections.into_ERH), stored.depths
     energy_E, count_E = torch.zeros(2, E)
     error_LE = torch.zeros(len(depths), E)
@@ -106,12 +108,15 @@ def measure(projections: Projections, stored: StoredExperts, seen: Routed, seed:
     )
     mean_E = torch.where(known_E, energy_E / count_E.clamp_min(1), energy_E.sum() / count_E.sum().clamp_min(1))
     sizes = stored.sizes[list(depths)]
+    usual = TokenQuantiles(seen.weights_NK.shape[1])
+    usual.update(seen.hidden_NH.cpu(), seen.weights_NK.cpu())
     return {
         "depth_energy": mean_E,
         "depth_error": share_LE.clamp(0, 1),
         "depth_bytes": sizes.float(),
         "depth_use": _use(seen, E, seed),
         "depth_gate": _gate(seen, E),
+        **usual.result(),
     }
 
 

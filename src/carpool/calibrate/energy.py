@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from carpool.calibrate.capture import Layer, Seen
+from carpool.calibrate.token_quantiles import TokenQuantiles
 
-RATIO_BINS = 1000  # of a histogram over [0, 1]: quantiles are exact to 0.001
-QUANTILES = 11  # 0, 0.1, ..., 1
 RIDGE = 1e-3  # times the mean squared hidden number
 LEAST_NORM = 1e-12  # an output of zero has no logarithm
 
@@ -29,13 +28,13 @@ class Energy:
 
         self.gate_E = zeros(num_experts)  # sums over the tokens of an expert: of its weight,
         self.norm_E = zeros(num_experts)  # of its output's norm
-        self.square_E = zeros(num_experts)  # and of the norm squared
+        self.square_E = zeros(num_experts)  # of the norm squared
+        self.weighted_E = zeros(num_experts)  # and of weight times norm
         self.coverage_E = zeros(num_experts)
         self.log_sums = zeros(2)  # of log norms and of their squares, over (token, native expert) pairs
         self.inputs_DD = zeros(hidden_size + 1, hidden_size + 1)  # x x^T, with a last x of 1 for the intercept
         self.targets_DE = zeros(hidden_size + 1, num_experts)  # x log ||E_e(x)||
-        self.ratios_KB = zeros(top_k, RATIO_BINS + 1)  # counts of w_(j) / w_(1)
-        self.tokens = 0
+        self._usual = TokenQuantiles(top_k, device)
 
     @classmethod
     def of(cls, layer: Layer) -> Energy:
@@ -51,6 +50,7 @@ class Energy:
             (self.gate_E, weights_NK),
             (self.norm_E, norm_NK),
             (self.square_E, norm_NK.square()),
+            (self.weighted_E, weights_NK * norm_NK),
             (self.coverage_E, torch.ones_like(norm_NK)),
         ):
             total_E.index_add_(0, experts_S, values_NK.flatten())
@@ -62,20 +62,16 @@ class Energy:
         self.inputs_DD += inputs_ND.T @ inputs_ND
         self.targets_DE += inputs_ND.T @ log_NE
 
-        sorted_NK = weights_NK.sort(dim=-1, descending=True).values
-        ratio_NK = sorted_NK / sorted_NK[:, :1].clamp_min(LEAST_NORM)
-        slots_NK = torch.arange(ids_NK.shape[1], device=ids_NK.device) * (RATIO_BINS + 1)
-        bins_S = ((ratio_NK * RATIO_BINS).round().long() + slots_NK).flatten()
-        self.ratios_KB += bins_S.bincount(minlength=self.ratios_KB.numel()).view_as(self.ratios_KB)
-        self.tokens += len(ids_NK)
+        self._usual.update(seen.hidden_NH, weights_NK)
 
     def result(self) -> dict[str, Tensor]:
         """Float32, by name:
 
         `gate_sum [E]`, `norm_mean [E]` and `norm_square_mean [E]` over an expert's tokens (0 without any);
+        `reap [E]`, their mean of weight times norm (REAP's criterion, arXiv 2510.13999);
         `norm_weight [E, H]`, `norm_bias [E]`: the predictor; `norm_scale []`: mean and three standard deviations of the
         logarithms of the native experts' output norms;
-        `ratio_quantiles [K, 11]`: deciles of the weight of the j-th heaviest native expert over the heaviest's.
+        what is usual for a token (`carpool.calibrate.token_quantiles`).
         """
         seen_E = self.coverage_E.clamp_min(1)
         predictor_DE = self._predictor()
@@ -85,23 +81,15 @@ class Energy:
             "gate_sum": self.gate_E,
             "norm_mean": self.norm_E / seen_E,
             "norm_square_mean": self.square_E / seen_E,
+            "reap": self.weighted_E / seen_E,
             "norm_weight": predictor_DE[:-1].T,
             "norm_bias": predictor_DE[-1],
             "norm_scale": mean + 3 * (square - mean.square()).clamp_min(0).sqrt(),
-            "ratio_quantiles": self._quantiles(),
         }
-        return {name: tensor.float().contiguous().cpu() for name, tensor in result.items()}
+        return {name: tensor.float().contiguous().cpu() for name, tensor in result.items()} | self._usual.result()
 
     def _predictor(self) -> Tensor:
         ridge_D = self.inputs_DD.diagonal().clone()
         ridge_D[:-1] = RIDGE * ridge_D[:-1].mean().clamp_min(LEAST_NORM)
         ridge_D[-1] = 0.0  # the intercept is free
         return torch.linalg.solve(self.inputs_DD + ridge_D.diag(), self.targets_DE)
-
-    def _quantiles(self) -> Tensor:
-        """The smallest ratio that at least the wanted share of tokens does not exceed."""
-        reached_KB = self.ratios_KB.cumsum(-1)
-        steps = QUANTILES - 1
-        wanted_Q = (torch.arange(QUANTILES, device=reached_KB.device) * self.tokens + steps - 1) // steps
-        wanted_KQ = wanted_Q.clamp_min(1).double().expand(len(reached_KB), -1).contiguous()
-        return torch.searchsorted(reached_KB, wanted_KQ) / RATIO_BINS

@@ -14,6 +14,7 @@ from carpool.cli.app import command
 from carpool.cli.calibrate import require_windows
 from carpool.cli.common import calibration_texts, listed, open_model, progress, require_number, warn
 from carpool.cli.options import Model, Seed, Texts, WindowLength
+from carpool.cli.pruned import METHODS, require_pruning, write_pruned
 from carpool.cli.table import Column, Row, print_table, say
 from carpool.errors import CarpoolError
 
@@ -31,10 +32,17 @@ class Options:
 
     model: Model = None
     text: Texts = None
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("experts.safetensors")
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; for a pruned model a new folder.")] = (
+        Path("experts.safetensors")
+    )
     method: Annotated[
-        str, typer.Option(help="energy, moequant, gptq (error feedback, tokens counted by weight) or round.")
+        str,
+        typer.Option(
+            help="energy, moequant, gptq (error feedback, tokens counted by weight) or round; reap, easy-ep or naee "
+            "write a model with fewer experts instead."
+        ),
     ] = "energy"
+    keep: Annotated[int | None, typer.Option(help="Experts that a pruned model keeps in each layer.")] = None
     depths: Annotated[str, typer.Option(help="Bits at which experts can be read.")] = "2,3,4,5,6"
     group: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64
     tokens: Annotated[int, typer.Option(help="Tokens to run; text that ends earlier gives fewer.")] = 60_000
@@ -48,6 +56,7 @@ def compress(options: Options) -> None:
 
     Layers that are done are kept beside the output until the file is written: an interrupted run goes on there.
     """
+    from carpool.artefacts.checkpoint import require_new_folder
     from carpool.artefacts.files import require_writable
     from carpool.calibrate import token_sequences
     from carpool.calibrate.compress import POWERS
@@ -56,12 +65,24 @@ def compress(options: Options) -> None:
     require_windows(options.tokens, options.sequence, options.seed)
     depths = _depths(options.depths)
     require_number("--group", options.group, 8, 4096)
-    if options.method not in POWERS:
-        raise CarpoolError(f"--method {options.method}: use one of {', '.join(POWERS)}")
-    require_writable(options.output)
+    pruning = options.method in METHODS
+    if options.method not in POWERS and not pruning:
+        raise CarpoolError(f"--method {options.method}: use one of {', '.join((*POWERS, *METHODS))}")
+    if options.keep is not None and not pruning:
+        raise CarpoolError(f"--keep {options.keep}: it goes with --method {', '.join(METHODS)}, which remove experts")
+    (require_new_folder if pruning else require_writable)(options.output)
     documents, data = calibration_texts(console, options.text)
     opened = open_model(options.model)
+    keep = require_pruning(opened, options.method, options.keep) if pruning else 0
     windows = token_sequences(documents, opened.tokenizer, options.tokens, options.sequence, options.seed, True)
+    if pruning:
+        settings = {"tokens": windows.ids_BT.numel(), "sequence": options.sequence, "seed": options.seed}
+        write_pruned(
+            console, opened, windows, method=options.method, keep=keep, output=options.output, data=data,  # type: ignore[arg-type]  # checked
+            settings=settings,
+        )  # fmt: skip
+        say(console, f"wrote {options.output}, which stock transformers and vLLM load as any other model")
+        return
     stats = make(opened.weights(), windows, depths, options, data)
     show(console, stats, depths)
     say(console, f"wrote {options.output}")

@@ -10,6 +10,7 @@ from carpool.plans.grammar import Plan
 from carpool.plans.guards import DecodeOnly, Floor, Guard, MinBatch, Protect, ShortCircuit
 from carpool.policies import (
     BASE,
+    ODP,
     OEA,
     SERE,
     AllowList,
@@ -102,6 +103,7 @@ TRAITS: dict[type[Policy], Callable[[Any, int, int], Traits]] = {
 UNFIT: dict[type[Policy], str] = {
     XShareSpeculative: "needs more than two launches: its set for every request comes before that of the batch",
     **dict.fromkeys((Depth, Hobbit, BitPlan), "reads experts at depths, which the kernels do not know"),
+    ODP: "looks at the size of each row's hidden state, which the kernels are not given",
     XShareExpertParallel: "needs the device of each expert, which no engine says",
 }
 KNOWN_GUARDS = (DecodeOnly, MinBatch, Protect, ShortCircuit, Floor)

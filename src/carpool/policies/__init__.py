@@ -9,6 +9,7 @@ from carpool.policies.depth import Depth
 from carpool.policies.des import DESSeq, DESVote
 from carpool.policies.hobbit import Hobbit
 from carpool.policies.lynx import Lynx
+from carpool.policies.odp import ODP
 from carpool.policies.oea import OEA
 from carpool.policies.registry import policies, policy_class, register
 from carpool.policies.sere import SERE
@@ -20,6 +21,7 @@ from carpool.policies.xshare_speculative import XShareSpeculative
 
 __all__ = [
     "BASE",
+    "ODP",
     "OEA",
     "SERE",
     "AllowList",

@@ -30,10 +30,12 @@ class AllowList(Policy):
         size: instead of `experts`: the layer's `size` experts with the highest score in the statistics; an int
             counts experts, a float in (0, 1] is a share of `E`. The paper keeps a half or a quarter.
         domain: with `size`, the domain whose scores count; default: the mean over all domains of the statistics.
+        score: with `size`, whose scores: `easy_ep`, or `reap` (REAP, arXiv 2510.13999: an expert's mean of weight times
+            output norm over its tokens; of all domains together).
         fill: `backfill` gives a token its next best allowed experts, `drop` only the native ones that are allowed
             (and its best allowed one if there are none).
 
-    Statistics: with `size`, `easy_ep [E]`, or `easy_ep/DOMAIN [E]` (`carpool calibrate --energy`).
+    Statistics: with `size`, `easy_ep [E]`, `reap [E]` or `easy_ep/DOMAIN [E]` (`carpool calibrate --energy`).
 
     Reading of the paper: an expert outside the list is never chosen, also where its score is the only one that is
     left of the groups a row may use (the released mask lets it through there).
@@ -47,6 +49,7 @@ class AllowList(Policy):
     size: int | float | None = None
     fill: Literal["backfill", "drop"] = "backfill"
     domain: str | None = None
+    score: Literal["easy_ep", "reap"] = "easy_ep"
 
     name = "allow_list"
     paper = "EASY-EP, arXiv 2504.06792"
@@ -58,6 +61,9 @@ class AllowList(Policy):
         good = self.domain is None or (isinstance(self.domain, str) and self.domain != "" and self.size is not None)
         require(good, f"domain={self.domain!r}: give the name of a domain of the statistics, together with size=...")
         require(self.fill in ("backfill", "drop"), f"fill={self.fill!r}: use 'backfill' or 'drop'")
+        require(self.score in ("easy_ep", "reap"), f"score={self.score!r}: use 'easy_ep' or 'reap'")
+        whose = self.score == "easy_ep" or (self.size is not None and self.domain is None)
+        require(whose, f"score={self.score!r}: it goes with size=..., and there is none of single domains")
         if self.experts is not None:
             good = isinstance(self.experts, list | tuple) and all(type(e) is int and e >= 0 for e in self.experts)
             require(good and len(self.experts) > 0, f"experts={self.experts!r}: give a list of expert ids")
@@ -75,7 +81,7 @@ class AllowList(Policy):
     def required_stats(self) -> tuple[str, ...]:
         if self.size is None:
             return ()
-        return ("easy_ep",) if self.domain is None else (f"easy_ep/{self.domain}",)
+        return (self.score,) if self.domain is None else (f"easy_ep/{self.domain}",)
 
     def prepare(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`allow [E]` bool."""

@@ -93,6 +93,11 @@ class MoELayer:
             "a replaced router cannot be shared"
         )
 
+    def route(self, hidden_NH: Tensor) -> tuple[Tensor, Routing]:
+        """Logits `[N, E]` and native routing of rows, by the router alone."""
+        given = [weight(self.block, name) for name in self.rule.arguments]
+        return self.routed(self.router(hidden_NH.unsqueeze(0) if self.rule.unflattened else hidden_NH, *given))
+
     def routed(self, output: tuple) -> tuple[Tensor, Routing]:
         """Logits `[N, E]` and native routing in the router's output."""
         logits, weights, ids = self.unpack(output)

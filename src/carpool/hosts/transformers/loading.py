@@ -31,6 +31,11 @@ class Opened:
     _config: Any
     _where: dict[str, Any]
 
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self._config
+
     def weights(self, dtype: torch.dtype | str | None = None, device_map: Any = None) -> Any:
         """The model in evaluation mode; arguments as of `load_model`.
 

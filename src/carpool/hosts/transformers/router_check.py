@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from carpool.hosts.transformers.layers import MoELayer
-from carpool.hosts.transformers.offload import weight
 from carpool.routing.conformance import compare
 from carpool.routing.spec import Routing
 
@@ -26,10 +25,7 @@ def check_on_random(layer: MoELayer) -> None:
     generator = torch.Generator("cpu").manual_seed(0)
     hidden_NH = torch.randn(ROWS, weight_EH.shape[1], generator=generator, device="cpu")
     hidden_NH = hidden_NH.to(weight_EH.device, weight_EH.dtype)
-    given = [weight(layer.block, name) for name in layer.rule.arguments]
-    hidden = hidden_NH.unsqueeze(0) if layer.rule.unflattened else hidden_NH
-    logits_NE, native = layer.routed(layer.router(hidden, *given))
-    check(layer, logits_NE, native)
+    check(layer, *layer.route(hidden_NH))
 
 
 def check(layer: MoELayer, logits_NE: Tensor, native: Routing) -> None:
