@@ -202,6 +202,7 @@ def main() -> None:
         cells[str(batch)] = {
             "stock_union": found[0][2].union.value,
             "sequence": options.sequence,
+            "batches": BATCHES,
             "settings": [
                 {"method": name, "file": file, "policy": result.measured.name, "bytes": asdict(result.bytes_share),
                  "union": asdict(result.union_share), "kl": asdict(result.kl)}

@@ -79,21 +79,22 @@ def test_feedback_loses_less_of_the_outputs_at_every_depth() -> None:
         assert after < 0.8 * before, depth
 
 
-def test_feedback_at_one_depth_is_gptq() -> None:
+@pytest.mark.parametrize("centre", [0.5, 0.0])
+def test_feedback_at_one_depth_is_gptq(centre: float) -> None:
     """Against the plain recursion: quantise an input, solve the rest for what it leaves, go on."""
     weight_ERI, moment_EII = weights()[:1, :2], damped(moments()[:1])
-    given = nested_feedback(weight_ERI, moments()[:1], (3,), 40)
+    given = nested_feedback(weight_ERI, moments()[:1], (3,), 40, centre)
     codes = given.codes(3)[0]
     from carpool.experts.rounding import _search
 
-    _, scale_LERG = _search(weight_ERI, moment_EII.diagonal(dim1=-2, dim2=-1), (3,), 40)
+    _, scale_LERG = _search(weight_ERI, moment_EII.diagonal(dim1=-2, dim2=-1), (3,), 40, centre)
     scale_R1 = scale_LERG[0, 0]
     left, free = weight_ERI[0].double().clone(), list(range(40))
     for column in range(40):
         wanted = left[:, column] / scale_R1[:, 0].double()
-        code = (wanted + 4).floor().clamp(0, 7)
+        code = (wanted + 4.5 - centre).floor().clamp(0, 7)
         assert torch.equal(code.int(), codes[:, column]), column
-        error = left[:, column] - (code - 3.5) * scale_R1[:, 0].double()
+        error = left[:, column] - (code - 4 + centre) * scale_R1[:, 0].double()
         free = free[1:]
         if free:
             # the rest absorbs the error: least squares over the inputs that are not rounded yet

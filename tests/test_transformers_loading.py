@@ -24,10 +24,14 @@ from carpool.hosts.transformers import find_layers, load_model
 def save(folder: Path, model: Any, *, tokenizer: bool = True) -> Path:
     model.save_pretrained(folder)
     if tokenizer:
-        words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "the": 2, "cat": 3}, unk_token="<unk>"))
-        words.pre_tokenizer = pre_tokenizers.Whitespace()
-        PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+        save_tokenizer(folder)
     return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "the": 2, "cat": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
 
 
 @pytest.fixture

@@ -7,11 +7,12 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from carpool.artefacts.files import write_text
+from carpool.artefacts.json_text import read_json
 from carpool.errors import CarpoolError
 
 RECIPE = "recipe.json"
@@ -26,6 +27,7 @@ class Recipe:
         fingerprint: of the source's routers (`carpool.artefacts.identity.fingerprint`). architecture: its class.
         data: `(file name, sha256)` of every text file that decided something.
         errors: what was measured on text that decided nothing, by name.
+        sizes: bytes of an expert over those in 16 bits: as it is `stored` and, where it has depths, `read` by depth.
         created: date and time, ISO 8601, UTC. carpool_version: of the run.
     """
 
@@ -37,10 +39,23 @@ class Recipe:
     errors: Mapping[str, Any]
     created: str
     carpool_version: str
+    sizes: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write `recipe.json` into a folder."""
         write_text(folder / RECIPE, json.dumps(asdict(self), indent=1) + "\n")
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """What `recipe.json` of a folder says.
+
+    Raises:
+        CarpoolError: it is missing or damaged.
+    """
+    content = read_json(folder / RECIPE, "the recipe")
+    if not isinstance(content, dict):
+        raise CarpoolError(f"{folder / RECIPE} is no recipe; make the checkpoint again")
+    return content
 
 
 def require_new_folder(path: str | Path) -> Path:

@@ -105,7 +105,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     Raises:
         CarpoolError: the file cannot be read, is none, is truncated, or its header is damaged or beyond reason.
     """
-    with _opened(path) as file:
+    with opened_safetensors(path) as file:
         # copies: what is read stays as it is when somebody writes over the file
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no iterable
         return tensors, dict(file.metadata() or {})
@@ -113,12 +113,23 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
 
 def safetensors_names(path: str | Path) -> list[str]:
     """The names of a file's tensors, of which none is read; raises what `read_safetensors` raises for its header."""
-    with _opened(path) as file:
+    with opened_safetensors(path) as file:
         return list(file.keys())
 
 
+def safetensors_sizes(path: str | Path) -> dict[str, int]:
+    """Bytes of a file's tensors by name; none is read. Raises what `read_safetensors` raises for its header."""
+    from carpool.artefacts.json_text import parse_json
+
+    names = safetensors_names(path)
+    with Path(path).open("rb") as opened:
+        header = parse_json(opened.read(int.from_bytes(opened.read(8), "little")), f"the header of {path}")
+    return {name: header[name]["data_offsets"][1] - header[name]["data_offsets"][0] for name in names}
+
+
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
+def opened_safetensors(path: str | Path) -> Iterator[Any]:
+    """A safetensors file, tensor by tensor; raises what `read_safetensors` raises."""
     from safetensors import SafetensorError, safe_open
 
     path = require_file(path)

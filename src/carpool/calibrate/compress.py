@@ -16,7 +16,7 @@ from carpool.calibrate.moments import Moments, Projections, by_expert
 from carpool.calibrate.run import BATCH_TOKENS, require_fitting
 from carpool.calibrate.token_quantiles import TokenQuantiles
 from carpool.errors import CarpoolError
-from carpool.experts.planes import GROUP
+from carpool.experts.planes import GROUP, MIDDLE
 from carpool.experts.rounding import nested_feedback, nested_round
 from carpool.experts.stored import StoredExperts
 
@@ -37,6 +37,7 @@ def compress(
     depths: tuple[int, ...] = DEPTHS,
     group: int = GROUP,
     method: Method = "energy",
+    centre: float = MIDDLE,
     seed: int = 0,
     known: Mapping[int, dict[str, Tensor]] | None = None,
     done: Callable[[int, dict[str, Tensor]], None] = lambda layer, tensors: None,
@@ -52,6 +53,7 @@ def compress(
         depths: offered ones, ascending. group: inputs that share a scale.
         method: `round` to the nearest; `gptq` with error feedback by the inputs' second moments; `moequant` the same
             with every token counted by its gate weight, `energy` by that squared, as the lost energy counts it.
+        centre: of a cell of the quantiser (see `carpool.experts.planes.Planes`).
         seed: of the sampled batches.
         known: layers that an earlier run has done.
         done: given every layer's index and tensors as soon as they are known.
@@ -71,7 +73,7 @@ def compress(
                     moment.update(one)
             held = [_joined(list(one)) for one in zip(*_passes(model, some, sequences_BT[held_B]), strict=True)]
             for layer, moment, seen in zip(some, moments, held, strict=True):
-                stored = _quantised(moment, depths, group, method)
+                stored = _quantised(moment, depths, group, method, centre)
                 measured = measure(moment.projections, stored, seen, seed)
                 found[layer.index] = {
                     **stored.tensors(), **measured, "coverage": moment.coverage_E.cpu(), **layer.sample().tensors,
@@ -139,14 +141,16 @@ def _gate(seen: Routed, num_experts: int) -> Tensor:
     return (sums_E / sums_E.sum()).float()
 
 
-def _quantised(moment: Moments, depths: tuple[int, ...], group: int, method: Method) -> StoredExperts:
+def _quantised(moment: Moments, depths: tuple[int, ...], group: int, method: Method, centre: float) -> StoredExperts:
     pairs = (
         (moment.projections.into_ERH, moment.into_EHH),
         (moment.projections.out_EHI, moment.out_EII),
     )
     if method == "round":
-        return StoredExperts(*(nested_round(weight_ERI, depths, group) for weight_ERI, _ in pairs))
-    return StoredExperts(*(nested_feedback(weight_ERI, moment_EII, depths, group) for weight_ERI, moment_EII in pairs))
+        return StoredExperts(*(nested_round(weight_ERI, depths, group, centre) for weight_ERI, _ in pairs))
+    return StoredExperts(
+        *(nested_feedback(weight_ERI, moment_EII, depths, group, centre) for weight_ERI, moment_EII in pairs)
+    )
 
 
 def _chunks(layers: Sequence[Layer]) -> list[list[Layer]]:

@@ -110,7 +110,7 @@ def load(model: str | None, stats: Path | None, plans: Sequence[AnyPlan] = ()) -
 
 
 def named_statistics(plans: Sequence[AnyPlan], stats: Path | None, opened: Opened) -> Statistics | None:
-    """The statistics that were named; None where none were.
+    """The statistics that were named, or that are the model's own experts; None where there are neither.
 
     Raises:
         CarpoolError: before weights are read: the file cannot be; a policy needs statistics, and neither the option nor
@@ -121,6 +121,8 @@ def named_statistics(plans: Sequence[AnyPlan], stats: Path | None, opened: Opene
 
     if stats is not None:
         return Statistics.load(stats)
+    if opened.planes is not None:
+        return Statistics.load(opened.planes)
     for plan in plans:
         needy = plan.required_stats() and getattr(plan, "statistics", None) is None
         if needy and may_be_shipped(opened) is None:

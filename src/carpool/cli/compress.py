@@ -1,4 +1,4 @@
-"""`carpool compress`: a model's experts as planes of bits, which can be read as deep as a batch needs."""
+"""`carpool compress`: a model's experts in planes, read as deep as a batch needs, or as other engines load them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from carpool.artefacts.statistics import Statistics
 
 FEW_TOKENS = 64  # an expert with fewer has hardly been seen
+RECORDED = ("group", "tokens", "sequence", "seed")  # of the options, in a recipe beside method and depths
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,16 @@ class Options:
 
     model: Model = None
     text: Texts = None
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; for a pruned model a new folder.")] = (
-        Path("experts.safetensors")
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="File to write (.safetensors), or a new folder for a checkpoint."),
+    ] = Path("experts.safetensors")
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="Of a checkpoint: planes, compressed-tensors or rounded (16 bits); by --bits."),
+    ] = None
+    bits: Annotated[int | None, typer.Option(help="Bits of every expert, for checkpoints that other engines load.")] = (
+        None
     )
     method: Annotated[
         str,
@@ -54,44 +63,68 @@ class Options:
 def compress(options: Options) -> None:
     """Store a model's experts in bit planes, for policies that read each as deep as its batch needs.
 
-    Layers that are done are kept beside the output until the file is written: an interrupted run goes on there.
+    Layers that are done are kept beside the output until that is written: an interrupted run goes on there.
     """
-    from carpool.artefacts.checkpoint import require_new_folder
-    from carpool.artefacts.files import require_writable
     from carpool.calibrate import token_sequences
     from carpool.calibrate.compress import POWERS
+    from carpool.cli.compress_output import Output
 
     console = Console()
     require_windows(options.tokens, options.sequence, options.seed)
-    depths = _depths(options.depths)
     require_number("--group", options.group, 8, 4096)
     pruning = options.method in METHODS
     if options.method not in POWERS and not pruning:
         raise CarpoolError(f"--method {options.method}: use one of {', '.join((*POWERS, *METHODS))}")
     if options.keep is not None and not pruning:
         raise CarpoolError(f"--keep {options.keep}: it goes with --method {', '.join(METHODS)}, which remove experts")
-    (require_new_folder if pruning else require_writable)(options.output)
+    if pruning:
+        prune(console, options)
+        return
+    output = Output.of(options.output, options.form, options.bits)
+    depths = _depths(options.depths) if options.bits is None else (options.bits,)
     documents, data = calibration_texts(console, options.text)
     opened = open_model(options.model)
-    keep = require_pruning(opened, options.method, options.keep) if pruning else 0
+    output.check(opened, options.group)
     windows = token_sequences(documents, opened.tokenizer, options.tokens, options.sequence, options.seed, True)
-    if pruning:
-        settings = {"tokens": windows.ids_BT.numel(), "sequence": options.sequence, "seed": options.seed}
-        write_pruned(
-            console, opened, windows, method=options.method, keep=keep, output=options.output, data=data,  # type: ignore[arg-type]  # checked
-            settings=settings,
-        )  # fmt: skip
-        say(console, f"wrote {options.output}, which stock transformers and vLLM load as any other model")
-        return
-    stats = make(opened.weights(), windows, depths, options, data)
+    model = opened.weights()
+    stats, kept = make(model, windows, depths, options, data, output.centre)
     show(console, stats, depths)
+    recorded = {name: getattr(options, name) for name in RECORDED}
+    output.write(opened, model, stats, options.method, {"depths": list(depths), **recorded})
+    kept.remove()
     say(console, f"wrote {options.output}")
 
 
+def prune(console: Console, options: Options) -> None:
+    """Write a model with fewer experts."""
+    from carpool.artefacts.checkpoint import require_new_folder
+    from carpool.calibrate import token_sequences
+
+    if options.bits is not None or options.form is not None:
+        raise CarpoolError(
+            f"--method {options.method} removes experts and quantises none: leave out --bits and --format"
+        )
+    require_new_folder(options.output)
+    documents, data = calibration_texts(console, options.text)
+    opened = open_model(options.model)
+    keep = require_pruning(opened, options.method, options.keep)
+    windows = token_sequences(documents, opened.tokenizer, options.tokens, options.sequence, options.seed, True)
+    settings = {"tokens": windows.ids_BT.numel(), "sequence": options.sequence, "seed": options.seed}
+    write_pruned(
+        console, opened, windows, method=options.method, keep=keep, output=options.output, data=data,  # type: ignore[arg-type]  # checked
+        settings=settings,
+    )  # fmt: skip
+    say(console, f"wrote {options.output}, which stock transformers and vLLM load as any other model")
+
+
 def make(
-    model: Any, windows: Any, depths: tuple[int, ...], options: Options, data: list[tuple[str, str]]
-) -> Statistics:
-    """Quantise all layers, those that an earlier run has left excepted, and write the file."""
+    model: Any, windows: Any, depths: tuple[int, ...], options: Options, data: list[tuple[str, str]], centre: float
+) -> tuple[Statistics, Kept]:
+    """Quantise all layers, those that an earlier run has left excepted; with where they are kept until all is written.
+
+    Args:
+        centre: of a cell of the quantiser.
+    """
     from carpool.artefacts.identity import fingerprint
     from carpool.calibrate.compress import compress as run
     from carpool.calibrate.run import signed
@@ -99,8 +132,8 @@ def make(
 
     layers = find_layers(model)
     name = fingerprint((layer.index, layer.weight_EH) for layer in layers)
-    kept = Kept(options.output, [name, options.method, options.depths, options.group, options.tokens, options.sequence,
-                                 options.seed, data])  # fmt: skip
+    kept = Kept(options.output, [name, options.method, depths, options.group, options.tokens, options.sequence,
+                                 options.seed, data, centre])  # fmt: skip
     known = kept.read()
     with progress("compressing", len(layers), "layers") as advance:
         advance(len(known))
@@ -113,15 +146,14 @@ def make(
 
         found = run(
             model, layers, windows.ids_BT, windows.held_B, depths=depths, group=options.group,
-            method=options.method, seed=options.seed, known=known, done=done,  # type: ignore[arg-type]  # checked
+            method=options.method, centre=centre,  # type: ignore[arg-type]  # checked
+            seed=options.seed, known=known, done=done,
         )  # fmt: skip
     stats = signed(
         model, layers, found, hidden_size=layers[0].weight_EH.shape[1], tokens=windows.ids_BT.numel(),
         seed=options.seed, data=data,
     )  # fmt: skip
-    stats.save(options.output)
-    kept.remove()
-    return stats
+    return stats, kept
 
 
 class Kept:

@@ -92,7 +92,7 @@ def prepare(console: Console, options: Options) -> Prepared:
     both = (halves.search, halves.verify)
     with progress("tokenizing", sum(len(document.text) for half in both for document in half)) as advance:
         search, verify = (draw(half, opened.tokenizer, options, layout, advance) for half in both)
-    shipped = may_be_shipped(opened) if options.stats is None else None
+    shipped = opened.planes or may_be_shipped(opened) if options.stats is None else None
     needy = options.stats is None and any(one.required_stats for one in families)
 
     def cut() -> Windows:
@@ -101,7 +101,7 @@ def prepare(console: Console, options: Options) -> Prepared:
     windows, made = cut() if needy and shipped is None else None, None
     model = opened.weights(device_map=options.device_map)
     model_id = identity(find_layers(model))
-    statistics = options.stats or (None if shipped is None else shipped_with(model_id))
+    statistics = options.stats or opened.planes or (None if shipped is None else shipped_with(model_id))
     if needy and statistics is None:
         statistics = made = _calibrate(model, cut() if windows is None else windows, options, data)
     if statistics is not None:
@@ -110,7 +110,7 @@ def prepare(console: Console, options: Options) -> Prepared:
     families = [one for one in families if one.values(moe.experts, moe.top_k)]
     if not families:
         raise CarpoolError(f"{statistics} holds no experts in planes; make them with `{made_by('planes_shape')}`")
-    return Prepared(families, layout, data, search, verify, model, moe, model_id, statistics, made)
+    return Prepared(families, layout, data, search, verify, model, moe, model_id, statistics, opened.planes, made)
 
 
 def check(options: Options) -> tuple[list[Family], Layout]:
@@ -175,7 +175,8 @@ def write(options: Options, ready: Prepared, target: Target, found: Tuned, searc
         "fingerprint": ready.identity.fingerprint, "num_layers": ready.moe.layers, "num_experts": ready.moe.experts,
         "top_k": ready.moe.top_k,
     }  # fmt: skip
-    statistics = _beside(options.output, ready.statistics) if found.plan.required_stats() else None
+    part = ready.statistics == ready.planes  # of the model, which brings it
+    statistics = None if part or not found.plan.required_stats() else _beside(options.output, ready.statistics)
     PolicyFile(
         found.plan,
         {},

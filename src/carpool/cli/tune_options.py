@@ -67,7 +67,8 @@ class Prepared:
         families: to choose from. layout: of a batch.
         data: names and hashes of the files of text. search, verify: sequences of their halves.
         model: loaded. moe: its numbers. identity: what files made for it are checked against.
-        statistics: file that some families need, or None. made: the same, if this run made it.
+        statistics: file that some families need, or None. planes: the model's experts, where they are planes of bits.
+        made: statistics that this run made.
     """
 
     families: list[Family]
@@ -79,4 +80,5 @@ class Prepared:
     moe: MoE
     identity: Identity
     statistics: Path | None
+    planes: Path | None
     made: Path | None = None

@@ -36,7 +36,7 @@ class Watch:
     Attributes:
         sums: by layer position, `[fields, M]` float64 in the order of `LAYER_FIELDS`.
         shares: bytes of one surrogate over those of one expert, by layer; `bytes` counts both in experts.
-        sizes: bytes of one expert over those in 16 bits, by layer and depth.
+        sizes: bytes of one expert over those that stock reads for it, by layer and depth.
     """
 
     def __init__(self, layout: Steps, copies: int) -> None:

@@ -18,14 +18,15 @@ GROUP = 32  # inputs that share a scale
 MOST_BITS = 8
 SCALE_BYTES = 2
 UNIT_BYTES = 4
+MIDDLE = 0.5  # of a cell; its lower end is 0
 
 
 @dataclass(frozen=True, eq=False)
 class Planes:
     """One matrix of every expert as planes of bits, the most significant first.
 
-    Read at depth `d`, a weight is `(code - (2**d - 1) / 2) * scale * unit`, where `code` are its first `d` bits: the
-    middle of the cell of weights that share them, so that no offset has to be stored.
+    Read at depth `d`, a weight is `(code - 2**(d - 1) + centre) * scale * unit`, where `code` are its first `d` bits:
+    the middle of the cell of weights that share them, so that no offset has to be stored.
 
     Attributes:
         planes_DERB: uint8, bit `i % 8` of byte `i // 8` belongs to input `i`.
@@ -33,6 +34,7 @@ class Planes:
         unit_E: float32, a power of two that brings an expert's scales into float16's range.
         depths: the offered depths, ascending; the last is `D`.
         width: `I`. group: inputs of a group; the last may have fewer.
+        centre: of a cell, from its lower end; 0 gives the signed integers of other formats, at one depth only.
     """
 
     planes_DERB: Tensor
@@ -41,6 +43,7 @@ class Planes:
     depths: tuple[int, ...]
     width: int
     group: int = GROUP
+    centre: float = MIDDLE
 
     def __post_init__(self) -> None:
         """Raises CarpoolError for tensors that do not fit together."""
@@ -60,12 +63,14 @@ class Planes:
             )
 
     @classmethod
-    def of(cls, codes_ERI: Tensor, scale_LERG: Tensor, depths: tuple[int, ...], group: int = GROUP) -> Planes:
+    def of(
+        cls, codes_ERI: Tensor, scale_LERG: Tensor, depths: tuple[int, ...], group: int = GROUP, centre: float = MIDDLE
+    ) -> Planes:
         """From codes of the deepest depth (integers from 0 to `2**D - 1`) and one scale for each group and depth."""
         largest_E = scale_LERG.float().amax((0, 2, 3)).clamp_min(1e-30)
         unit_E = torch.exp2(torch.floor(torch.log2(largest_E)))
         scale_LERG = (scale_LERG / unit_E[:, None, None]).to(torch.float16)
-        return cls(pack(codes_ERI, depths[-1]), scale_LERG, unit_E, depths, codes_ERI.shape[-1], group)
+        return cls(pack(codes_ERI, depths[-1]), scale_LERG, unit_E, depths, codes_ERI.shape[-1], group, centre)
 
     @property
     def num_experts(self) -> int:
@@ -83,9 +88,12 @@ class Planes:
         """
         if depth not in self.depths:
             raise CarpoolError(f"these experts can be read at {list(self.depths)} bits, not at {depth}")
-        scale_ERG = self.scale_LERG[self.depths.index(depth)].float() * self.unit_E[:, None, None]
-        scale_ERI = scale_ERG.repeat_interleave(self.group, -1)[..., : self.width]
-        return (self.codes(depth) - (2**depth - 1) / 2) * scale_ERI
+        scale_ERI = self.scale(depth).repeat_interleave(self.group, -1)[..., : self.width]
+        return centred(self.codes(depth), depth, self.centre) * scale_ERI
+
+    def scale(self, depth: int) -> Tensor:
+        """The scales of an offered depth, float32 `[E, R, G]`."""
+        return self.scale_LERG[self.depths.index(depth)].float() * self.unit_E[:, None, None]
 
     def of_experts(self, experts: Tensor | slice) -> Planes:
         """The same of some experts."""
@@ -112,7 +120,9 @@ class Planes:
         return {"planes": self.planes_DERB, "scale": self.scale_LERG, "unit": self.unit_E}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], depths: tuple[int, ...], width: int, group: int) -> Planes:
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], depths: tuple[int, ...], width: int, group: int, centre: float = MIDDLE
+    ) -> Planes:
         """From what a file holds.
 
         Raises:
@@ -121,7 +131,7 @@ class Planes:
         missing = [name for name in ("planes", "scale", "unit") if name not in tensors]
         if missing:
             raise CarpoolError(f"planes without their tensor {missing[0]!r}; compress the model again")
-        return cls(tensors["planes"], tensors["scale"], tensors["unit"], depths, width, group)
+        return cls(tensors["planes"], tensors["scale"], tensors["unit"], depths, width, group, centre)
 
     def to(self, device: torch.device | str) -> Planes:
         """The same on a device."""
@@ -131,6 +141,16 @@ class Planes:
             scale_LERG=self.scale_LERG.to(device),
             unit_E=self.unit_E.to(device),
         )
+
+
+def centred(codes: Tensor, depth: int, centre: float = MIDDLE) -> Tensor:
+    """Codes as the values of their cells, in steps: -0.5 and 0.5 at depth 1, or -1 and 0 where the centre is 0."""
+    return codes.float() - 2 ** (depth - 1) + centre
+
+
+def nearest(steps: Tensor, depth: int, centre: float = MIDDLE) -> Tensor:
+    """The codes of the cells whose values are nearest, not clamped to those that there are."""
+    return (steps + 2 ** (depth - 1) + MIDDLE - centre).floor()
 
 
 def pack(codes_XI: Tensor, bits: int) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from carpool.experts.planes import GROUP, Planes
+from carpool.experts.planes import GROUP, MIDDLE, Planes, centred, nearest
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # shares of a group's largest weight
 DAMPING = 0.01  # of the mean second moment, added to the diagonal
@@ -25,35 +25,38 @@ GAIN = 4.0  # what one more bit divides the lost energy by: errors are counted i
 WORK = 1 << 24  # numbers of a matrix that are worked on at once
 
 
-def nested_round(weight_ERI: Tensor, depths: tuple[int, ...], group: int = GROUP) -> Planes:
+def nested_round(weight_ERI: Tensor, depths: tuple[int, ...], group: int = GROUP, centre: float = MIDDLE) -> Planes:
     """Every weight rounded to the nearest code.
 
     Args:
         weight_ERI: one matrix of every expert.
-        depths: the offered ones, ascending.
+        depths: the offered ones, ascending; one alone where the centre is not the middle.
         group: inputs that share a scale.
+        centre: of a cell, from its lower end (see `Planes`).
     """
     weight_ERI = weight_ERI.float()
-    codes_ERI, scale_LERG = _search(weight_ERI, None, depths, group)
-    return Planes.of(codes_ERI, scale_LERG, depths, group)
+    codes_ERI, scale_LERG = _search(weight_ERI, None, depths, group, centre)
+    return Planes.of(codes_ERI, scale_LERG, depths, group, centre)
 
 
-def nested_feedback(weight_ERI: Tensor, moment_EII: Tensor, depths: tuple[int, ...], group: int = GROUP) -> Planes:
+def nested_feedback(
+    weight_ERI: Tensor, moment_EII: Tensor, depths: tuple[int, ...], group: int = GROUP, centre: float = MIDDLE
+) -> Planes:
     """Rounded with error feedback.
 
     Args:
         weight_ERI: one matrix of every expert.
         moment_EII: sums of `x x'` over the inputs that an expert saw, weighted as one likes (MoEQuant, arXiv
             2505.03804: by the gate's weight squared). An expert that saw none is rounded to the nearest.
-        depths, group: see `nested_round`.
+        depths, group, centre: see `nested_round`.
     """
     some = max(1, WORK // (weight_ERI[0].numel() * len(depths)))
     parts = [
-        _fed_back(weight_XRI.float(), damped(moment_XII.float()), depths, group)
+        _fed_back(weight_XRI.float(), damped(moment_XII.float()), depths, group, centre)
         for weight_XRI, moment_XII in zip(weight_ERI.split(some), moment_EII.split(some), strict=True)
     ]
     codes, scales = zip(*parts, strict=True)
-    return Planes.of(torch.cat(codes), torch.cat(scales, 1), depths, group)
+    return Planes.of(torch.cat(codes), torch.cat(scales, 1), depths, group, centre)
 
 
 def damped(moment_EII: Tensor) -> Tensor:
@@ -64,17 +67,10 @@ def damped(moment_EII: Tensor) -> Tensor:
     return torch.where(seen_E11, moment_EII + DAMPING * mean_E[:, None, None] * eye_II, eye_II)
 
 
-def centred(codes: Tensor, depth: int) -> Tensor:
-    """Codes as the middles of their cells, in steps: -0.5 and 0.5 at depth 1."""
-    return codes.float() - (2**depth - 1) / 2
-
-
-def refit(
-    weight_ERI: Tensor, codes_ERI: Tensor, depth: int, group: int, moment_EII: Tensor, scale_ERG: Tensor
-) -> Tensor:
+def refit(weight_ERI: Tensor, steps_ERI: Tensor, group: int, moment_EII: Tensor, scale_ERG: Tensor) -> Tensor:
     """The scales `[E, R, G]` that lose least of the outputs' energy, all groups of an output together; where they
-    would be degenerate, the given ones."""
-    steps_ERGX = _grouped(centred(codes_ERI, depth), group)
+    would be degenerate, the given ones. `steps_ERI` are the weights in units of their scales."""
+    steps_ERGX = _grouped(steps_ERI, group)
     E, R, G, X = steps_ERGX.shape
     size = weight_ERI.shape[-1]
     spread_ERGI = torch.zeros(E, R, G, G * X, device=weight_ERI.device)
@@ -97,7 +93,7 @@ def _grouped(values_ERI: Tensor, group: int) -> Tensor:
 
 
 def _search(
-    weight_ERI: Tensor, importance_EI: Tensor | None, depths: tuple[int, ...], group: int
+    weight_ERI: Tensor, importance_EI: Tensor | None, depths: tuple[int, ...], group: int, centre: float
 ) -> tuple[Tensor, Tensor]:
     """Codes `[E, R, I]` of the deepest depth and scales `[L, E, R, G]`, by the clip that does best over all depths,
     each depth's error counted in its own cells."""
@@ -113,10 +109,10 @@ def _search(
     scales = torch.zeros((len(depths), *weight_ERGX.shape[:-1]), device=weight_ERI.device)
     for clip in CLIPS:
         step_ERG1 = 2 * clip * largest_ERG1 / 2**D
-        tried = (weight_ERGX / step_ERG1 + 2 ** (D - 1)).floor().clamp(0, 2**D - 1).int()
+        tried = nearest(weight_ERGX / step_ERG1, D, centre).clamp(0, 2**D - 1).int()
         lost_ERG, fitted = torch.zeros_like(best_ERG), []
         for depth in depths:
-            steps = centred(tried >> (D - depth), depth)
+            steps = centred(tried >> (D - depth), depth, centre)
             plain_ERG = step_ERG1.squeeze(-1) * 2 ** (D - depth)
             scale_ERG = (importance_E1GX * weight_ERGX * steps).sum(-1)
             scale_ERG = scale_ERG / (importance_E1GX * steps.square()).sum(-1).clamp_min(TINY)
@@ -137,9 +133,11 @@ def _inverse_factor(moment_EII: Tensor) -> Tensor:
     return torch.linalg.cholesky(inverse_EII, upper=True).float()
 
 
-def _fed_back(weight_ERI: Tensor, moment_EII: Tensor, depths: tuple[int, ...], group: int) -> tuple[Tensor, Tensor]:
+def _fed_back(
+    weight_ERI: Tensor, moment_EII: Tensor, depths: tuple[int, ...], group: int, centre: float
+) -> tuple[Tensor, Tensor]:
     """Codes `[E, R, I]` and scales `[L, E, R, G]`."""
-    _, scale_LERG = _search(weight_ERI, moment_EII.diagonal(dim1=-2, dim2=-1), depths, group)
+    _, scale_LERG = _search(weight_ERI, moment_EII.diagonal(dim1=-2, dim2=-1), depths, group, centre)
     factor_EII = _inverse_factor(moment_EII)
     left_LERI = weight_ERI.expand(len(depths), *weight_ERI.shape).clone()
     columns = []
@@ -149,7 +147,7 @@ def _fed_back(weight_ERI: Tensor, moment_EII: Tensor, depths: tuple[int, ...], g
         block_LERX, factor_EXX = left_LERI[..., some].clone(), factor_EII[:, some, some]
         errors = []
         for column in range(block_LERX.shape[-1]):
-            code_ER, error_LER = _choose(block_LERX[..., column], scale_LER, depths)
+            code_ER, error_LER = _choose(block_LERX[..., column], scale_LER, depths, centre)
             error_LER = error_LER / factor_EXX[:, column, column].unsqueeze(-1)
             block_LERX[..., column + 1 :] -= error_LER.unsqueeze(-1) * factor_EXX[:, None, column, column + 1 :]
             columns.append(code_ER)
@@ -157,27 +155,29 @@ def _fed_back(weight_ERI: Tensor, moment_EII: Tensor, depths: tuple[int, ...], g
         left_LERI[..., some.stop :] -= torch.stack(errors, -1) @ factor_EII[:, some, some.stop :]
     codes_ERI = torch.stack(columns, -1)
     scales = [
-        refit(weight_ERI, codes_ERI >> (depths[-1] - depth), depth, group, moment_EII, scale_LERG[place])
+        refit(
+            weight_ERI, centred(codes_ERI >> (depths[-1] - depth), depth, centre), group, moment_EII, scale_LERG[place]
+        )
         for place, depth in enumerate(depths)
     ]
     return codes_ERI, torch.stack(scales)
 
 
-def _choose(value_LER: Tensor, scale_LER: Tensor, depths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _choose(value_LER: Tensor, scale_LER: Tensor, depths: tuple[int, ...], centre: float) -> tuple[Tensor, Tensor]:
     """The code of one input's weights, int32 `[E, R]`, and what it leaves at every depth.
 
     Tried are, for every depth, the code that is nearest there, with the nearest bits of the deeper ones below it.
     """
-    nearest = [(value_LER[place] / scale_LER[place] + 2 ** (d - 1)).floor() for place, d in enumerate(depths)]
+    wanted = [nearest(value_LER[place] / scale_LER[place], d, centre) for place, d in enumerate(depths)]
     best: tuple[Tensor, Tensor, Tensor] | None = None  # lost energy, codes, remainders
     for anchor, depth in enumerate(depths):
-        tried_ER = nearest[anchor].clamp(0, 2**depth - 1)
+        tried_ER = wanted[anchor].clamp(0, 2**depth - 1)
         for place in range(anchor + 1, len(depths)):
             first_ER = tried_ER * 2 ** (depths[place] - depths[place - 1])
             last_ER = first_ER + 2 ** (depths[place] - depths[place - 1]) - 1
-            tried_ER = torch.minimum(torch.maximum(nearest[place], first_ER), last_ER)
+            tried_ER = torch.minimum(torch.maximum(wanted[place], first_ER), last_ER)
         code_ER = tried_ER.int()
-        steps_LER = torch.stack([centred(code_ER >> (depths[-1] - one), one) for one in depths])
+        steps_LER = torch.stack([centred(code_ER >> (depths[-1] - one), one, centre) for one in depths])
         left_LER = value_LER - steps_LER * scale_LER
         lost_ER = torch.stack([left_LER[place].square() * GAIN**one for place, one in enumerate(depths)]).sum(0)
         if best is not None:

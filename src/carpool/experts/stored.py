@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from carpool.artefacts.statistics import made_by
 from carpool.errors import CarpoolError
-from carpool.experts.planes import Planes
+from carpool.experts.planes import MIDDLE, Planes
 from carpool.routing.lazy import lazy_property
 from carpool.routing.spec import ALL_BITS
 
 NAMES = ("planes_into", "planes_out")
 SHAPE = "planes_shape"  # int64: group, width of either matrix, then the offered depths
+MATRICES = ("gate_up_proj", "up_proj", "down_proj")  # of transformers' experts modules, in this order
+CENTRE = "planes_centre"  # of a cell, where it is not the middle
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +69,10 @@ class StoredExperts:
         """What a statistics file holds of the layer, by name."""
         shape = torch.tensor([self.into.group, self.into.width, self.out.width, *self.depths], device="cpu")
         parts = zip(NAMES, (self.into, self.out), strict=True)
+        centre = {} if self.into.centre == MIDDLE else {CENTRE: torch.tensor(self.into.centre, device="cpu")}
         return {
             SHAPE: shape,
+            **centre,
             **{f"{name}_{key}": value for name, planes in parts for key, value in planes.tensors().items()},
         }
 
@@ -85,10 +89,11 @@ class StoredExperts:
         if len(numbers) < 4:
             raise CarpoolError(f"the statistics hold planes of no depth ({numbers}); compress the model again")
         group, *widths = numbers[:3]
+        centre = float(tensors[CENTRE]) if CENTRE in tensors else MIDDLE
         parts = []
         for name, width in zip(NAMES, widths, strict=True):
             held = {key.removeprefix(f"{name}_"): value for key, value in tensors.items() if key.startswith(f"{name}_")}
-            parts.append(Planes.from_tensors(held, tuple(numbers[3:]), width, group).to(device))
+            parts.append(Planes.from_tensors(held, tuple(numbers[3:]), width, group, centre).to(device))
         return cls(*parts)
 
     def output(
@@ -125,15 +130,15 @@ class StoredExperts:
             ids_CX = ids_NK[some_C].gather(-1, order_CX)
             ids_CX = torch.where(own_CX, ids_CX, ids_CX[:, :1])
             weights_CX = weights_NK[some_C].gather(-1, order_CX) * own_CX
-            state = {} if depth == ALL_BITS else self._state(module, depth)
+            state = {} if depth == ALL_BITS else self.weights(module, depth)
             made = torch.func.functional_call(module, state, (hidden_NH[some_C], ids_CX, weights_CX))
             result_NH.index_add_(0, some_C, made.float())
         return result_NH.to(whole_NH.dtype)
 
-    def _state(self, module: nn.Module, depth: int) -> dict[str, Tensor]:
+    def weights(self, module: nn.Module, depth: int) -> dict[str, Tensor]:
         """The module's two matrices at a depth, by the names and in the layout that it holds them in."""
         held = dict(module.named_parameters())
-        names = [name for name in ("gate_up_proj", "up_proj", "down_proj") if name in held]
+        names = [name for name in MATRICES if name in held]
         if len(names) != 2:
             raise CarpoolError(f"{type(module).__name__} does not hold its experts as two plain matrices")
         state: dict[str, Tensor] = {}

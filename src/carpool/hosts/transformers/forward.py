@@ -51,7 +51,7 @@ class Tally:
             self._place.append((list(names).index(device), len(mine)))
             mine.append(layer.name)
         self._counters = [Counters(given, device) for device, given in names.items()]
-        self._deep: dict[int, Tensor] = {}  # by layer, bytes of experts that were read in planes, in whole experts
+        self._deep: dict[int, Tensor] = {}  # by layer, bytes of experts that were read in planes, in experts of stock's
 
     def add(self, position: int, batch: Batch, outcome: Outcome) -> None:
         which, place = self._place[position]
@@ -59,13 +59,13 @@ class Tally:
             self._counters[which].add(place, batch, outcome)
 
     def add_bytes(self, position: int, outcome: Outcome, batch: Batch, sizes: Tensor) -> None:
-        """Count what real rows read of experts in planes; `sizes [17]` is an expert at each depth over 16 bits."""
+        """Count what real rows read of experts in planes; `sizes [17]` is an expert at each depth over stock's."""
         pairs_NK = (outcome.routing.weights_NK != 0) & batch.real_N.unsqueeze(-1)
         read = sizes.to(pairs_NK.device)[outcome.depth_of(pairs_NK)].sum()
         self._deep[position] = self._deep.get(position, torch.zeros_like(read)) + read
 
     def whole_experts(self, report: list[LayerReport]) -> list[float]:
-        """Bytes that every layer has read, in whole experts of 16 bits."""
+        """Bytes that every layer has read, in experts as stock reads them."""
         return [float(self._deep.get(position, row.union)) for position, row in enumerate(report)]
 
     def report(self) -> list[LayerReport]:
@@ -102,15 +102,17 @@ class Forward:
             terms.checked.add(position)
         batch = self._rows(layer, logits_NE)
         hidden_NH = args[0].reshape(-1, args[0].shape[-1]) if args else None
-        plan, stats, surrogates, stored = terms.prepared[position]
-        outcome = route(plan, layer.spec, logits_NE, batch, native=native, stats=stats, hidden_NH=hidden_NH)
+        prepared = terms.prepared[position]
+        outcome = route(
+            prepared.plan, layer.spec, logits_NE, batch, native=native, stats=prepared.stats, hidden_NH=hidden_NH
+        )
         self._seen.add(position)
-        if surrogates is not None or stored is not None:
+        if prepared.surrogates is not None or prepared.stored is not None:
             self._left[position] = outcome.routing
         if not self._again:
             self.tally.add(position, batch, outcome)
-            if stored is not None:
-                self.tally.add_bytes(position, outcome, batch, stored.sizes)
+            if prepared.stored is not None:
+                self.tally.add_bytes(position, outcome, batch, prepared.sizes)
             if terms.observe is not None:
                 terms.observe(position, batch, outcome)
         _, weights, ids = layer.unpack(output)
@@ -125,15 +127,12 @@ class Forward:
         routing = self._left.pop(position, None)
         if routing is None:
             return output
-        layer, hidden, (plan, _, surrogates, stored) = (
-            self.terms.layers[position],
-            args[0],
-            self.terms.prepared[position],
-        )
+        layer, hidden, prepared = self.terms.layers[position], args[0], self.terms.prepared[position]
+        surrogates, stored = prepared.surrogates, prepared.stored
         if not isinstance(output, Tensor) or output.shape != hidden.shape:
             raise CarpoolError(
                 f"{layer.name}: its experts do not return one sum a row, which could be computed at a depth or with "
-                f"surrogates; use another policy than {plan}"
+                f"surrogates; use another policy than {prepared.plan}"
             )
         hidden_NH, made_NH = (one.reshape(-1, hidden.shape[-1]) for one in (hidden, output))
         if stored is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from typing import Any
 import torch
 
 from carpool.errors import CarpoolError
+from carpool.experts.export import METHOD
+from carpool.hosts.transformers.as_stored import fill, folder_of, matrices, planes_in
 from carpool.hosts.transformers.layers import MoELayer, find_layers
 
+PLAIN = {torch.float32, torch.bfloat16, torch.float16}
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -23,10 +27,12 @@ class Opened:
     Attributes:
         layers: its MoE layers, without weights.
         tokenizer: the model's.
+        planes: the file that holds its experts, where they are planes of bits.
     """
 
     layers: list[MoELayer]
     tokenizer: Any
+    planes: Path | None
     _source: str
     _config: Any
     _where: dict[str, Any]
@@ -35,6 +41,20 @@ class Opened:
     def config(self) -> Any:
         """The model's configuration."""
         return self._config
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its files are, if they are on this machine."""
+        return folder_of(self._source)
+
+    @property
+    def quantised(self) -> str:
+        """How its configuration calls the quantisation of its weights; empty for weights as usual."""
+        if self.planes is not None:
+            return METHOD
+        given = getattr(self._config, "quantization_config", None)
+        held = given if isinstance(given, dict) else vars(given or object)
+        return str(held.get("quant_method", "")) if given else ""
 
     def weights(self, dtype: torch.dtype | str | None = None, device_map: Any = None) -> Any:
         """The model in evaluation mode; arguments as of `load_model`.
@@ -46,13 +66,22 @@ class Opened:
         if dtype is None:
             dtype = torch.float32 if device_map is None else "auto"
         given = {"config": self._config, "dtype": dtype, "device_map": device_map, "output_loading_info": True}
+        if self.planes is not None:
+            given["variant"] = METHOD
         kind = auto_class(self._config)
-        model, info = _try(source, "weights", lambda: kind.from_pretrained(source, **given, **self._where))
-        lacking = sorted(map(str, info.get("missing_keys", ()))) + sorted(map(str, info.get("mismatched_keys", ())))
+        with _quiet() if self.planes else nullcontext():  # which says that the experts are not in the usual file
+            model, info = _try(source, "weights", lambda: kind.from_pretrained(source, **given, **self._where))
+        missing = set(map(str, info.get("missing_keys", ()))) - (matrices(model) if self.planes else set())
+        lacking = sorted(missing) + sorted(map(str, info.get("mismatched_keys", ())))
         if lacking:
             raise CarpoolError(
                 f"{source}: the weights lack {lacking[0]} and {len(lacking) - 1} more; download them again"
             )
+        if self.planes is not None:
+            fill(model, self.planes)
+        if self.quantised and isinstance(dtype, torch.dtype) and {one.dtype for one in model.parameters()} <= PLAIN:
+            for parameter in model.parameters():  # what transformers has dequantised keeps the checkpoint's
+                parameter.data = parameter.data.to(dtype)
         return model.eval()
 
 
@@ -75,6 +104,10 @@ def open_model(
     source, local = source_of(path)
     where: dict[str, Any] = {"local_files_only": local}
     config = _try(source, "configuration", lambda: AutoConfig.from_pretrained(source, **where))
+    folder = folder_of(source)
+    planes = None if folder is None else planes_in(config, folder)
+    if planes is not None:
+        del config.quantization_config  # no method of transformers: the experts are filled in after it
     kind = auto_class(config)
     if kind.__name__ == "AutoModel":
         raise CarpoolError(
@@ -91,7 +124,7 @@ def open_model(
     layers = find_layers(shell)
     check(layers)
     tokenizer = _try(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(source, **where))
-    return Opened(layers, tokenizer, source, config, where)
+    return Opened(layers, tokenizer, planes, source, config, where)
 
 
 def load_model(
@@ -138,6 +171,18 @@ def source_of(path: str | Path | None) -> tuple[str, bool]:
     if isinstance(path, str) and HUB_NAME.fullmatch(path):
         return path, False
     raise CarpoolError(f"there is no folder {str(path)!r}; give a model's folder, or its name as organisation/model")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _try(source: str, what: str, load: Any) -> Any:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from carpool.errors import CarpoolError
@@ -16,6 +17,7 @@ from carpool.experts.surrogates import Surrogates
 from carpool.hosts.transformers.layers import MoELayer, identity
 from carpool.plans.grammar import Plan
 from carpool.plans.policy_file import PolicyFile
+from carpool.routing.spec import ALL_BITS
 
 if TYPE_CHECKING:
     from carpool.artefacts.identity import Identity
@@ -23,17 +25,35 @@ if TYPE_CHECKING:
 
 
 class Prepared(NamedTuple):
-    """A layer's plan, what it made of the statistics, the surrogates if it leaves pairs to some, and the experts in
-    planes if it reads them at depths."""
+    """What a layer runs with.
+
+    Attributes:
+        plan: the layer's. stats: what it made of the statistics.
+        native: bytes of an expert as the checkpoint stores it, over those in 16 bits; 1 where it is not quantised.
+        sizes: what reading an expert at a depth takes over what stock reads for it, float64 `[17]` by depth.
+        surrogates: if the plan leaves pairs to some. stored: experts in planes, if the plan reads them at depths.
+    """
 
     plan: Plan
     stats: Mapping[str, Tensor]
+    native: float
+    sizes: Tensor
     surrogates: Surrogates | None = None
     stored: StoredExperts | None = None
 
 
-def prepare(policies: PolicyFile, layers: list[MoELayer], stats: str | Path | Statistics | None) -> list[Prepared]:
+def prepare(
+    policies: PolicyFile,
+    layers: list[MoELayer],
+    stats: str | Path | Statistics | None,
+    own: Path | None,
+    native: Sequence[float],
+) -> list[Prepared]:
     """Plan and statistics of every layer.
+
+    Args:
+        stats: that were named. own: statistics that are part of the model's checkpoint, if none were.
+        native: of every layer, see `Prepared`.
 
     Raises:
         CarpoolError: a plan that is impossible for a layer, statistics that are missing or of another model, a policy
@@ -48,13 +68,13 @@ def prepare(policies: PolicyFile, layers: list[MoELayer], stats: str | Path | St
     for layer, plan in zip(layers, plans, strict=True):
         plan.check(layer.num_experts, layer.top_k)
     if not any(plan.required_stats() for plan in plans):
-        return [Prepared(plan, {}) for plan in plans]
+        return [Prepared(plan, {}, share, _sizes(None, share)) for plan, share in zip(plans, native, strict=True)]
     from carpool.artefacts.statistics import made_by
 
     model = identity(layers)
-    loaded = _load(policies, model, stats)
+    loaded = _load(policies, model, stats, own)
     prepared: list[Prepared] = []
-    for layer, plan in zip(layers, plans, strict=True):
+    for layer, plan, share in zip(layers, plans, native, strict=True):
         tensors = loaded.for_layer(layer.index)
         missing = [name for name in plan.required_stats() if name not in tensors]
         if missing:
@@ -67,8 +87,16 @@ def prepare(policies: PolicyFile, layers: list[MoELayer], stats: str | Path | St
         given = plan.prepare({name: tensor.to(device) for name, tensor in tensors.items()})
         surrogates = Surrogates.of(tensors, device) if plan.policy.surrogates else None
         stored = StoredExperts.of(tensors, device) if plan.reads_depths else None
-        prepared.append(Prepared(plan, given, surrogates, stored))
+        prepared.append(Prepared(plan, given, share, _sizes(stored, share), surrogates, stored))
     return prepared
+
+
+def _sizes(stored: StoredExperts | None, native: float) -> Tensor:
+    found = torch.zeros(ALL_BITS + 1, dtype=torch.float64, device="cpu")
+    if stored is not None:
+        found = stored.sizes / native
+    found[ALL_BITS] = 1  # the experts as stock has them
+    return found
 
 
 def missing_statistics(plan: Plan | PolicyFile) -> CarpoolError:
@@ -82,13 +110,13 @@ def missing_statistics(plan: Plan | PolicyFile) -> CarpoolError:
     )
 
 
-def _load(policies: PolicyFile, model: Identity, stats: str | Path | Statistics | None) -> Statistics:
+def _load(policies: PolicyFile, model: Identity, stats: str | Path | Statistics | None, own: Path | None) -> Statistics:
     from carpool.artefacts.shipped import shipped_with
     from carpool.artefacts.statistics import Statistics
 
     source = policies.statistics if stats is None else stats
     if source is None:
-        source = shipped_with(model)
+        source = own or shipped_with(model)
     if source is None:
         raise missing_statistics(policies)
     loaded = source if isinstance(source, Statistics) else Statistics.load(source)

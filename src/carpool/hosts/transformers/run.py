@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from carpool.errors import CarpoolError
+from carpool.hosts.transformers.as_stored import planes_of, shares_stored
 from carpool.hosts.transformers.forward import Forward, Observer, Tally, Terms, never_fired
 from carpool.hosts.transformers.forward_rows import RowRules, build_batch
 from carpool.hosts.transformers.hooks import Attachment, attach, uncompiled
@@ -28,7 +29,6 @@ from carpool.plans.policy_file import PolicyFile, plan_or_file
 from carpool.plans.summary import Report, Summary
 from carpool.policies.base import Policy
 from carpool.routing.batch import Batch, Grouping
-from carpool.routing.spec import ALL_BITS
 
 if TYPE_CHECKING:
     from carpool.artefacts.statistics import Statistics
@@ -123,7 +123,7 @@ class Run:
     def summary(self) -> Summary:
         """What happened so far, over all layers; `print(run)` shows it, and so does a notebook."""
         shares = self.surrogate_shares()
-        sizes = [(size, size * share) for size, share in zip(map(_expert_bytes, self.layers), shares, strict=True)]
+        sizes = [(size, size * share) for size, share in zip(self._expert_bytes(), shares, strict=True)]
         whole = zip(*(tally.whole_experts(tally.report()) for tally in self._tallies), strict=True)
         return Summary.of(self._name, str(self.grouping), self.report(), sizes, [sum(one) for one in whole])
 
@@ -152,17 +152,25 @@ class Run:
         return Forward(self._terms, self._mine.tally, self.batch)
 
     def expert_sizes(self) -> list[Tensor]:
-        """What reading an expert at a depth takes over its bytes in 16 bits, by layer, float64 `[17]` by depth."""
-        plain = torch.zeros(ALL_BITS + 1, dtype=torch.float64, device="cpu")
-        plain[ALL_BITS] = 1
-        return [plain if one.stored is None else one.stored.sizes for one in self._terms.prepared]
+        """What reading an expert at a depth takes over its bytes as the checkpoint stores it (in 16 bits where that is
+        not quantised), by layer, float64 `[17]` by depth."""
+        return [one.sizes for one in self._terms.prepared]
 
     def surrogate_shares(self) -> list[float]:
         """Bytes of one surrogate over those of one expert, by layer; 0 without surrogates."""
         return [
-            0.0 if prepared.surrogates is None else prepared.surrogates.bytes / _expert_bytes(layer)
-            for layer, prepared in zip(self.layers, self._terms.prepared, strict=True)
+            0.0 if prepared.surrogates is None else prepared.surrogates.bytes / size
+            for size, prepared in zip(self._expert_bytes(), self._terms.prepared, strict=True)
         ]
+
+    def _expert_bytes(self) -> list[float]:
+        """Of one expert of every layer, as the checkpoint stores it; at most two a number, or a model held in fp32
+        would make its surrogates look small."""
+        return [
+            prepared.native * sum(p.numel() * min(p.element_size(), 2) for p in layer.experts.parameters())
+            / layer.num_experts
+            for layer, prepared in zip(self.layers, self._terms.prepared, strict=True)
+        ]  # fmt: skip
 
     def check_open(self) -> None:
         """Raises CarpoolError if the block was left."""
@@ -229,7 +237,7 @@ def _sharing(
     frames = entered_from(sys._getframe())
     with torch.inference_mode(False):  # what is made here serves in any mode
         attachment, layers = attach(model), find_layers(uncompiled(model))
-        prepared = prepare(policies, layers, stats)
+        prepared = prepare(policies, layers, stats, planes_of(model), shares_stored(model, layers))
         rules = RowRules(grouping, exempt_prefill, _endings(model) if _votes_matter(grouping, prepared) else ())
         run = Run(attachment, layers, policies, rules, prepared, batch, observe)
     with attachment.inside(run, frames):
@@ -246,11 +254,6 @@ def _sharing(
 def _sum(rows: tuple[LayerReport, ...]) -> LayerReport:
     sums: dict[str, Any] = {one.name: sum(getattr(row, one.name) for row in rows) for one in fields(LayerReport)[1:]}
     return LayerReport(rows[0].layer, **sums)
-
-
-def _expert_bytes(layer: MoELayer) -> float:
-    """Of one expert; at most two a number, or a model held in fp32 would make its surrogates look small."""
-    return sum(p.numel() * min(p.element_size(), 2) for p in layer.experts.parameters()) / layer.num_experts
 
 
 def _votes_matter(grouping: Grouping, prepared: list[Prepared]) -> bool:

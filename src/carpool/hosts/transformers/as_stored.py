@@ -1,0 +1,106 @@
+"""What the checkpoint of a model says of its experts: what they take on disk, and whether they are planes of bits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from carpool.artefacts.checkpoint import read_recipe
+from carpool.artefacts.json_text import read_json
+from carpool.artefacts.statistics import Statistics
+from carpool.artefacts.weights import Weights
+from carpool.errors import CarpoolError
+from carpool.experts.export import METHOD
+from carpool.experts.stored import MATRICES, StoredExperts
+from carpool.hosts.transformers.layers import MoELayer, find_layers, identity
+
+
+def planes_in(config: Any, folder: Path) -> Path | None:
+    """The file with the experts of a checkpoint, by its configuration (an object or what its JSON holds); None where
+    they are weights as usual.
+
+    Raises:
+        CarpoolError: they are planes, and the file is missing.
+    """
+    held = config.get if isinstance(config, dict) else functools.partial(getattr, config)
+    given = held("quantization_config", None)
+    if not isinstance(given, dict) or given.get("quant_method") != METHOD:
+        return None
+    path = folder / Path(str(given.get("file"))).name
+    if not path.is_file():
+        raise CarpoolError(f"{folder} is without its experts ({path.name}); copy the whole folder")
+    return path
+
+
+def planes_of(model: Any) -> Path | None:
+    """The same of a loaded model, by where it was loaded from."""
+    folder = _folder(model)
+    return None if folder is None else planes_in(_configuration(folder), folder)
+
+
+def fill(model: Any, path: Path) -> None:
+    """Give a model whose experts are planes their weights at the deepest depth.
+
+    Raises:
+        CarpoolError: the file is another model's, or damaged.
+    """
+    stats, layers = Statistics.load(path), find_layers(model)
+    for layer in layers:
+        stored = StoredExperts.of(stats.for_layer(layer.index), layer.weight_EH.device)
+        held = dict(layer.experts.named_parameters())
+        with torch.no_grad():
+            for name, weight in stored.weights(layer.experts, stored.depths[-1]).items():
+                held[name].copy_(weight)
+    stats.check(identity(layers))
+
+
+def matrices(model: Any) -> set[str]:
+    """Names of the experts' weights, biases excepted."""
+    return {
+        f"{layer.name}.experts.{name}"
+        for layer in find_layers(model)
+        for name, _ in layer.experts.named_parameters()
+        if name in MATRICES
+    }
+
+
+def shares_stored(model: Any, layers: Sequence[MoELayer]) -> list[float]:
+    """What the experts take in the checkpoint over what they would in 16 bits, by layer; 1 where it is not quantised,
+    whatever the model computes in."""
+    folder = _folder(model)
+    if folder is None or not _configuration(folder).get("quantization_config"):
+        return [1.0] * len(layers)
+    if planes_in(_configuration(folder), folder) is not None:
+        read = read_recipe(folder).get("sizes", {}).get("read", {})
+        return [float(max(read.values(), default=1.0))] * len(layers)
+    held = Weights.of(folder).expert_bytes()
+    whole = [2 * sum(one.numel() for one in layer.experts.parameters()) for layer in layers]
+    return [held.get(layer.index, size) / size if size else 1.0 for layer, size in zip(layers, whole, strict=True)]
+
+
+def folder_of(source: str) -> Path | None:
+    """The folder of a model by its path or its name on the hub, if it is on this machine."""
+    path = Path(source).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(source, "config.json", local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return None if found is None else Path(found).parent
+
+
+def _folder(model: Any) -> Path | None:
+    name = getattr(model, "name_or_path", "") or ""
+    return folder_of(name) if name else None
+
+
+def _configuration(folder: Path) -> dict[str, Any]:
+    content = read_json(folder / "config.json")
+    return content if isinstance(content, dict) else {}
