@@ -40,7 +40,7 @@ $(VENV)/triton-cpu-ready: $(VENV)/test-ready $(wildcard tests/triton_cpu_backend
 V2_ENGINE := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1
 V2 := $(V2_ENGINE) PYTHONPATH=$(TRITON_CPU) $(PY) -m pytest
 BOTH_RUNNERS := $(addprefix tests/,test_vllm_runners.py test_vllm.py test_vllm_rows.py test_vllm_modes.py \
-	test_vllm_surrogates.py test_vllm_experts.py test_isolation_vllm.py test_siblings_vllm.py)
+	test_vllm_surrogates.py test_vllm_experts.py test_isolation_vllm.py test_siblings_vllm.py test_benchmarks_vllm.py)
 
 test: lint $(VENV)/triton-ready $(VENV)/triton-cpu-ready
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/triton $(PY) -m pytest -m "not slow" $(wildcard tests/test_kernels_*.py)

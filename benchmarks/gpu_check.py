@@ -5,6 +5,7 @@
 
 For each of vLLM's model runners two engines start, one without the key and one with it, each in a process of its own:
 
+* `runner`: it is the one of that name; V2 starts as vLLM's default, without an environment variable.
 * `path`: a layer's routing runs in two launches, and vLLM recorded CUDA graphs.
 * `graphs`: replayed graphs change rows, count two equal runs alike, take another budget and a switch without restart.
 * `off`: switched off, and with a budget of all experts, the same tokens and log-probabilities bit for bit. Whether
@@ -32,7 +33,7 @@ from carpool.artefacts.files import write_text
 
 NO_GPU = "gpu-check: this machine has no CUDA GPU that torch can see, so nothing was checked"
 FULL = "xshare(budget=1.0)"
-RUNNERS = {"V2": "1", "V1": "0"}  # what VLLM_USE_V2_MODEL_RUNNER says; V2 is the default on GPUs
+RUNNERS = {"V2": None, "V1": "0"}  # what VLLM_USE_V2_MODEL_RUNNER says; V2 is the default where Triton runs
 LEAST = 20  # seconds without which no step begins
 Result = dict[str, Any]
 Outputs = list[tuple[list[int], list[float]]]  # tokens and log-probabilities of each request
@@ -42,13 +43,13 @@ def stock(options: argparse.Namespace) -> Result:
     """What vLLM gives without the key, and how fast."""
     llm = engine(options, None)
     outputs, rates = timed(llm, options)
-    return {"failed": [], "outputs": outputs, "tokens_per_second": rates}
+    return {"failed": other_runner(llm, options), "outputs": outputs, "tokens_per_second": rates}
 
 
 def shared(options: argparse.Namespace) -> Result:
     """One engine with the key, through all its states."""
     llm = engine(options, options.policy)
-    failed: list[str] = []
+    failed = other_runner(llm, options)
     found: Result = {"failed": failed, "graphs": recorded(llm), "states": {}}
     [settings, *_] = llm.collective_rpc("carpool_report")
     found["path"] = settings["paths"]
@@ -128,7 +129,9 @@ STEPS: dict[str, Callable[[argparse.Namespace], Result]] = {"stock": stock, "sha
 
 def engine(options: argparse.Namespace, policy: str | None) -> Any:
     """An `LLM` on the device, with CUDA graphs where there is one."""
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = RUNNERS[options.runner]
+    os.environ.pop("VLLM_USE_V2_MODEL_RUNNER", None)
+    if (asked := RUNNERS[options.runner]) is not None:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = asked
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM
 
@@ -142,6 +145,12 @@ def engine(options: argparse.Namespace, policy: str | None) -> Any:
         if policy is not None:
             settings["additional_config"]["carpool"]["compile"] = False
     return LLM(options.model, skip_tokenizer_init=True, **settings)
+
+
+def other_runner(llm: Any, options: argparse.Namespace) -> list[str]:
+    """What fails if vLLM started another runner than the one to check."""
+    name = "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1"
+    return [] if name == options.runner else [f"runner: vLLM started {name}, and its log says why"]
 
 
 def generate(llm: Any, options: argparse.Namespace) -> Outputs:

@@ -2,17 +2,20 @@
 
     python benchmarks/gpu_layer.py --output gpu-layer.json     # agreement and times, on a GPU
     python benchmarks/gpu_layer.py --compile                   # registers and shared memory, on any machine
-    TRITON_INTERPRET=1 python benchmarks/gpu_layer.py --sizes tiny   # a rehearsal of the agreement without a GPU
+    TRITON_INTERPRET=1 python benchmarks/gpu_layer.py --sizes tiny   # a rehearsal without a GPU; NumPy 2.5 breaks it
 
-`agreement`: experts, weights and counters beside the general path's, from the same scores. `times`: microseconds of a
-layer inside a CUDA graph: the two launches, the general path, torch's own scoring and top-k, and reading the experts of
-the batch (two matrix products over as many experts as native routing, or the coreset, would read).
+`agreement`: experts, weights and counters beside the general path's, from the same scores. `launches`: of our kernels,
+beside the operations of the general path and of torch's own scoring and top-k, each of them a kernel at least. `times`:
+microseconds of a layer inside a CUDA graph: the two launches, the general path, torch's own scoring and top-k, and
+reading the experts of the batch (two matrix products over as many experts as native routing, or the coreset, would
+read).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +28,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 from carpool import Batch, Plan, RouteSpec, Routing, parse
-from carpool.errors import CarpoolError
 from carpool.kernels.launch import Fused, Scratch
 from carpool.plans.counters import FIELDS, SHARES, measured
 from carpool.plans.pipeline import Outcome, decide, scored
@@ -197,13 +199,15 @@ def in_graph(run: Callable[[], Any]) -> float:
 
 def routing(sizes: list[str], rows: list[int], device: torch.device, policies: list[str]) -> Iterator[dict[str, Any]]:
     """A line for every layer, number of rows and policy; times for one policy a layer."""
+    from gpu_launches import launches
+
     for name in sizes:
         for count in rows:
             for text in policies:
                 for groups in (1, count):
                     call = Call.of(text, SIZES[name], count, groups, device)
                     line = {"layer": name, "rows": count, "policy": str(call.plan), "groups": groups}
-                    line |= agreement(call)
+                    line |= agreement(call) | launches(call)
                     if device.type == "cuda" and groups == 1 and text == policies[0]:
                         line["microseconds"] = times(call)
                     yield line
@@ -230,7 +234,7 @@ def main() -> int:
 
         cuda = torch.cuda.is_available()
         if not cuda and not knobs.runtime.interpret:
-            raise CarpoolError("no GPU here: set TRITON_INTERPRET=1 to rehearse, or give --compile")
+            raise SystemExit("no GPU here: set TRITON_INTERPRET=1 to rehearse, or give --compile")
         rows = given.rows or (list(ROWS) if cuda else [5])
         lines = routing(given.sizes, rows, torch.device("cuda" if cuda else "cpu"), given.policies)
     found = []
@@ -238,8 +242,12 @@ def main() -> int:
         found.append(line)
         print(json.dumps(line), flush=True)
     if given.output:
+        import triton
+
         machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-        given.output.write_text(json.dumps({"machine": machine, "torch": torch.__version__, "lines": found}, indent=1))
+        about = {"machine": machine, "python": platform.python_version(), "torch": torch.__version__}
+        content = {"command": " ".join(sys.argv), **about, "triton": triton.__version__, "lines": found}
+        given.output.write_text(json.dumps(content, indent=1) + "\n")
     wrong = [line for line in found if line.get("rows_with_other_experts") or not line.get("counters_equal", True)]
     return int(bool(wrong))
 

@@ -12,7 +12,9 @@ vLLM and of the runner that the environment names; those of others stay as they 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from vllm_coverage import Case, cases, measure
 from carpool.artefacts.files import write_text
 
 RESULTS = ROOT / "docs/results/vllm-coverage.json"
+SIMPLE = "one worker"
 NAMES = ("vllm", "runner", "family", "storage", "parallel")
 
 
@@ -54,17 +57,44 @@ def main() -> None:
         there = [tuple(row[name] for name in NAMES) for row in json.loads(options.output.read_text())["rows"]]
         chosen = [(i, case) for i, case in chosen if (*where(), *case.key) not in there]
     for i, case in chosen:
-        # in a process of its own, which may end in any way, and in which no other model has left a patched class
-        spread = case.parallel != "one worker"
-        bind = {"VLLM_CPU_OMP_THREADS_BIND": "0|1" if "two" in case.parallel else "0"} if spread else {}
-        environment = os.environ | bind
-        command = [sys.executable, __file__, "--alone", str(i), "--output", str(options.output)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        print(done.stdout, end="", flush=True)
-        if done.returncode:
-            cause = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+        code, cause = separate(case, options.output) if case.parallel == SIMPLE else started(i, case, options.output)
+        if code:
             row = {"family": case.family, "storage": case.storage, "parallel": case.parallel}
-            keep(options.output, [row | {"result": "failed", "says": f"ended with code {done.returncode}: {cause}"}])
+            keep(options.output, [row | {"result": "failed", "says": f"ended with code {code}: {cause}"}])
+
+
+def separate(case: Case, output: Path) -> tuple[int, str]:
+    """A case in a copy of this process, which may end in any way, and in which no other model has left a patched class.
+
+    Returns:
+        Exit code, and the last that it said.
+    """
+    for name in ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"):  # importing takes longer than most cases
+        importlib.import_module(name)
+
+    with tempfile.NamedTemporaryFile("r") as said:
+
+        def alone() -> None:
+            os.dup2(os.open(said.name, os.O_WRONLY), 2)
+            keep(output, [run(case)])
+
+        process = multiprocessing.get_context("fork").Process(target=alone)
+        process.start()
+        process.join()
+        return process.exitcode or 0, last(said.read())
+
+
+def started(number: int, case: Case, output: Path) -> tuple[int, str]:
+    """The same from the beginning, for a case that starts processes by itself or compiles."""
+    environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "0|1" if "two" in case.parallel else "0"}
+    command = [sys.executable, __file__, "--alone", str(number), "--output", str(output)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    print(done.stdout, end="", flush=True)
+    return done.returncode, last(done.stderr)
+
+
+def last(text: str) -> str:
+    return (text.strip().splitlines() or ["no message"])[-1][:300]
 
 
 def where() -> tuple[str, str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,26 @@ def test_what_does_not_fit_into_the_time_is_not_passed(
     assert "V2: stopped: the 0.001 minutes were over" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("runner", "expected"), [("V2", None), ("V1", "0")])
+def test_v2_is_checked_as_the_default(runner: str, expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the owner's shell says."""
+    check = script("gpu_check", monkeypatch)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    asked: list[str | None] = []
+
+    def start(*_: Any, **settings: Any) -> Any:
+        asked.append(os.environ.get("VLLM_USE_V2_MODEL_RUNNER"))
+        return SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(use_v2_model_runner=True)))
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start))
+    options = check.parse_arguments([f"--runner={runner}", "--output=x.json"])
+    llm = check.engine(options, None)
+    assert asked == [expected]
+    found = ["runner: vLLM started V2, and its log says why"] if runner == "V1" else []
+    assert check.other_runner(llm, options) == found
+
+
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_rehearsal_of_the_gpu_checks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -139,11 +160,12 @@ def test_rehearsal_of_the_gpu_checks(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     from carpool_demo import MODEL
 
     given += ["--quality-model", str(MODEL), "--quality-policy", "xshare(budget=16)", "--output", str(output)]
-    given += ["--runners", "V1", "--minutes", "60"]
+    runner = "V2" if tiny.v2() else "V1"
+    given += ["--runners", runner, "--minutes", "60"]
     assert check.main(given) == 0, output.read_text()
     content = json.loads(output.read_text())
-    assert content["V1"]["same_as_not_configured"]
-    states = content["V1"]["shared"]["states"]
+    assert content[runner]["same_as_not_configured"]
+    states = content[runner]["shared"]["states"]
     assert list(states) == ["xshare(budget=8)", "xshare(budget=16)", "xshare(budget=1.0)", "off"]
     assert states["xshare(budget=8)"]["union"] < states["xshare(budget=16)"]["union"]
     assert [row["policy"] for row in content["quality"]["results"]] == ["stock", "xshare(budget=16)"]
