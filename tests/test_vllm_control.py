@@ -87,8 +87,9 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> A
         ((), {"policy": "xshare(budget=999)"}, "999 of 32 experts"),
         ((), {"policy": ""}, "a policy is a text"),
         ((), {"file": "/nowhere/policy.json"}, "/nowhere/policy.json"),
-        ((), {"group": "everyone"}, "unknown grouping"),
-        ((), {"group": "block:8"}, "no grouping of an engine"),
+        ((), {"group": "everyone"}, "group='everyone'; use one of request, prompt, tenant, batch"),
+        ((), {"policy": "policy.json"}, "names a file; give it as 'file' instead"),
+        ((), {"group": "block:8"}, "group='block:8'; use one of request, prompt, tenant, batch"),
     ],
 )
 def test_refused_in_one_counted_sentence(said: Any, positional: Any, given: dict[str, Any], message: str) -> None:
@@ -97,6 +98,7 @@ def test_refused_in_one_counted_sentence(said: Any, positional: Any, given: dict
     with pytest.raises(CarpoolError, match=message) as caught:
         asked.set(*positional, **given)
     assert "\n" not in str(caught.value)
+    assert len(caught.traceback) == 2, "vLLM logs it: the way to the refusal is nobody's business"
     assert host.metrics.refusals == 1
     assert said() == [f"carpool refuses a change: {caught.value}"]
     assert asked.set() == before

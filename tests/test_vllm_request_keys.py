@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import re
 from types import SimpleNamespace
@@ -14,6 +15,8 @@ import vllm_models as tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+from carpool.errors import CarpoolError
+from carpool.hosts.vllm.arm import _request_processed
 from carpool.hosts.vllm.request_keys import SAMPLES, group_key, mark_samples, samples_of
 from carpool.hosts.vllm.step_rows import Requests, Rows
 
@@ -49,6 +52,17 @@ def test_what_a_client_writes_in_its_place_is_dropped() -> None:
     again = marked(sent, n=2)
     assert again.extra_args[SAMPLES] != known
     assert sent[SAMPLES] == known  # what the caller holds stays as it is
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_nonsense_is_the_clients_error_for_vllms_server() -> None:
+    """Of any other kind of error its server makes a 500 and a traceback in the log."""
+    from vllm.exceptions import VLLMClientError
+
+    processor = SimpleNamespace(vllm_config=SimpleNamespace(additional_config={"carpool": {"policy": "topk(k=1)"}}))
+    with pytest.raises(CarpoolError, match=r'a request says "carpool": \'xshare\(8\)\'; write "off"') as caught:
+        _request_processed(processor, SimpleNamespace(sampling_params=params({"carpool": "xshare(8)"})))
+    assert isinstance(caught.value, VLLMClientError)
 
 
 @pytest.mark.parametrize("value", [["a"], {"a": 1}, 1.5, True, "", None], ids=repr)

@@ -89,9 +89,19 @@ def _configured(arguments: Any, config: Any) -> None:
 
 def _request_processed(processor: Any, request: Any) -> None:
     """In the front end, for every request: it can be refused there, its samples are known, and what a client wrote in
-    their place can be dropped."""
+    their place can be dropped.
+
+    Raises:
+        CarpoolError: see `check_request`; vLLM's own kind of a client's error at the same time, which its server
+            answers with 400 and without a traceback.
+    """
     if configured(processor.vllm_config.additional_config):
-        check_request(request.sampling_params)
+        try:
+            check_request(request.sampling_params)
+        except CarpoolError as error:
+            from vllm.exceptions import VLLMClientError
+
+            raise type("RequestError", (CarpoolError, VLLMClientError), {})(str(error)) from None
         mark_samples(request)
 
 

@@ -17,9 +17,8 @@ from carpool.hosts.vllm.host import Host
 from carpool.hosts.vllm.isolation import require_isolated
 from carpool.hosts.vllm.layer import Layer
 from carpool.hosts.vllm.layers import gates_of, load_statistics, prepare
-from carpool.hosts.vllm.settings import grouping
+from carpool.hosts.vllm.settings import grouping, policy_of
 from carpool.hosts.vllm.supplement import hook
-from carpool.plans.grammar import parse
 from carpool.plans.policy_file import PolicyFile
 
 TAKES: dict[str, type] = {"policy": str, "file": str, "group": str, "enabled": bool, "compile": bool}
@@ -62,7 +61,7 @@ def change(host: Host, policy: str | None, file: str | None, group: str | None, 
                 f"CUDA graphs hold the grouping ({host.settings.group}); start with --enforce-eager to change it at "
                 "run time"
             )
-    policies = PolicyFile.load(file) if file is not None else None if policy is None else PolicyFile(parse(policy))
+    policies = PolicyFile.load(file) if file is not None else None if policy is None else PolicyFile(policy_of(policy))
     plans = [
         layer.plan if policies is None else policies.plan_for(layer.index).for_serving() for layer in host.layers
     ]  # the plan of every layer

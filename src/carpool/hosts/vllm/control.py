@@ -58,7 +58,7 @@ class Control:
             if host.metrics is not None:
                 host.metrics.refused()
             say_refused(host, error)
-            raise
+            raise error.with_traceback(None) from None  # vLLM logs it, three times
         if "enabled" in values:
             host.enable(values["enabled"])
         if values:

@@ -33,7 +33,7 @@ def check_fit(plan: Plan, num_experts: int, top_k: int, statistics: Container[st
     if missing:
         raise CarpoolError(
             f"{plan.policy} needs the statistics {missing[0]!r}; make them with `{made_by(missing[0])}` and name the "
-            'file with "stats"'
+            'file with "stats" when the engine starts, or in a policy file'
         )
 
 

@@ -96,7 +96,7 @@ class Settings:
 def _policies(given: dict[str, Any]) -> PolicyFile:
     if "policy" in given:
         statistics = Path(given["stats"]) if "stats" in given else None
-        return PolicyFile(parse(given["policy"]), statistics=statistics)
+        return PolicyFile(policy_of(given["policy"]), statistics=statistics)
     if "stats" in given:
         raise CarpoolError(f"{KEY}: a policy file names its own statistics; leave out 'stats'")
     return PolicyFile.load(given["file"])
@@ -114,9 +114,15 @@ def _grouping(given: dict[str, Any]) -> Grouping:
     return grouping(given.get("group", given.get("isolation", "batch")))
 
 
+def policy_of(text: str) -> Plan:
+    """Raises CarpoolError for a text that is no policy, such as the name of a policy file."""
+    if text.strip().endswith(".json"):
+        raise CarpoolError(f"{KEY}: policy={text!r} names a file; give it as 'file' instead")
+    return parse(text)
+
+
 def grouping(text: str) -> Grouping:
-    """Raises CarpoolError for a text that is no grouping, or none that an engine has."""
-    group = Grouping.parse(text)
-    if group.kind not in GROUPINGS:
-        raise CarpoolError(f"{KEY}: group={str(group)!r} is no grouping of an engine; use {' or '.join(GROUPINGS)}")
-    return group
+    """Raises CarpoolError for a text that is no grouping of an engine."""
+    if text not in GROUPINGS:
+        raise CarpoolError(f"{KEY}: group={text!r}; use one of {', '.join(GROUPINGS)}")
+    return Grouping.parse(text)
