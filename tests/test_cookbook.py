@@ -90,7 +90,9 @@ def test_the_policy_of_the_page_counts_points() -> None:
 def test_serve(folder: Path) -> None:
     said = run("Serve a model", folder)
     assert "sharing  http" in said
-    assert '"policy":"xshare(budget=12) | floor(0.5)' in said.replace('": "', '":"')
+    assert '"policy":"xshare(budget=12) | decode_only() | min_batch(2) | short_circuit() | floor(0.5)"' in said.replace(
+        '": "', '":"'
+    )
     assert "asks for 999 of 64 experts" in said
 
 

@@ -41,6 +41,12 @@ def test_every_counter_of_a_policy_is_shown() -> None:
     assert {f"{name}_total" for name, _ in metrics.COUNTERS.values()} - asked("carpool_") == set()
 
 
+def test_the_session_of_the_page_lists_what_a_server_says() -> None:
+    page = (Path(__file__).parent.parent / "docs/serve.md").read_text()
+    listed = re.findall(r"^    (carpool_\w+){engine=", page, re.M)
+    assert set(listed) == names()
+
+
 def test_variables_are_defined() -> None:
     defined = {one["name"] for one in BOARD["templating"]["list"]} | {"__rate_interval", "__range"}
     for query in queries():

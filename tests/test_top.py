@@ -75,6 +75,7 @@ def changed(page: str, name: str, by: float) -> str:
 
 def test_what_it_reads_is_what_the_plugin_writes() -> None:
     names = {name.removeprefix("carpool_") for name, _ in COUNTERS.values()} | {"refusals"}
+    assert {f"carpool_{name}_total" for name in names} <= set(re.findall(r"^\w+", RECORDED, re.M))
     asked = {name for _, _, *pair, _ in top.RATIOS for name in pair} | {name for name, _ in top.TOTALS}
     assert asked <= names
     assert all(value(f"{name}_total") >= 0 and f"carpool_{name}_total" in RECORDED for name in asked)
@@ -90,7 +91,7 @@ def test_one_look_as_json(server: Server) -> None:
     assert found["rows_changed"] == value("rows_changed_total") / value("rows_total")
     assert found["displaced_mass"] == value("displaced_mass_total") / value("rows_total")
     assert found["floor_overflow"] == 0
-    assert found["refusals"] == value("refusals_total") == 1
+    assert found["refusals"] == value("refusals_total") == 12
     assert 0 < found["experts_share"] < 1
 
 
@@ -101,7 +102,7 @@ def test_one_look_as_a_table(server: Server) -> None:
     assert f"sharing  {server.url}/metrics" in done.output
     assert f"{share:.1%}" in done.output
     assert f"{share:.0%} of the experts" in done.output
-    assert re.search(r"changes refused +– +1\n", done.output)
+    assert re.search(r"changes refused +– +12\n", done.output)
     assert "\x1b" not in done.output
 
 
@@ -123,7 +124,7 @@ def test_now_is_what_happened_since_the_last_look(server: Server) -> None:
     assert re.search(r"experts read, of natively +25\.0% +\d", shown)
     assert re.search(r"rows changed +75\.0% +\d", shown)
     assert re.search(r"displaced mass of a row +10\.0% +\d", shown)
-    assert re.search(r"changes refused +2 +3\n", shown)
+    assert re.search(r"changes refused +2 +14\n", shown)
     assert "25% of the experts" in shown
     assert first.since(second) is None, "a server that started anew"
 
@@ -132,6 +133,10 @@ def test_a_server_in_which_nothing_ran_says_so(server: Server) -> None:
     server.pages = [re.sub(r"^(carpool_\w+_total(?:{[^}]*})?) \S+$", r"\1 0.0", RECORDED, flags=re.M)]
     assert "no policy has run yet" in invoke(server.url, "--once").output.replace("\n", " ")
     assert json.loads(invoke(server.url, "--json").output)["experts_read"] is None
+    for name, count in (("steps", 7), ("steps_alone", 5)):
+        server.pages = [changed(server.pages[0] or "", f"{name}_total", count)]
+    said = invoke(server.url, "--once").output.replace("\n", " ")
+    assert "no policy has run yet: of 7 steps 5 had every row alone, the others prompts" in said
 
 
 def test_switched_off(server: Server) -> None:
@@ -159,7 +164,7 @@ def test_it_watches_through_a_restart_until_it_is_told_to_end(server: Server, mo
     monkeypatch.setattr(top.time, "sleep", sleep)
     done = invoke(server.url)
     assert done.exit_code == 0, done.output
-    assert re.search(r"changes refused +4 +5$", done.output.rstrip(), re.M)
+    assert re.search(r"changes refused +4 +16$", done.output.rstrip(), re.M)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,9 @@ RATIOS: tuple[tuple[str, str, str, str, Show], ...] = (  # key, label, over, und
 TOTALS = (  # key and name of the metric, label
     ("rows_nonfinite", "rows with NaN or infinite logits"),
     ("layer_steps", "layer steps in which a policy ran"),
+    ("steps", "steps with a request"),
+    ("steps_alone", "of these, every row was alone"),
+    ("steps_exempt", "of these, prompts or opted out"),
     ("refusals", "changes refused"),
 )
 
@@ -125,10 +128,18 @@ def _head(page: str, found: Scrape, change: Scrape | None) -> Text:
     if change is not None and "tokens" in change.values and change.at > 0:
         head.append(f", {change.values['tokens'] / change.at:,.1f} tokens/s")
     if not found.total("layer_steps"):
-        head.append("\nno policy has run yet: lone requests and prompts keep their native routing", style="italic")
+        head.append(f"\nno policy has run yet: {_idle(found)}", style="italic")
     elif change is not None and not change.total("layer_steps"):
         head.append("\nno policy ran since the last look", style="dim")
     return head
+
+
+def _idle(found: Scrape) -> str:
+    """Why nothing is shared, as far as the server says."""
+    steps, alone = found.total("steps"), found.total("steps_alone")
+    if not steps or alone is None:
+        return "lone requests and prompts keep their native routing"
+    return f"of {steps:,.0f} steps {alone:,.0f} had every row alone, the others prompts or requests that opted out"
 
 
 def _bar(found: Scrape) -> Text:
