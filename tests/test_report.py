@@ -15,7 +15,8 @@ from carpool.evaluate.study import Settings, sequences_for, study
 from carpool.hosts.transformers import weight_bytes
 from carpool.plans.grammar import parse
 from carpool.report import details, figures, page, sections
-from carpool.report.bandwidth import QWEN3_30B, sizes_of
+from carpool.report.bandwidth import QWEN3_30B, Sizes, sizes_of
+from carpool.report.depth import depth_section
 from carpool.report.load import load, method_of
 from carpool.routing.batch import Grouping
 
@@ -253,6 +254,39 @@ def test_the_bandwidth_section_says_whose_sizes_it_shows(results):
     assert own.whose == "the evaluated tiny itself, in bfloat16"
     assert (own.expert, own.layers, own.other) == (2e6, 2, 3e6)
     assert own.whose in page.page([found])
+    found.facts["model"]["dtype"] = "float32"  # bytes are counted in 16 bits everywhere
+    own = sizes_of(found, None)
+    assert own.whose == "the evaluated tiny itself, counted in 16 bits (it was evaluated in float32)"
+    assert (own.expert, own.layers, own.other) == (1e6, 2, 1.5e6)
+
+
+def test_how_deep_experts_are_read(results, tmp_path):
+    content = json.loads(results[0].read_text())
+    stock = content["results"][0]
+    rows = [("depth(bytes=0.2)", 0.8, 0.2, 0.01), ("oea(k0=1)", 0.5, 0.5, 0.02), ("xshare(budget=4)", 0.7, 0.7, 0.01),
+            ("random(budget=3)", 0.3, 0.3, 0.001), ("topk(k=1) | bits(4)", 1.0, 0.3, 0.005)]  # fmt: skip
+    content["results"] = [stock] + [
+        stock | {"policy": policy, "union_share": union, "bytes_share": share, "kl": kl}
+        | {"union": union * stock["union"]["value"]}
+        for policy, union, share, kl in rows
+    ]  # fmt: skip
+    path = tmp_path / "deep.json"
+    path.write_text(json.dumps(content))
+    (evaluation,), _ = load([path])
+    shown = depth_section(evaluation, Sizes("a <model>", 2e6, 4, 0), stock["batch"])
+    assert "MB are at the sizes of a &lt;model&gt;." in shown
+    megabytes = stock["union"]["value"] * 2
+    lines = re.findall(r"<tr.*?</tr>", shown)[1:]
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in lines]
+    assert [one[0].replace("<wbr>", "") for one in cells] == ["depth(bytes=0.2)", "topk(k=1) | bits(4)", "stock"]
+    assert [one[4] for one in cells] == ["4.00", "4.80", "16"]
+    assert [one[5] for one in cells] == [f"{share * megabytes:.3g}" for share in (0.2, 0.3, 1)]
+    assert [one[8] for one in cells] == ["70.0%", "–", ""], "the cheapest that loses no more; controls do not count"
+    for row in content["results"]:
+        row["bytes_share"] = row["union_share"]
+    path.write_text(json.dumps(content))
+    (whole,), _ = load([path])
+    assert depth_section(whole, Sizes("m", 1, 1, 0), stock["batch"]) == ""
 
 
 def test_results_know_what_their_model_weighs():

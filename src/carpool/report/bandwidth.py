@@ -27,19 +27,26 @@ class Sizes:
     other: float
 
 
+WIDER = {"float32": 0.5, "float64": 0.25}  # what 16 bits take of a number
 QWEN3_30B = Sizes("Qwen3-30B-A3B in bf16", 9.44e6, 48, 2e9)
 
 
 def sizes_of(evaluation: Evaluation, like: Diagnosis | None) -> Sizes:
-    """Those of the model that was asked for, else the evaluated model's own, else Qwen3-30B-A3B's."""
+    """Those of the model that was asked for, else the evaluated model's own, else Qwen3-30B-A3B's.
+
+    A model that was evaluated in more bits than 16 counts with 16: so bytes are counted everywhere.
+    """
     if like is not None:
         return Sizes(f"{like.architecture} ({like.weights}), as asked for", like.expert_bytes, like.moe_layers, 2e9)
     model = evaluation.facts.get("model", {})
     if "expert_bytes" not in model:
         said = f"{QWEN3_30B.whose}, because the results do not say those of {model.get('name', 'their model')}"
         return Sizes(said, QWEN3_30B.expert, QWEN3_30B.layers, QWEN3_30B.other)
-    whose = f"the evaluated {model.get('name', 'model')} itself, in {model.get('dtype', 'its own number format')}"
-    return Sizes(whose, model["expert_bytes"], model["layers"], model["other_bytes"])
+    dtype = model.get("dtype", "its own number format")
+    scale = WIDER.get(dtype, 1.0)
+    counted = f"in {dtype}" if scale == 1 else f"counted in 16 bits (it was evaluated in {dtype})"
+    whose = f"the evaluated {model.get('name', 'model')} itself, {counted}"
+    return Sizes(whose, scale * model["expert_bytes"], model["layers"], scale * model["other_bytes"])
 
 
 def bandwidth_section(evaluation: Evaluation, like: Diagnosis | None, bandwidth: float, batch: int) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 from carpool.doctor import Diagnosis
 from carpool.errors import CarpoolError
 from carpool.report import sections
-from carpool.report.bandwidth import bandwidth_section
+from carpool.report.bandwidth import bandwidth_section, sizes_of
+from carpool.report.depth import depth_section
 from carpool.report.layout import section
 from carpool.report.load import BLOCKS, Evaluation, Interference
 from carpool.report.neighbours import neighbours
@@ -78,6 +79,7 @@ def _part(evaluations: Sequence[Evaluation], like: Diagnosis | None, bandwidth: 
         heading,
         sections.frontiers(evaluations),
         sections.decoding(first) if blocks else "",
+        depth_section(first, sizes_of(first, like), sections.shown_first(first)),
         bandwidth_section(first, like, bandwidth, sections.shown_first(first)),
         *sections.layers_and_tokens(first),
         sections.results(first),

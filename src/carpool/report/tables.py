@@ -23,15 +23,15 @@ def policy(name: str) -> str:
 
 def measurements(rows: Sequence[Row]) -> str:
     """Every metric of every policy at one batch size."""
-    return _table(
+    return table(
         MEASUREMENTS,
         (
             (row, (
                 f"{row.value('union'):.1f}", f"{row.value('union_share'):.0%}", f"{row.value('bytes_share'):.0%}",
                 f"{row.value('pairs'):.2f}", f"{row.value('displaced_mass'):.1%}",
-                _perhaps(row, "expected_loss", ".1%"), f"{row.value('kl'):.4f}", _interval(row.interval("kl")),
+                _perhaps(row, "expected_loss", ".1%"), f"{row.value('kl'):.4f}", interval(row.interval("kl")),
                 f"{row.value('top1_agreement'):.1%}",
-                f"{row.value('perplexity_ratio'):.4f}", _interval(row.interval("perplexity_ratio")),
+                f"{row.value('perplexity_ratio'):.4f}", interval(row.interval("perplexity_ratio")),
             ))
             for row in rows
         ),
@@ -41,13 +41,13 @@ def measurements(rows: Sequence[Row]) -> str:
 def decoded(rows: Sequence[Row]) -> str:
     """What block diffusion decodes under every policy at one batch size."""
 
-    return _table(
+    return table(
         DECODED,
         (
             (row, (
                 f"{made.value('union'):.1f}", f"{made.value('union_share'):.0%}",
-                f"{made.value('tokens_per_forward'):.2f}", _interval(made.interval("tokens_per_forward")),
-                f"{made.value('agreement'):.1%}", _interval(made.interval("agreement")),
+                f"{made.value('tokens_per_forward'):.2f}", interval(made.interval("tokens_per_forward")),
+                f"{made.value('agreement'):.1%}", interval(made.interval("agreement")),
                 _perhaps(made, "followed_agreement", ".1%"), _perhaps(made, "perplexity_ratio", ".3f"),
             ))
             for row in rows
@@ -79,17 +79,18 @@ def comparison(evaluations: Sequence[Evaluation]) -> str:
     body = "".join(
         f"<tr>{policy(name)}<td>{batch}</td>"
         + "".join(
-            f"<td>{row.value('bytes_share'):.0%}</td><td>{row.value('kl'):.4f}</td><td>{_interval(row.interval('kl'))}</td>"
+            f"<td>{row.value('bytes_share'):.0%}</td><td>{row.value('kl'):.4f}</td><td>{interval(row.interval('kl'))}</td>"
             for row in (rows[name, batch] for rows in found)
         )
         + "</tr>"
         for name, batch in common
     )
-    table = f"<table><thead><tr><th rowspan=2>policy</th><th rowspan=2>batch</th>{head}</tr><tr>{names}</tr></thead>"
-    return f"<div class='scroll'>{table}<tbody>{body}</tbody></table></div>"
+    made = f"<table><thead><tr><th rowspan=2>policy</th><th rowspan=2>batch</th>{head}</tr><tr>{names}</tr></thead>"
+    return f"<div class='scroll'>{made}<tbody>{body}</tbody></table></div>"
 
 
-def _table(heads: Sequence[str], lines: Iterable[tuple[Row, Sequence[str]]]) -> str:
+def table(heads: Sequence[str], lines: Iterable[tuple[Row, Sequence[str]]]) -> str:
+    """A line a policy, controls dim, which a click on a heading sorts."""
     head = "".join(f"<th>{name}</th>" for name in heads)
     body = "".join(
         f"<tr{' class=control' if row.control else ''}>{policy(row.policy)}"
@@ -100,7 +101,8 @@ def _table(heads: Sequence[str], lines: Iterable[tuple[Row, Sequence[str]]]) -> 
     return f"<div class='scroll'><table class='sorts'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _interval(ends: tuple[float, float] | None) -> str:
+def interval(ends: tuple[float, float] | None) -> str:
+    """Its ends, or a dash where there is none."""
     return "–" if ends is None or ends[0] == ends[1] else f"{ends[0]:.4f}–{ends[1]:.4f}"
 
 
