@@ -176,7 +176,8 @@ def test_what_it_refuses() -> None:
             parse(text)
     for text, said in (
         ("depth(price=1, levels=[0, 5])", r"use 0, \[2, 3, 4\] and 16"),
-        ("depth(bytes=0.9)", "read 0.000 to 0.28"),
+        ("depth(bytes=0.9)", "read 0.026 to 0.281 of stock's bytes"),  # all six experts are in use: a sixth of 0.156
+        ("depth(bytes=0.02)", "read 0.026 to 0.281 of stock's bytes"),
         ("topk(1) | bits(7)", r"stored at \[2, 3, 4\] bits"),
     ):
         with pytest.raises(CarpoolError, match=said):

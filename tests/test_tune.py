@@ -372,8 +372,13 @@ def test_families():
 def test_bytes_are_searched_in_hundredths_up_to_the_deepest_depth():
     depth = family("depth | floor(0.3)")
     assert depth.values(64, 8) == [], "without statistics nobody knows how deep the experts are stored"
-    (known,) = bounded([depth], {"depth_bytes": torch.tensor([0.14, 0.27])})
+    stored = {"depth_bytes": torch.tensor([0.14, 0.27]), "depth_use": torch.zeros(3, 2, 64)}
+    stored["depth_use"][0, :, :8] = 0.1  # a lone row uses eight experts
+    (known,) = bounded([depth], stored)
     assert known.values(64, 8) == list(range(8, 28))
+    stored["depth_use"][0, :, 1:] = 0.0  # or one, which is read with 14 % at the least
+    (lone,) = bounded([depth], stored)
+    assert lone.values(64, 1) == list(range(15, 28))
     assert str(known.at(22)) == "depth(bytes=0.22) | floor(0.3)"
     assert bounded([family("xshare")], {}) == [family("xshare")]
 

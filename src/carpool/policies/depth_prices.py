@@ -19,15 +19,20 @@ RANGE = (-40.0, 20.0)  # log2 of the prices that are tried
 def prices(wanted: float, use_VSE: Tensor, error_EJ: Tensor, size_J: Tensor) -> Tensor:
     """The price for each number of voters at which the sampled batches read so much on average, `[V]`.
 
+    As when it decides, the expert of a batch that is used most is read, whatever the price.
+
     Raises:
         CarpoolError: not even the deepest level takes so much, or the shallowest takes more.
     """
     lost_VSEJ = use_VSE.unsqueeze(-1) * error_EJ
     natural_VS = (use_VSE > 0).sum(-1).clamp_min(1)
+    best_VSE = use_VSE == use_VSE.amax(-1, keepdim=True)
+    shallowest = size_J[size_J > 0].min()
 
     def share(price_V: Tensor) -> Tensor:
-        chosen_VSE = (lost_VSEJ + price_V[:, None, None, None] * size_J).argmin(-1)
-        read_VS = torch.where(use_VSE > 0, size_J[chosen_VSE], 0).sum(-1)
+        size_VSE = size_J[(lost_VSEJ + price_V[:, None, None, None] * size_J).argmin(-1)]
+        size_VSE = torch.where(best_VSE, size_VSE.clamp_min(shallowest), size_VSE)
+        read_VS = torch.where(use_VSE > 0, size_VSE, 0).sum(-1)
         return (read_VS / natural_VS).mean(-1)
 
     low_V, high_V = (torch.full_like(use_VSE[:, 0, 0], end) for end in RANGE)

@@ -22,11 +22,12 @@ class Family:
 
     Attributes:
         plan: with any value of the knob. knob: the parameter that is searched.
-        most: the largest value, where statistics say one; shares of bytes are searched in hundredths.
+        least, most: smallest and largest share of bytes, in hundredths, as far as statistics say.
     """
 
     plan: Plan
     knob: str
+    least: int = LEAST_BYTES
     most: int | None = None
 
     def at(self, value: int) -> Plan:
@@ -43,7 +44,7 @@ class Family:
     def values(self, num_experts: int, top_k: int) -> list[int]:
         """Values that the policy accepts for `E` experts, `K` a token, ascending."""
         if self.knob == "bytes":
-            return list(range(LEAST_BYTES, (self.most or 0) + 1))
+            return list(range(self.least, (self.most or 0) + 1))
         found = []
         for value in range(1, num_experts + 1):
             try:
@@ -64,11 +65,13 @@ def measurable(families: Sequence[Family], statistics: Collection[str]) -> list[
 
 
 def bounded(families: Sequence[Family], statistics: Mapping[str, Tensor]) -> list[Family]:
-    """The families, with the most bytes that the experts of a layer can be read with where these are searched."""
+    """The families, with the fewest and the most bytes that a layer can be read with where these are searched."""
     found = []
     for one in families:
         if one.knob == "bytes" and "depth_bytes" in statistics:
-            one = replace(one, most=int(100 * float(statistics["depth_bytes"].max())))
+            size_L, use_SE = statistics["depth_bytes"], statistics["depth_use"][0]
+            least = float(size_L.min()) / int((use_SE > 0).sum(-1).min())  # of a lone row: one expert of its own
+            one = replace(one, least=max(LEAST_BYTES, int(100 * least) + 1), most=int(100 * float(size_L.max())))
         found.append(one)
     return found
 
