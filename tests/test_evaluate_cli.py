@@ -23,6 +23,7 @@ SMALL = ["--batch", "2,4", "--batches", "2", "--sequence", "9", "--prefill", "3"
 def texts(tmp_path, monkeypatch):
     paths = write_texts(tmp_path)
     monkeypatch.setattr("carpool.hosts.transformers.open_model", opening(small_model(), NumberTokenizer()))
+    monkeypatch.setattr("carpool.artefacts.model_source.configuration", lambda model: {})
     for module in (evaluate_command, demo_command):
         monkeypatch.setattr(module, "embedded_texts", lambda: paths)
     return paths
@@ -160,6 +161,39 @@ def test_an_impossible_budget_is_found_before_the_weights_are_read(tmp_path):
     done = invoke("evaluate", tmp_path, "-p", "xshare(budget=100)", "--text", paths[0], *SMALL)
     assert done.exit_code == 2
     assert "asks for 100 of 8 experts" in done.output.replace("\n", " ")
+
+
+def test_text_that_the_statistics_were_made_from_is_warned_of(texts, tmp_path):
+    made = tmp_path / "made.safetensors"
+    done = invoke("calibrate", "--text", texts[0], "--tokens", "256", "--sequence", "16", "-o", made)
+    assert done.exit_code == 0, done.output
+    found = invoke("evaluate", "-p", "sere(top=1)", "-p", "topk(1)", "--stats", made, *SMALL)
+    assert found.exit_code == 0, found.output
+    assert f"the statistics were made from {texts[0].name}, too" in found.output
+    other = invoke("evaluate", "-p", "sere(top=1)", "--stats", made, "--text", texts[1], *SMALL)
+    unused = invoke("evaluate", "-p", "topk(1)", "--stats", made, *SMALL)
+    assert "made from" not in other.output + unused.output
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["calibrate"], "what is written there is a .safetensors file; name it so"),
+        (["compress"], "name a file .safetensors, or a folder"),
+        (["tune", "--max-kl", "0.1"], "what is written there is a .json file; name it so"),
+    ],
+)
+def test_a_file_is_named_for_what_it_holds(texts, tmp_path, command, said):
+    done = invoke(*command, "-o", tmp_path / "out.txt")
+    assert done.exit_code == 2
+    assert f"out.txt: {said}" in done.output
+    assert not (tmp_path / "out.txt").exists()
+
+
+def test_a_folder_in_place_of_a_policy_is_named(texts, tmp_path):
+    done = invoke("evaluate", "-p", tmp_path, *SMALL)
+    assert done.exit_code == 2
+    assert f"{tmp_path} is a folder; name the policy file in it" in done.output
 
 
 def test_demo(texts, tmp_path, monkeypatch):

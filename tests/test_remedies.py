@@ -95,6 +95,8 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("carpool.hosts.transformers.open_model", opening(model, Lengths()))
+    (tmp_path / "MODEL").mkdir()
+    (tmp_path / "MODEL/config.json").write_text("{}")
     paths = []
     for domain in ("mine", "yours"):
         paths.append(tmp_path / f"{domain}.jsonl")

@@ -50,6 +50,20 @@ def test_nothing_heavy_is_imported(arguments: list[str], tmp_path: Path, monkeyp
     assert done.stdout
 
 
+@pytest.mark.parametrize("name", ["evaluate", "calibrate", "compress", "tune", "threshold"])
+def test_a_model_that_is_not_there_is_refused_before_anything_heavy_is_imported(name: str) -> None:
+    code = (
+        "import sys\nfrom carpool.cli import main\nsys.argv = ['carpool', *sys.argv[1:]]\n"
+        f"try:\n    main()\nfinally:\n    print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, name, "/no/such/model"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == "[]\n"
+    assert f"carpool {name}: there is no folder '/no/such/model'; give" in done.stderr
+
+
 def test_the_version() -> None:
     assert invoke("--version") == f"carpool {carpool.__version__}\n"
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import carpool
 from carpool.cli import block_table, evaluation_table, interference
-from carpool.cli.table import Column, Row, Sheet, print_table
+from carpool.cli.table import PIPED, Column, Row, Sheet, print_table, say
 
 WIDTHS = (60, 80, 110, 200)
 NAMES = ("stock", "topk(k=4)", "xshare(budget=24, utility='topk_mass') | floor(0.3)", "mine.json: surrogate(budget=20)")
@@ -62,7 +62,8 @@ def test_the_legend_explains_what_is_shown_and_nothing_else(kind: str, width: in
     heads = re.split(r" {2,}", table[0].strip())
     assert heads == [one.head for one in columns if one.head in heads]
     for one in columns[1:]:
-        assert (f"{one.head}: {one.about}" in explained) == (one.head in heads)
+        alike = [other.head for other in columns if other.about == one.about and other.head in heads]
+        assert (f"{', '.join(alike)}: {one.about}" in explained) == bool(alike)
         assert (one.head in left.rpartition(": ")[2].rstrip(".").split(", ")) == (one.head not in heads)
     assert {"of stock", "KL"} <= set(heads) or kind != "evaluate"
 
@@ -98,6 +99,33 @@ def test_an_evaluation_at_eighty_columns() -> None:
     text = rendered(evaluation_table.COLUMNS, 80)
     assert re.search(r"^stock +0\.0311", text, re.M)
     assert "KL 95 %: interval" not in text
+
+
+def test_prose_goes_on_in_the_next_line_of_a_pipe_too() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    columns = [Column("guard", kind="word"), Column("parameters", kind="text"), Column("what", kind="prose")]
+    print_table(console, columns, [Row(["floor", "tau, " * 12, "No row loses more than a share of it. " * 8])])
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert PIPED - 12 < max(map(len, lines)) <= PIPED
+    assert ("tau, " * 12).strip() in lines[1], "a text alone stays whole"
+
+
+def test_columns_of_one_meaning_are_explained_once() -> None:
+    columns = [Column("layer", kind="word"), *(Column(f"{depth} bits", "energy that is lost") for depth in (2, 3))]
+    assert Sheet(columns, [Row(["0", "9 %", "1 %"])], None).legend() == "2 bits, 3 bits: energy that is lost."
+
+
+@given(st.lists(st.sampled_from(["word", "longer words", "`a command to paste`,", "\n"]), max_size=30))
+def test_a_command_is_never_broken(parts: list[str]) -> None:
+    said = " ".join(parts)
+    console = Console(file=io.StringIO(), force_terminal=True, width=24, color_system=None)
+    say(console, said, "note:")
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(cell_len, lines)) <= 24
+    assert " ".join(" ".join(lines).split()) == " ".join(f"note: {said}".split())
+    assert sum(line.count("`a command to paste`") for line in lines) == parts.count("`a command to paste`,")
 
 
 def test_styles_are_readable_on_dark_and_light_grounds() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from carpool.artefacts.json_text import read_json
+from carpool.artefacts.model_source import HUB_NAME, configuration
 from carpool.errors import CarpoolError
 from carpool.known_shapes import RoutingRule, Shape, read
 
@@ -128,7 +129,7 @@ def diagnose(model: str | Path) -> Diagnosis:
     Raises:
         CarpoolError: nothing there, no JSON, a dense model, or a family whose routers Carpool does not know.
     """
-    content = _content(model)
+    content = configuration(model)
     shape = read(content)
     if shape is None:
         return built(model)
@@ -185,28 +186,8 @@ def _diagnosis(shape: Shape, family: str, text_family: str, quantization: Any) -
     )
 
 
-def _content(model: str | Path) -> dict[str, Any]:
-    """The configuration as it is written, from a folder, a file or the local cache; empty where that is not plain."""
-    path = Path(model).expanduser()
-    file: Any = path / "config.json" if path.is_dir() else path
-    if not path.exists():
-        try:
-            from huggingface_hub import try_to_load_from_cache
-
-            file = try_to_load_from_cache(str(model), "config.json")
-        except (ImportError, ValueError):  # ValueError: no name of a model
-            return {}
-    try:
-        content = read_json(Path(file), any_number=True) if isinstance(file, str | Path) else None
-    except CarpoolError:
-        return {}
-    return content if isinstance(content, dict) and isinstance(content.get("model_type"), str) else {}
-
-
 def _config(model: str | Path) -> Any:
     from transformers import AutoConfig
-
-    from carpool.hosts.transformers.loading import HUB_NAME
 
     path = Path(model).expanduser()
     cached = not path.exists()

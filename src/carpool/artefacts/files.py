@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 MAX_HEADER = 16 << 20  # bytes of a safetensors header; thousands of tensors take less than 1 MB
 
 
-def require_writable(path: str | Path) -> Path:
+def require_writable(path: str | Path, ending: str = "") -> Path:
     """The path, if a file can be written there; call it before long work.
 
+    Args:
+        ending: that the name must have, such as `.safetensors`; empty: any.
+
     Raises:
-        CarpoolError: the folder is missing or read-only, or the path names something that is no regular file.
+        CarpoolError: the folder is missing or read-only, the path names something that is no regular file, or it ends
+            otherwise.
     """
     path = Path(path)
     folder = path.resolve().parent
@@ -32,6 +36,8 @@ def require_writable(path: str | Path) -> Path:
         raise CarpoolError(f"cannot write {path}: the folder {folder} does not exist")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CarpoolError(f"cannot write {path}: the folder {folder} is not writable")
+    if not path.name.endswith(ending):
+        raise CarpoolError(f"cannot write {path}: what is written there is a {ending} file; name it so")
     return path
 
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 import carpool
+from carpool.cli.table import say
 from carpool.errors import CarpoolError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -49,7 +49,7 @@ def command(name: str, **settings: Any) -> Callable[[Callable], Callable]:
             try:
                 taking(*args, **kwargs)
             except CarpoolError as error:
-                errors.print(f"[bold red]carpool {name}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+                say(errors, str(error), f"carpool {name}:", "bold red")
                 raise typer.Exit(2) from None
 
         return guarded

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from carpool.cli.common import embedded_texts, load, model_facts, progress
+from carpool.cli.common import embedded_texts, load, model_facts, progress, warn_of_same_text
 from carpool.errors import CarpoolError
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def evaluate_blocks(console: Console, options: Options) -> None:
     texts = options.text or embedded_texts()
     documents = load_texts(texts)
     loaded, tokenizer, statistics = load(diffusion_model(options.model), options.stats, plans)
+    warn_of_same_text(console, plans, statistics, texts)
     threshold = THRESHOLD if options.threshold is None else options.threshold
     decoding = Decoding.of(
         loaded, mask_token=options.mask_token, block=options.block_size, threshold=threshold,

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from carpool.cli.app import command
-from carpool.cli.common import calibration_texts, listed, open_model, progress, require_number, warn
+from carpool.cli.common import calibration_texts, listed, open_model, progress, require_model, require_number, warn
 from carpool.cli.options import Model, Seed, Texts, WindowLength
 from carpool.cli.table import DETAIL, Column, Row, print_table
 
@@ -50,13 +50,14 @@ class Options:
 @command("calibrate")
 def calibrate(options: Options) -> None:
     """Measure how well each expert stands in for each other one, and write it beside its provenance."""
+    require_model(options.model)
     from carpool.artefacts.files import require_writable
     from carpool.calibrate import token_sequences
 
     console = Console()
     require_windows(options.tokens, options.sequence, options.seed)
     require_number("--surrogates", options.surrogates, 1)
-    require_writable(options.output)
+    require_writable(options.output, ".safetensors")
     documents, data = calibration_texts(console, options.text)
     opened = open_model(options.model)
     windows = token_sequences(

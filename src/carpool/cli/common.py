@@ -65,7 +65,30 @@ def require_number(option: str, value: float | None, low: float, high: float = i
 
 def warn(console: Console, said: str) -> None:
     """Print a warning."""
-    console.print(f"[bold]warning:[/] {escape(said)}", highlight=False, soft_wrap=True)
+    say(console, said, "warning:")
+
+
+def warn_of_same_text(
+    console: Console, plans: Sequence[AnyPlan], statistics: Statistics | None, texts: Sequence[Path]
+) -> None:
+    """Says so where text to measure on is text that the statistics of these plans were made from."""
+    from carpool.artefacts.files import sha256_file
+    from carpool.artefacts.statistics import Statistics
+    from carpool.plans.policy_file import PolicyFile
+
+    known: set[str] = set()
+    for plan in plans:
+        own = plan.statistics if isinstance(plan, PolicyFile) else None
+        used = statistics if own is None else Statistics.load(own)
+        if plan.required_stats() and used is not None:
+            known |= {digest for _, digest in used.data}
+    same = [path.name for path in texts if sha256_file(path) in known] if known else []
+    if same:
+        warn(
+            console,
+            f"the statistics were made from {listed(same)}, too: on text that they have not seen (--text FILE) "
+            "policies that use them are likely to lose more",
+        )
 
 
 def listed(names: Sequence[str]) -> str:
@@ -85,8 +108,23 @@ def warn_of_few(console: Console, batch_size: int, batches: int) -> None:
         )
 
 
+def require_model(model: str | None) -> None:
+    """Raises CarpoolError where there is none of that name, before anything heavy is imported."""
+    from carpool.artefacts.model_source import source_of
+
+    source_of(model)
+
+
 def open_model(model: str | None, plans: Sequence[AnyPlan] = ()) -> Opened:
-    """A model's layers and tokenizer, before its weights are read; plans that are impossible for it are refused."""
+    """A model's layers and tokenizer, before its weights are read; plans that are impossible for it are refused, where
+    its configuration says so before transformers is imported."""
+    from carpool.artefacts.model_source import configuration, source_of
+    from carpool.known_shapes import read
+
+    shape = read(configuration(source_of(model)[0]))
+    if shape is not None:
+        for plan in plans:
+            plan.check(shape.num_experts, shape.rule.top_k)
     from transformers.utils import logging
 
     from carpool.hosts import transformers as host

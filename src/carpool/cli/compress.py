@@ -12,7 +12,7 @@ from rich.console import Console
 
 from carpool.cli.app import command
 from carpool.cli.calibrate import require_windows
-from carpool.cli.common import calibration_texts, listed, open_model, progress, require_number, warn
+from carpool.cli.common import calibration_texts, listed, open_model, progress, require_model, require_number, warn
 from carpool.cli.options import Model, Seed, Texts, WindowLength
 from carpool.cli.pruned import METHODS, require_pruning, write_pruned
 from carpool.cli.table import Column, Row, print_table, say
@@ -65,6 +65,7 @@ def compress(options: Options) -> None:
 
     Layers that are done are kept beside the output until that is written: an interrupted run goes on there.
     """
+    require_model(options.model)
     from carpool.calibrate import token_sequences
     from carpool.calibrate.compress import POWERS
     from carpool.cli.compress_output import Output

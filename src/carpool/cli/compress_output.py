@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from carpool.experts.export import Format
     from carpool.hosts.transformers import Opened
 
+OF_FILES = (".json", ".txt", ".bin", ".pt", ".gguf")  # nobody means a folder with these
 PLANES_FILE = "experts.planes"  # no engine takes it for a file of weights
 
 
@@ -40,6 +41,8 @@ class Output:
             raise CarpoolError(f"--bits {bits}: give 1 to 8")
         if form is not None and form not in get_args(Format):
             raise CarpoolError(f"--format {form}: use one of {', '.join(get_args(Format))}")
+        if path.suffix in OF_FILES:
+            raise CarpoolError(f"-o {path}: name a file .safetensors, or a folder")
         if path.suffix == ".safetensors":
             if form not in (None, "planes") or bits is not None:
                 raise CarpoolError(f"-o {path} is a file of planes; name a folder for --format or --bits")

@@ -66,19 +66,21 @@ def doctor(
     say(console, f"{ESTIMATE}\n")
 
     console.print("[bold]Policies to begin with[/]")
-    for text, needs in found.suggestions():
-        console.print(f"  {text}   needs: {needs}", highlight=False)
-    console.print("  `carpool tune` finds the numbers for a quality that you name", highlight=False)
+    suggestions = found.suggestions()
+    wide = max(len(text) for text, _ in suggestions)
+    for text, needs in suggestions:
+        say(console, f"  {text:{wide}}   needs: {needs}")
+    say(console, "  `carpool tune` finds the numbers for a quality that you name")
     here = "cuda" if any(map(os.path.exists, GPU_DRIVERS)) else "cpu"
     console.print("\n[bold]In vLLM[/], where a policy needs routing in Python")
     places = {"cpu": "CPU build", "cuda": "GPUs"}
     places[here] += " (this machine)"
     for device, place in places.items():
-        console.print(f"  {place}: {found.in_vllm[device]}", highlight=False)
+        say(console, f"  {place}: {found.in_vllm[device]}")
     if paths:
         console.print(f"\n[bold]A layer's routing in vLLM[/] under {policy}", highlight=False)
         for device, place in places.items():
-            console.print(f"  {place}: {paths[device]}", highlight=False)
+            say(console, f"  {place}: {paths[device]}")
 
 
 def _as_dict(found: Diagnosis, bandwidth: float) -> dict[str, Any]:

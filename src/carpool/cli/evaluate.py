@@ -14,7 +14,9 @@ from carpool.cli.common import (
     named_statistics,
     open_model,
     progress,
+    require_model,
     statistics_of,
+    warn_of_same_text,
 )
 from carpool.cli.evaluate_options import Options, Prepared
 from carpool.cli.evaluation_table import show_results
@@ -32,13 +34,15 @@ def evaluate(options: Options) -> None:
     """
     console = Console()
     options.require_one_way()
+    if not (options.blocks and options.model is None):
+        require_model(options.model)
     if options.blocks:
         from carpool.cli.block_diffusion import evaluate_blocks
 
         evaluate_blocks(console, options)
         return
     settings = check(options)
-    ready = prepare(options, settings)
+    ready = prepare(console, options, settings)
     if options.check_lockstep:
         from carpool.cli.lockstep_check import report_check
 
@@ -72,7 +76,7 @@ def check(options: Options) -> Settings:
     return settings
 
 
-def prepare(options: Options, settings: Settings) -> Prepared:
+def prepare(console: Console, options: Options, settings: Settings) -> Prepared:
     """Draw the text and load the model; raises CarpoolError for what does not fit, before weights are read."""
     from carpool.artefacts.texts import load_texts
     from carpool.evaluate.study import require_possible, sequences_for
@@ -87,6 +91,7 @@ def prepare(options: Options, settings: Settings) -> Prepared:
     loaded = opened.weights()
     statistics = statistics_of(loaded, given)
     require_possible(loaded, settings, statistics)
+    warn_of_same_text(console, settings.plans, statistics, texts)
     return Prepared(loaded, opened.tokenizer, statistics, sequences, texts)
 
 

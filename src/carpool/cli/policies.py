@@ -18,7 +18,7 @@ from carpool.cli.table import Column, Row, print_table, say
 from carpool.errors import CarpoolError
 
 WRITTEN = "xshare(budget=32) | protect([3, 7]) | floor(0.3)"
-WORD, TEXT = partial(Column, kind="word"), partial(Column, kind="text")
+WORD, TEXT, PROSE = (partial(Column, kind=kind) for kind in ("word", "text", "prose"))
 KINDS = {
     "token": "token: every token decides alone, whoever decodes beside it",
     "group": "group: all rows that share a coreset decide together (--group: batch, request, ...)",
@@ -49,7 +49,7 @@ def list_policies(
         columns = [WORD("policy"), TEXT("parameters"), WORD("kind"), TEXT("paper", rank=1)]
         print_table(console, columns, [Row([one.name, one.written, one.kind, one.paper]) for one in policies.values()])
         console.print()
-        columns = [WORD("guard"), TEXT("parameters"), TEXT("what it does")]
+        columns = [WORD("guard"), TEXT("parameters"), PROSE("what it does")]
         print_table(console, columns, [Row([one.name, one.written, one.about]) for one in guards.values()])
         console.print()
         say(console, f"written as: {WRITTEN}")
@@ -96,7 +96,7 @@ def _explain(console: Console, card: Card, facts: dict[str, Any]) -> None:
     console.print(f"[bold]{escape(card.name)}[/] {escape(f'({card.paper})' if card.paper else '')}", highlight=False)
     say(console, f"{card.about}\n")
     if card.parameters:
-        columns = [WORD("parameter"), WORD("default"), TEXT("meaning and unit")]
+        columns = [WORD("parameter"), WORD("default"), PROSE("meaning and unit")]
         rows = [
             Row([name, "required" if value is None else value, card.told.get(name, "")])
             for name, value in card.parameters.items()
@@ -105,7 +105,7 @@ def _explain(console: Console, card: Card, facts: dict[str, Any]) -> None:
         console.print()
     for head in ("Needs", "Statistics", "Reading of the paper", "Identity"):
         if said := card.section(head):
-            console.print(f"[bold]{head}:[/] {escape(said)}", highlight=False, soft_wrap=not console.is_terminal)
+            say(console, said, f"{head}:")
     if not facts:
         return
     stats = f" --stats {facts['made_by'].rpartition(' ')[2]}" if facts["made_by"] else ""
@@ -113,8 +113,12 @@ def _explain(console: Console, card: Card, facts: dict[str, Any]) -> None:
         "Kind": KINDS[card.kind],
         "Cost": facts["cost"],
         "Engines": "transformers (carpool.share, evaluate, tune), vLLM (plugin)",
+    }
+    commands = {
         **({"Statistics from": facts["made_by"]} if facts["made_by"] else {}),
         "Example": card.example if card.section("Needs") else f"carpool evaluate --policy '{card.example}'{stats}",
     }
     for head, said in lines.items():
-        console.print(f"[bold]{head}:[/] {escape(said)}", highlight=False, soft_wrap=not console.is_terminal)
+        say(console, said, f"{head}:")
+    for head, said in commands.items():  # in one line, to be pasted
+        console.print(f"[bold]{head}:[/] {escape(said)}", highlight=False, soft_wrap=True)

@@ -11,7 +11,16 @@ from rich.console import Console
 
 from carpool.cli.app import command
 from carpool.cli.calibrate import require_windows
-from carpool.cli.common import embedded_texts, listed, named_statistics, open_model, progress, require_number, warn
+from carpool.cli.common import (
+    embedded_texts,
+    listed,
+    named_statistics,
+    open_model,
+    progress,
+    require_model,
+    require_number,
+    warn,
+)
 from carpool.cli.options import Model, PolicyFileToWrite, Seed, Texts, WindowLength
 from carpool.errors import CarpoolError
 
@@ -33,7 +42,7 @@ def allow_list(
 
     console = Console()
     number = _number(size)
-    require_writable(output)
+    require_writable(output, ".json")
     given = Statistics.load(stats)
     domain = domain_of(given, domain)
     lists, unseen = fixed_lists(given, number, domain)
@@ -66,6 +75,7 @@ def threshold(
     output: PolicyFileToWrite = Path("policy.json"),
 ) -> None:
     """Find the threshold that skips a share of the experts' work (MoDES, NAEE, top-p); write a policy file."""
+    require_model(model)
     from carpool.artefacts.files import require_writable
     from carpool.artefacts.statistics import made_by
     from carpool.artefacts.texts import load_texts
@@ -77,7 +87,7 @@ def threshold(
     console = Console()
     require_number("--skip", skip, 0, 1)
     require_windows(tokens, sequence, seed)
-    require_writable(output)
+    require_writable(output, ".json")
     if policy != "layer_threshold" and stats is not None:
         raise CarpoolError(f"{policy} needs no statistics; leave out --stats")
     if policy == "layer_threshold":

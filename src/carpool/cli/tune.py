@@ -17,7 +17,16 @@ from rich.console import Console
 
 from carpool.artefacts.files import atomic_path
 from carpool.cli.app import command
-from carpool.cli.common import Bar, embedded_texts, may_be_shipped, open_model, progress, require_number
+from carpool.cli.common import (
+    Bar,
+    embedded_texts,
+    may_be_shipped,
+    open_model,
+    progress,
+    require_model,
+    require_number,
+    warn_of_same_text,
+)
 from carpool.cli.tune_options import Options, Prepared
 from carpool.cli.tune_view import Files, again, as_dict, show
 from carpool.errors import CarpoolError
@@ -38,6 +47,7 @@ TOKENS = 9_216  # decoded on either half unless told otherwise, or ten batches
 @command("tune")
 def tune(options: Options) -> None:
     """Find the policy that reads least within a quality target, verify it on unseen text, write a policy file."""
+    require_model(options.model)
     from carpool.tune import Target
     from carpool.tune import tune as search_for
 
@@ -105,6 +115,9 @@ def prepare(console: Console, options: Options) -> Prepared:
     if needy and statistics is None:
         statistics = made = _calibrate(model, cut() if windows is None else windows, options, data)
     if statistics is not None:
+        if made is None:
+            loaded = Statistics.load(statistics)
+            warn_of_same_text(console, [one.plan for one in families], loaded, paths)
         known = Statistics.load(statistics).for_layer(opened.layers[0].index)
         families = bounded(families if options.policy else measurable(families, known), known)
     families = [one for one in families if one.values(moe.experts, moe.top_k)]
@@ -130,7 +143,7 @@ def check(options: Options) -> tuple[list[Family], Layout]:
             f"--tokens {options.tokens} is less than {FEWEST} batches of {options.batch}, and fewer do not show how "
             f"sure a measurement is: give {least} or more, or lower --batch or --sequence"
         )
-    require_writable(options.output)
+    require_writable(options.output, ".json")
     return families, layout
 
 

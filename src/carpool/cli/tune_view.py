@@ -114,6 +114,6 @@ def again(options: Options, trials: int, memory: Path) -> Sequence[str]:
 
 
 def _model(options: Options) -> str:
-    from carpool.hosts.transformers.loading import source_of
+    from carpool.artefacts.model_source import source_of
 
     return options.model if options.model is not None else source_of(None)[0]

@@ -11,12 +11,12 @@ from lm_eval import utils
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
+from carpool.artefacts.model_source import source_of
 from carpool.artefacts.statistics import Statistics
 from carpool.errors import CarpoolError
 from carpool.evaluate.answers import Question, deal, score
 from carpool.evaluate.study import describe
 from carpool.hosts.transformers import share
-from carpool.hosts.transformers.loading import source_of
 from carpool.lm_eval.sums import Sums, by_task, depends, facts, require_company, require_no_cache, told
 from carpool.plans.policy_file import plan_or_file, stats_for
 from carpool.routing.batch import Grouping

@@ -178,11 +178,18 @@ def plan_or_file(text: str) -> AnyPlan:
     """A policy text, or a policy file where the text names one (it exists, or ends in .json).
 
     Raises:
-        CarpoolError: what `parse` and `PolicyFile.load` raise.
+        CarpoolError: what `parse` and `PolicyFile.load` raise; a folder.
     """
     named = text.strip()
     # os.path: unlike Path.is_file it says no, and raises nothing, where a text is too long for a path
-    return PolicyFile.load(named) if named.endswith(".json") or os.path.isfile(named) else parse(text)  # noqa: PTH113
+    if named.endswith(".json") or os.path.isfile(named):  # noqa: PTH113
+        return PolicyFile.load(named)
+    try:
+        return parse(text)
+    except CarpoolError:
+        if os.path.isdir(named):  # noqa: PTH112
+            raise CarpoolError(f"{named} is a folder; name the policy file in it, or write a policy text") from None
+        raise
 
 
 def stats_for(plan: AnyPlan, stats: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,13 +10,13 @@ from typing import Any
 
 import torch
 
+from carpool.artefacts.model_source import source_of
 from carpool.errors import CarpoolError
 from carpool.experts.export import METHOD
 from carpool.hosts.transformers.as_stored import fill, folder_of, matrices, planes_in
 from carpool.hosts.transformers.layers import MoELayer, find_layers
 
 PLAIN = {torch.float32, torch.bfloat16, torch.float16}
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,26 +150,6 @@ def auto_class(config: Any) -> Any:
 
     kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel)
     return next((kind for kind in kinds if type(config) in kind._model_mapping), AutoModelForCausalLM)
-
-
-def source_of(path: str | Path | None) -> tuple[str, bool]:
-    """Where to load from, and whether that is a folder."""
-    if path is None:
-        try:
-            from carpool_demo import MODEL
-        except ImportError:
-            raise CarpoolError("the reference model is not installed: pip install 'carpool[demo]'") from None
-        path = MODEL
-    folder = Path(path).expanduser()
-    if str(path) and folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise CarpoolError(f"{path} has no config.json; give a folder in transformers format")
-        return str(folder), True
-    if folder.is_file():
-        raise CarpoolError(f"{path} is a file; give the folder of a model in transformers format")
-    if isinstance(path, str) and HUB_NAME.fullmatch(path):
-        return path, False
-    raise CarpoolError(f"there is no folder {str(path)!r}; give a model's folder, or its name as organisation/model")
 
 
 @contextmanager
