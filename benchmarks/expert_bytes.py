@@ -3,6 +3,10 @@
     python benchmarks/expert_bytes.py make FOLDER --text train/*.jsonl       # about 20 minutes: every quantiser's file
     python benchmarks/expert_bytes.py measure FOLDER --text heldout/*.jsonl --output docs/results/expert-bytes.json
 
+`--model` takes another model than the reference model, in a FOLDER and a file of results of its own. `--files` and
+`--methods` choose some: of batch 64 those are measured that come within twice the best one's bytes at batch 16, the
+controls, and a row of each paper.
+
 Everything is measured on the same batches of held-out text, and each method's curve of log KL over bytes is read where
 it crosses 0.02, 0.01, 0.003 and 0.001 nats. Of the alternatives the best one at every KL is taken after the fact, on
 the very text that decides, which favours them. Rows of prompts keep the experts as the model holds them, in all methods
@@ -12,7 +16,9 @@ alike.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -22,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from carpool.artefacts.files import write_text
+from carpool.artefacts.files import atomic_path, sha256_file, write_text
 from carpool.artefacts.statistics import Statistics
 from carpool.artefacts.texts import load_texts
 from carpool.cli.common import load, model_facts, progress
@@ -39,6 +45,7 @@ NESTED, SHIPPED = "nested-64", "shipped"
 TARGETS = (0.02, 0.01, 0.003, 0.001)  # nats a token
 OURS = "depth"
 CONTROLS = ("random on 4 bits", "depth, all levels {2, 4}", "depth, equal energies", "static, by lost energy")
+FEWER = {3: (0.12, 0.135, 0.15, 0.17, 0.19), 4: (0.12, 0.15, 0.17, 0.19, 0.22, 0.25), 5: (0.15, 0.19, 0.22, 0.25, 0.28)}
 BATCHES = 10
 K = 8  # experts a token of the reference model
 
@@ -55,6 +62,10 @@ def uniform(bits: int, group: int) -> str:
     return f"uniform-{bits}-{group}"
 
 
+def fewer(bits: int) -> str:
+    return f"depth, up to {bits} bits"
+
+
 def methods() -> list[Method]:
     shares = (0.12, 0.135, 0.15, 0.17, 0.19, 0.22, 0.25, 0.28, 0.32)
 
@@ -67,6 +78,10 @@ def methods() -> list[Method]:
         OURS: [f"depth(bytes={share})" for share in shares],
         "depth, equal energies": [f"depth(bytes={share}, energy='equal')" for share in shares[2:8]],
         "depth, all levels {2, 4}": [f"depth(bytes={share}, levels=[2, 4])" for share in (0.17, 0.19, 0.22, 0.25)],
+        **{  # what a file stores that ends at fewer bits
+            fewer(bits): [f"depth(bytes={share}, levels={[0, *range(2, bits + 1)]})" for share in of]
+            for bits, of in FEWER.items()
+        },
         "static, by lost energy": [f"bit_plan(bits={bits}, alpha=0, beta=0)" for bits in (2.25, 2.5, 3, 3.5, 4, 4.5)],
         "MC's bit plan": [f"bit_plan(bits={bits})" for bits in (2.25, 2.5, 3, 3.5, 4, 4.5)],
         "MC's bit plan, as released": [f"bit_plan(bits={bits}, gamma=1.0)" for bits in (2.5, 3, 3.5, 4)],
@@ -88,7 +103,7 @@ def methods() -> list[Method]:
     ]  # fmt: skip
 
 
-def make(folder: Path, texts: list[Path], tokens: int) -> None:
+def make(folder: Path, model: str | None, texts: list[Path], tokens: int, only: str) -> None:
     """Every file of experts, by the command that users have; those that are there stay."""
     wanted = {NESTED: ["--method", "energy", "--group", "64", "--depths", ",".join(map(str, BITS))]}
     for group in GROUPS:
@@ -98,9 +113,19 @@ def make(folder: Path, texts: list[Path], tokens: int) -> None:
     named = [part for path in texts for part in ("--text", str(path))]
     for name, options in wanted.items():
         output = folder / f"{name}.safetensors"
-        if not output.exists():
+        if not output.exists() and re.search(only, name):
             carpool = str(Path(sys.executable).with_name("carpool"))
-            command = [carpool, "compress", *named, "--tokens", str(tokens), *options, "-o", str(output)]
+            command = [
+                carpool,
+                "compress",
+                *([model] if model else []),
+                *named,
+                "--tokens",
+                str(tokens),
+                *options,
+                "-o",
+                str(output),
+            ]
             subprocess.run(command, check=True)
 
 
@@ -122,17 +147,32 @@ def measure(
     found: list[tuple[str, str, Result]] = []
     sequences = None
     for file, plans in by_file.items():
-        settings = Settings(
-            plans=tuple(parse(plan) for _, plan in plans), grouping=Grouping.parse("batch"), batch_sizes=(batch,),
-            sequence=sequence, batches=BATCHES, seed=0, allow_unchanged=True,
-        )  # fmt: skip
-        sequences = sequences or sequences_for(settings, load_texts(texts), tokenizer)
-        stats = shipped if file == SHIPPED else Statistics.load(folder / f"{file}.safetensors")
-        (results,) = study(model, settings, sequences, stats=stats, advance=done)
+        places = {plan: kept(folder, texts, batch, sequence, file, plan) for plan in ("stock", *(p for _, p in plans))}
+        missing = tuple(parse(plan) for _, plan in plans if not places[plan].exists())
+        done(batch * BATCHES * sequence * (1 + len(plans) - len(missing) if missing else 1 + len(plans)))
+        if missing:
+            settings = Settings(
+                plans=missing, grouping=Grouping.parse("batch"), batch_sizes=(batch,), sequence=sequence,
+                batches=BATCHES, seed=0, allow_unchanged=True,
+            )  # fmt: skip
+            sequences = sequences or sequences_for(settings, load_texts(texts), tokenizer)
+            stats = shipped if file == SHIPPED else Statistics.load(folder / f"{file}.safetensors")
+            (results,) = study(model, settings, sequences, stats=stats, advance=done)
+            named = ["stock", *(plan for _, plan in plans if not places[plan].exists())]
+            for plan, result in zip(named, results, strict=True):
+                places[plan].parent.mkdir(exist_ok=True)
+                with atomic_path(places[plan]) as temporary:
+                    temporary.write_bytes(pickle.dumps(result))
         if not found:
-            found.append(("stock", "", results[0]))
-        found += [(name, file, result) for (name, _), result in zip(plans, results[1:], strict=True)]
+            found.append(("stock", "", pickle.loads(places["stock"].read_bytes())))
+        found += [(name, file, pickle.loads(places[plan].read_bytes())) for name, plan in plans]
     return found
+
+
+def kept(folder: Path, texts: list[Path], batch: int, sequence: int, file: str, plan: str) -> Path:
+    """Where the result of a plan is, so that an interrupted run goes on, and several may share the work."""
+    depends = [[sha256_file(text) for text in texts], batch, sequence, BATCHES, file, plan]
+    return folder / "measured" / f"{hashlib.sha256(repr(depends).encode()).hexdigest()[:32]}.pickle"
 
 
 def points(results: list[Result], stock: Result) -> Points:
@@ -159,7 +199,7 @@ def compare(found: list[tuple[str, str, Result]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for kl in TARGETS:
         needed = {name: at for name, curve in curves.items() if (at := bytes_at(curve, kl)) is not None}
-        others = {name: at for name, at in needed.items() if name != OURS and name not in CONTROLS}
+        others = {name: at for name, at in needed.items() if not name.startswith(OURS) and name not in CONTROLS}
         row: dict[str, Any] = {"kl": kl, "bytes": {name: float(at[0]) for name, at in needed.items()}}
         if OURS in needed and others:
             best = min(others, key=lambda name: others[name][0])
@@ -178,6 +218,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("make", "measure"))
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", help="folder or hub name; default: the reference model")
+    parser.add_argument("--files", default=".*", help="pattern of the files to make; default: all")
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--tokens", type=int, default=60_000, help="of the calibration")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
@@ -186,14 +228,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.what == "make":
-        make(options.folder, options.text, options.tokens)
+        make(options.folder, options.model, options.text, options.tokens, options.files)
         return
     if options.output is None:
         parser.error("--output is missing")
     content = json.loads(options.output.read_text()) if options.output.exists() else {}
     cells: dict[str, Any] = content.get("cells", {})
     chosen = [method for method in methods() if re.search(options.methods, method.name)]
-    loaded = load(None, None)
+    loaded = load(options.model, None)
     sizes = {path.stem: stored(path) for path in sorted(options.folder.glob("*.safetensors"))}
     for batch in options.batch:
         plans = sum(len(method.settings) for method in chosen) + len({file for m in chosen for file, _ in m.settings})
@@ -211,7 +253,8 @@ def main() -> None:
             "needed": compare(found),
         }  # fmt: skip
         content = {
-            **provenance(), "model": model_facts(loaded[0], None), "texts": text_facts(options.text),
+            **provenance(), "texts": text_facts(options.text),
+            "model": model_facts(loaded[0], options.model) | trained(options.model),
             "arguments": {"sequence": options.sequence, "batches": BATCHES, "seed": 0, "tokens": options.tokens},
             "stored": sizes,
             "cells": dict(sorted(cells.items(), key=lambda cell: int(cell[0]))),
@@ -219,6 +262,12 @@ def main() -> None:
         write_text(options.output, json.dumps(content, indent=1) + "\n")
         for row in cells[str(batch)]["needed"]:
             print(batch, {key: value for key, value in row.items() if key != "bytes"}, row["bytes"].get(OURS))
+
+
+def trained(model: str | None) -> dict[str, Any]:
+    """On how many tokens, where a recipe of ours has trained it."""
+    noted = Path(model or "") / "training.json"
+    return {"trained_on": json.loads(noted.read_text())["tokens"]} if model and noted.exists() else {}
 
 
 def stored(path: Path) -> float:

@@ -32,7 +32,7 @@ from carpool.tune.split import split
 
 MODEL = small_model()
 LAYOUT = Layout(4, 9, 3, Grouping.parse("batch"))
-SMALL = ["--batch", "4", "--tokens", "240", "--sequence", "9", "--prefill", "3", "-p", "xshare"]
+SMALL = ["--batch", "4", "--tokens", "240", "--sequence", "9", "--prefill", "3", "-p", "xshare", "--also-batch", ""]
 
 
 def sequences(seed, batches=10):
@@ -150,8 +150,8 @@ def test_a_policy_file_comes_out(command):
 def test_what_is_printed_is_what_was_verified(high, met, capsys):
     target, seen = Target(max_kl=0.2), Point("xshare(budget=3)", 0.1, 0.07, high, 1.05, 0.4)
     found = Tuned(family("xshare").at(3), replace(seen, kl=0.01), seen, met)
-    options, files = tune_command.Options(model="some/model", batch=4), tune_command.Files(Path("mine.json"))
-    tune_command.show(Console(width=400), options, target, found, 12, files)
+    options, files = tune_command.Options(model="some/model", batch=4), tune_view.Files(Path("mine.json"))
+    tune_command.show(Console(width=400), options, target, found, 12, files, [])
     said = capsys.readouterr().out
     assert (
         """vllm serve some/model --additional-config '{"carpool": {"file": "mine.json", "isolation": "batch"}}'"""
@@ -195,6 +195,16 @@ def test_what_failed_verification_is_kept(monkeypatch):
     assert found.met
     assert [(one.searched, one.verified.kl) for one in found.failed] == [(edge, 0.5)]
     assert found.plan != edge.policy
+
+
+def test_other_batch_sizes_are_measured_and_kept(command):
+    done, out = command("--max-kl", 0.2, "--also-batch", "2,4,64")
+    assert done.exit_code == 0, done.output
+    assert "at batch 2: reads" in done.output
+    assert "at batch 64: not measured: the texts hold" in done.output
+    (other,) = [one for one in PolicyFile.load(out).curve if one.get("text") == "unseen, at other batch sizes"]
+    assert other["batch"] == 2
+    assert other["kl"] > 0
 
 
 def test_the_end_names_files_and_the_command(command, tmp_path, monkeypatch):

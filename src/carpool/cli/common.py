@@ -193,9 +193,15 @@ def model_facts(loaded: Any, name: str | None) -> dict[str, Any]:
     from dataclasses import asdict
 
     from carpool.evaluate.study import describe
-    from carpool.hosts.transformers import fingerprint, weight_bytes
+    from carpool.hosts.transformers import find_layers, fingerprint, weight_bytes
+    from carpool.hosts.transformers.as_stored import shares_stored
 
     expert_bytes, other_bytes = weight_bytes(loaded)
+    layers = find_layers(loaded)
+    shares = shares_stored(loaded, layers)
+    if min(shares) < 1:  # what is read is what the checkpoint stores, whatever the weights became in memory
+        sizes = [sum(2 * one.numel() for one in layer.experts.parameters()) / layer.num_experts for layer in layers]
+        expert_bytes = sum(size * share for size, share in zip(sizes, shares, strict=True)) / len(layers)
     return {
         "name": "reference model" if name is None else Path(name).name,
         "architecture": type(loaded).__name__,

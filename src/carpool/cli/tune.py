@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
 from math import ceil, log2
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
-from carpool.artefacts.files import atomic_path
 from carpool.cli.app import command
 from carpool.cli.common import (
-    Bar,
     embedded_texts,
     may_be_shipped,
     open_model,
@@ -27,21 +22,20 @@ from carpool.cli.common import (
     require_number,
     warn_of_same_text,
 )
+from carpool.cli.tune_files import write
 from carpool.cli.tune_options import Options, Prepared
-from carpool.cli.tune_view import Files, again, as_dict, show
+from carpool.cli.tune_trials import batch_sizes, draw, elsewhere, trials
+from carpool.cli.tune_view import again, as_dict, show
 from carpool.errors import CarpoolError
 
 if TYPE_CHECKING:
-    from carpool.artefacts.texts import Document
     from carpool.calibrate.sequences import Windows
     from carpool.evaluate.layout import Layout
     from carpool.evaluate.loop import MoE
-    from carpool.evaluate.sequences import Sequences
-    from carpool.tune import Family, Target, Trials, Tuned
+    from carpool.tune import Family
 
 RANK = 16  # of the surrogates, where statistics are made on the way
 CALIBRATION, WINDOW = 20_000, 256  # tokens for them, and of a sequence
-TOKENS = 9_216  # decoded on either half unless told otherwise, or ten batches
 
 
 @command("tune")
@@ -68,11 +62,12 @@ def tune(options: Options) -> None:
         except CarpoolError:
             memory.unlink(missing_ok=True)
             raise
-    files = write(options, ready, target, found, search, verify)
+    others = elsewhere(options, ready, target, found, verify)
+    files = write(options, ready, target, found, search, verify, others)
     memory.unlink(missing_ok=True)
-    show(console, options, target, found, ready.verify.batches, files)
+    show(console, options, target, found, ready.verify.batches, files, others)
     if options.as_json:
-        typer.echo(json.dumps(as_dict(options, target, found, files), indent=1))
+        typer.echo(json.dumps(as_dict(options, target, found, files, others), indent=1))
     if not found.met:
         raise typer.Exit(1)
 
@@ -85,9 +80,11 @@ def prepare(console: Console, options: Options) -> Prepared:
     from carpool.artefacts.statistics import Statistics, made_by
     from carpool.artefacts.texts import load_texts
     from carpool.calibrate import token_sequences
+    from carpool.evaluate.sequences import Cut
     from carpool.evaluate.study import describe_layers
     from carpool.hosts.transformers import find_layers, identity
-    from carpool.tune import bounded, measurable
+    from carpool.plans.grammar import PLANES
+    from carpool.tune import bounded, measurable, on_planes
     from carpool.tune.split import split
 
     families, layout = check(options)
@@ -101,7 +98,11 @@ def prepare(console: Console, options: Options) -> Prepared:
     families = [one for one in families if one.knob == "bytes" or one.values(moe.experts, moe.top_k)]
     both = (halves.search, halves.verify)
     with progress("tokenizing", sum(len(document.text) for half in both for document in half)) as advance:
-        search, verify = (draw(half, opened.tokenizer, options, layout, advance) for half in both)
+        cuts = [
+            Cut.of(half, opened.tokenizer, length=options.sequence, seed=options.seed, progress=advance)
+            for half in both
+        ]
+    search, verify = (draw(cut, options, layout) for cut in cuts)
     shipped = opened.planes or may_be_shipped(opened) if options.stats is None else None
     needy = options.stats is None and any(one.required_stats for one in families)
 
@@ -114,16 +115,22 @@ def prepare(console: Console, options: Options) -> Prepared:
     statistics = options.stats or opened.planes or (None if shipped is None else shipped_with(model_id))
     if needy and statistics is None:
         statistics = made = _calibrate(model, cut() if windows is None else windows, options, data)
+    depths: tuple[int, ...] = ()
     if statistics is not None:
         if made is None:
             loaded = Statistics.load(statistics)
             warn_of_same_text(console, [one.plan for one in families], loaded, paths)
         known = Statistics.load(statistics).for_layer(opened.layers[0].index)
         families = bounded(families if options.policy else measurable(families, known), known)
+        depths = tuple(known[PLANES][3:].tolist()) if PLANES in known else ()
+        if depths and not options.policy:
+            families[1:1] = on_planes(depths, moe.top_k)
     families = [one for one in families if one.values(moe.experts, moe.top_k)]
     if not families:
         raise CarpoolError(f"{statistics} holds no experts in planes; make them with `{made_by('planes_shape')}`")
-    return Prepared(families, layout, data, search, verify, model, moe, model_id, statistics, opened.planes, made)
+    return Prepared(
+        families, layout, data, search, verify, cuts[1], depths, model, moe, model_id, statistics, opened.planes, made
+    )
 
 
 def check(options: Options) -> tuple[list[Family], Layout]:
@@ -136,6 +143,7 @@ def check(options: Options) -> tuple[list[Family], Layout]:
 
     families = [family(one) for one in options.policy or DEFAULT]
     require_number("--seed", options.seed, 0)
+    batch_sizes(options.also_batch)
     layout = Layout(options.batch, options.sequence, options.prefill, Grouping.parse(options.group))
     least = FEWEST * layout.batch_size * layout.decoded
     if options.tokens is not None and options.tokens < least:
@@ -145,70 +153,6 @@ def check(options: Options) -> tuple[list[Family], Layout]:
         )
     require_writable(options.output, ".json")
     return families, layout
-
-
-def draw(documents: list[Document], tokenizer: Any, options: Options, layout: Layout, advance: Bar) -> Sequences:
-    """Batches of one half of the text; raises CarpoolError where it does not hold enough that share no document."""
-    from carpool.evaluate.intervals import FEWEST
-    from carpool.evaluate.sequences import Cut
-
-    cut = Cut.of(documents, tokenizer, length=options.sequence, seed=options.seed, progress=advance)
-    wanted = max(FEWEST, round((options.tokens or TOKENS) / (layout.batch_size * layout.decoded)))
-    least = FEWEST if options.tokens is None else wanted
-    lower = "--sequence, --batch or --tokens" if least > FEWEST else "--sequence or --batch"
-    fewer = f"lower {lower} (half of the text is searched, the other half verified on)"
-    return cut.draw_within(least, wanted, layout.batch_size, seed=options.seed, fewer=fewer)
-
-
-def trials(ready: Prepared, options: Options, memory: Path, advance: Callable[[str], None]) -> tuple[Trials, Trials]:
-    """On the text to search on, taken up where an interrupted run left off, and on the text to verify on."""
-    from carpool.artefacts.files import sha256_file
-    from carpool.artefacts.statistics import Statistics
-    from carpool.tune import Trials
-
-    path = ready.statistics
-    searched = hashlib.sha256(ready.search.ids_ST.numpy().tobytes()).hexdigest()
-    depends = {
-        "model": ready.identity.name, "searched": searched, **_measured_on(ready, options),
-        "statistics": None if path is None else sha256_file(path),
-    }  # fmt: skip
-    stats = None if path is None else Statistics.load(path)
-    given: dict[str, Any] = {"stats": stats, "settings": depends, "advance": advance}
-    return (
-        Trials(ready.model, ready.moe, ready.search, ready.layout, memory=memory, **given),
-        Trials(ready.model, ready.moe, ready.verify, ready.layout, **given),
-    )
-
-
-def write(options: Options, ready: Prepared, target: Target, found: Tuned, search: Trials, verify: Trials) -> Files:
-    """The policy file, with everything that was measured."""
-    from carpool.plans.policy_file import PolicyFile
-
-    made_for = {
-        "fingerprint": ready.identity.fingerprint, "num_layers": ready.moe.layers, "num_experts": ready.moe.experts,
-        "top_k": ready.moe.top_k,
-    }  # fmt: skip
-    part = ready.statistics == ready.planes  # of the model, which brings it
-    statistics = None if part or not found.plan.required_stats() else _beside(options.output, ready.statistics)
-    PolicyFile(
-        found.plan,
-        {},
-        made_for,
-        statistics,
-        (
-            {"target": target.given, **_measured_on(ready, options), "texts": ready.data},
-            *({"text": "search", **asdict(point)} for point in search.points.values()),
-            *({"text": "unseen", **asdict(point)} for point in verify.points.values()),
-        ),
-    ).save(options.output)
-    return Files(options.output, statistics, ready.made if statistics is None else None)
-
-
-def _measured_on(ready: Prepared, options: Options) -> dict[str, Any]:
-    return {
-        "batch": options.batch, "group": options.group, "sequence": options.sequence, "prefill": options.prefill,
-        "tokens": ready.search.batches * ready.layout.batch_size * ready.layout.decoded, "seed": options.seed,
-    }  # fmt: skip
 
 
 def _calibrate(model: Any, windows: Windows, options: Options, data: list[tuple[str, str]]) -> Path:
@@ -233,16 +177,6 @@ def _calibrate(model: Any, windows: Windows, options: Options, data: list[tuple[
             seed=seed, energy=True, collectors=[lambda layer: SurrogateFit(layer, RANK)], progress=advance,
         )  # fmt: skip
     made.save(path)
-    return path
-
-
-def _beside(output: Path, source: Path | None) -> Path | None:
-    """The statistics in the folder of the policy file, copied there if need be."""
-    if source is None or source.resolve().parent == output.resolve().parent:
-        return source
-    path = output.with_suffix(".safetensors")
-    with atomic_path(path) as temporary:
-        shutil.copyfile(source, temporary)
     return path
 
 

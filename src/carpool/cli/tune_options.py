@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from carpool.artefacts.identity import Identity
     from carpool.evaluate.layout import Layout
     from carpool.evaluate.loop import MoE
-    from carpool.evaluate.sequences import Sequences
+    from carpool.evaluate.sequences import Cut, Sequences
     from carpool.tune import Family
 
 
@@ -45,6 +45,9 @@ class Options:
     ] = None
     group: Annotated[str, typer.Option(help="Rows that share a coreset: batch, request or block:n.")] = "batch"
     batch: Annotated[int, typer.Option(help="Sequences that decode together where you serve.")] = 16
+    also_batch: Annotated[
+        str, typer.Option(help="Batch sizes at which what was chosen is measured too, on the unseen half; '' for none.")
+    ] = "1,4,16,64"
     sequence: SequenceLength = SEQUENCE
     prefill: Prefill = PREFILL
     tokens: Annotated[
@@ -66,6 +69,8 @@ class Prepared:
     Attributes:
         families: to choose from. layout: of a batch.
         data: names and hashes of the files of text. search, verify: sequences of their halves.
+        unseen: the half to verify on, to draw batches of other sizes from.
+        depths: at which the experts are stored in planes; empty without any.
         model: loaded. moe: its numbers. identity: what files made for it are checked against.
         statistics: file that some families need, or None. planes: the model's experts, where they are planes of bits.
         made: statistics that this run made.
@@ -76,6 +81,8 @@ class Prepared:
     data: list[tuple[str, str]]
     search: Sequences
     verify: Sequences
+    unseen: Cut
+    depths: tuple[int, ...]
     model: Any
     moe: MoE
     identity: Identity

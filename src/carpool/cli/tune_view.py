@@ -16,7 +16,7 @@ from carpool.cli.common import warn
 from carpool.cli.tune_options import Options
 
 if TYPE_CHECKING:
-    from carpool.tune import Failed, Target, Tuned
+    from carpool.tune import AtBatch, Failed, Target, Tuned
 
 SERVED = ("batch", "request", "prompt", "tenant")  # groupings that vLLM has, too
 
@@ -44,7 +44,15 @@ class Files:
         return said
 
 
-def show(console: Console, options: Options, target: Target, found: Tuned, batches: int, files: Files) -> None:
+def show(
+    console: Console,
+    options: Options,
+    target: Target,
+    found: Tuned,
+    batches: int,
+    files: Files,
+    others: Sequence[AtBatch],
+) -> None:
     """Everything, in the order in which a reader asks."""
     seen = found.verified
     console.print(f"[bold]{escape(str(found.plan))}[/], for batch {options.batch}:")
@@ -59,12 +67,43 @@ def show(console: Console, options: Options, target: Target, found: Tuned, batch
         warn(console, f"that misses the target ({target}); more --tokens make the search surer")
     for said in why_not(found, target):
         console.print(said, markup=False)
+    for said in elsewhere(others, options.batch):
+        console.print(said, markup=False)
     for said in files.lines:
         console.print(said, markup=False)
     if found.plan.reads_depths:  # no engine reads planes yet
         console.print(f"use it: carpool.share(model, {str(files.policy)!r})", markup=False)
     else:
         console.print(f"serve it: {serve(options, files.policy)}", markup=False)
+
+
+def elsewhere(others: Sequence[AtBatch], batch: int) -> list[str]:
+    """What the plan does at every other batch size, and what it adds to quantised experts at each."""
+    said = []
+    for one in others:
+        if one.point is None:
+            said.append(f"at batch {one.batch}: not measured: {one.why}")
+            continue
+        seen = one.point
+        missed = "" if one.met else ", which misses the target"
+        if one.batch != batch:
+            said.append(
+                f"at batch {one.batch}: reads {seen.share:.1%}, KL {seen.kl:.4f} ({seen.kl_low:.4f} to "
+                f"{seen.kl_high:.4f}){missed}"
+            )
+        if one.uniform is not None:
+            less = 1 - seen.share / one.uniform
+            what = f"{less:.0%} less" if less >= 0 else f"{-less:.0%} more"
+            said.append(
+                f"at batch {one.batch}: experts that all have the same bits, of the same file, need {one.uniform:.1%} "
+                f"for that KL: this plan reads {what} than quantisation alone"
+            )
+    if all(one.uniform is None for one in others):
+        said.append(
+            "how it compares with quantised experts is not known: that takes experts in planes (carpool compress), and "
+            "a KL that uniform bits reach"
+        )
+    return said
 
 
 def why_not(found: Tuned, target: Target) -> list[str]:
@@ -92,11 +131,12 @@ def serve(options: Options, policy: Path) -> str:
     return f"vllm serve {shlex.quote(_model(options))} --additional-config {shlex.quote(config)}"
 
 
-def as_dict(options: Options, target: Target, found: Tuned, files: Files) -> dict[str, Any]:
+def as_dict(options: Options, target: Target, found: Tuned, files: Files, others: Sequence[AtBatch]) -> dict[str, Any]:
     """The same for a program."""
     return {
         "policy": str(found.plan), "met": found.met, "target": target.given,
         "searched": asdict(found.searched), "verified": asdict(found.verified),
+        "batches": [asdict(one) for one in others],
         "failed": [{**asdict(one), "why": _failed(one, target)} for one in found.failed],
         "files": {name: None if path is None else str(path) for name, path in asdict(files).items()},
         "serve": serve(options, files.policy) if options.group in SERVED else None,

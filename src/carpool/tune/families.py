@@ -9,10 +9,12 @@ from torch import Tensor
 
 from carpool.errors import CarpoolError
 from carpool.plans.grammar import Plan, parse
+from carpool.plans.guards import Bits
 from carpool.policies.registry import policies, policy_class
 
 KNOBS = ("bytes", "budget", "size", "k0", "top", "k")
 LEAST_BYTES = 8  # hundredths of stock's bytes; below, no depth is worth looking at
+SHARED_BITS = 4  # beyond, quantised experts lose so little that sharing them costs more than fewer bits
 DEFAULT = ("depth", "surrogate", "base", "xshare(budget=1, utility='squared')", "xshare", "des_vote", "lynx")
 
 
@@ -23,26 +25,34 @@ class Family:
     Attributes:
         plan: with any value of the knob. knob: the parameter that is searched.
         least, most: smallest and largest share of bytes, in hundredths, as far as statistics say.
+        offered: bits at which experts are stored, where the guard `bits` is searched.
     """
 
     plan: Plan
     knob: str
     least: int = LEAST_BYTES
     most: int | None = None
+    offered: tuple[int, ...] = ()
 
     def at(self, value: int) -> Plan:
         """The plan with a value of its knob."""
+        if self.knob == "bits":
+            return Plan(self.plan.policy, (Bits(value),))
         given = value / 100 if self.knob == "bytes" else value
         return Plan(replace(self.plan.policy, **{self.knob: given}), self.plan.guards)
 
     @property
     def name(self) -> str:
         """The plan without its knob."""
+        if self.knob == "bits":
+            return f"{self.plan.policy} | bits"
         given = f"{self.knob}={getattr(self.plan.policy, self.knob)!r}"
         return str(self.plan).replace(f"({given})", "").replace(f"{given}, ", "").replace(f", {given}", "")
 
     def values(self, num_experts: int, top_k: int) -> list[int]:
         """Values that the policy accepts for `E` experts, `K` a token, ascending."""
+        if self.knob == "bits":
+            return list(self.offered)
         if self.knob == "bytes":
             return list(range(self.least, (self.most or 0) + 1))
         found = []
@@ -57,6 +67,18 @@ class Family:
     @property
     def required_stats(self) -> tuple[str, ...]:
         return self.plan.required_stats()
+
+
+def uniform(bits: int, top_k: int) -> Plan:
+    """All experts of a model with `K` a token at one number of bits, and no sharing."""
+    return parse(f"topk(k={top_k}) | bits({bits})")
+
+
+def on_planes(depths: Sequence[int], top_k: int) -> list[Family]:
+    """What to search beside `depth` where experts are stored at these depths: quantisation alone, and sharing on it."""
+    alone = Family(uniform(depths[-1], top_k), "bits", offered=tuple(depths))
+    inner = [depth for depth in depths[1:] if depth <= SHARED_BITS]
+    return [alone, *(family(f"xshare(budget=1, utility='squared') | bits({depth})") for depth in inner)]
 
 
 def measurable(families: Sequence[Family], statistics: Collection[str]) -> list[Family]:

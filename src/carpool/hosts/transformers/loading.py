@@ -107,6 +107,7 @@ def open_model(
     planes = None if folder is None else planes_in(config, folder)
     if planes is not None:
         del config.quantization_config  # no method of transformers: the experts are filled in after it
+    require_known(source, config)
     kind = auto_class(config)
     if kind.__name__ == "AutoModel":
         raise CarpoolError(
@@ -150,6 +151,19 @@ def auto_class(config: Any) -> Any:
 
     kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel)
     return next((kind for kind in kinds if type(config) in kind._model_mapping), AutoModelForCausalLM)
+
+
+def require_known(source: str, config: Any) -> None:
+    """Raises CarpoolError for a quantisation that transformers does not know: it would take the codes for weights."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    given = getattr(config, "quantization_config", None)
+    method = given.get("quant_method") if isinstance(given, dict) else None
+    if method is not None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING and method != "bitsandbytes":
+        raise CarpoolError(
+            f"{source} is quantised by {method!r}, which this version of transformers does not know; use the model "
+            "that it was made from, or a newer transformers"
+        )
 
 
 @contextmanager
