@@ -90,8 +90,9 @@ def test_every_policy_is_explained(name: str) -> None:
     assert parse(card.example).policy.name == name
     shown = " ".join(invoke("policies", name).split())
     assert card.about in shown
-    for said in ("Kind: ", "Cost: ", "Engines: ", "Example: ", "Identity: "):
+    for said in ("Kind: ", "Cost: ", "Engines: transformers", "Example: ", "Identity: "):
         assert said in shown
+    assert ("vLLM (plugin)" in shown) == (policies()[name].reads_depths is not True)
     for parameter, meaning in card.told.items():
         assert parameter in shown
         assert meaning in shown

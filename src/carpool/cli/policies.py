@@ -19,6 +19,7 @@ from carpool.errors import CarpoolError
 
 WRITTEN = "xshare(budget=32) | protect([3, 7]) | floor(0.3)"
 WORD, TEXT, PROSE = (partial(Column, kind=kind) for kind in ("word", "text", "prose"))
+ENGINES = {"transformers": "transformers (carpool.share, evaluate, tune)", "vllm": "vLLM (plugin)"}
 KINDS = {
     "token": "token: every token decides alone, whoever decodes beside it",
     "group": "group: all rows that share a coreset decide together (--group: batch, request, ...)",
@@ -112,7 +113,7 @@ def _explain(console: Console, card: Card, facts: dict[str, Any]) -> None:
     lines = {
         "Kind": KINDS[card.kind],
         "Cost": facts["cost"],
-        "Engines": "transformers (carpool.share, evaluate, tune), vLLM (plugin)",
+        "Engines": ", ".join(ENGINES[one] for one in facts["engines"]),
     }
     commands = {
         **({"Statistics from": facts["made_by"]} if facts["made_by"] else {}),
