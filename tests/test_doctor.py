@@ -138,7 +138,7 @@ def test_more_experts_than_the_kernels_take(tmp_path):
         ("xshare(budget=999)", "asks for 999 of 128 experts"),
         ("sharing(budget=8)", "unknown policy"),
         ("xshare_expert_parallel(budget_per_device=4)", "needs the device of each expert"),
-        ("depth(bytes=0.2)", "reads experts at depths, which vLLM's kernels cannot"),
+        ("depth(bytes=0.2)", "this checkpoint holds them as whole weights"),
     ],
 )
 def test_a_policy_that_cannot_run_on_the_model(tmp_path, policy, says):

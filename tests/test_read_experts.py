@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from carpool.errors import CarpoolError
 from carpool.experts.planes import Planes
 from carpool.experts.stored import StoredExperts
 from carpool.kernels.experts import build, reference
@@ -154,6 +156,33 @@ def test_what_is_not_there_is_refused() -> None:
         read_experts(hidden, ids + 44 - ids, torch.ones_like(weights), torch.full_like(depth, 3), experts(0, False))
     with pytest.raises(RuntimeError, match="no kernels named sse9"):
         read_experts(hidden, ids, weights, depth, experts(0, False), instructions="sse9")
+
+
+@pytest.mark.parametrize("clamped", [False, True])
+def test_parts_of_ranks_sum_to_the_whole(clamped: bool) -> None:
+    hidden, ids, weights, depth = call(0, 9, 2, 4)
+    held = StoredExperts(stored(0).into, stored(0).out)
+    activation = Activation(clamped, 1.702 * clamped, 7.0)
+    wide = StoredExperts(_twice(held.into, rows=True), _twice(held.out, rows=False))
+    whole = reference.read_experts(hidden, ids, weights, depth, wide, activation)
+    parts = [
+        reference.read_experts(hidden, ids, weights, depth, wide.part(rank, 2, clamped), activation) for rank in (0, 1)
+    ]
+    assert error(parts[0] + parts[1], whole) < 1e-6
+    with pytest.raises(CarpoolError, match="64 neurons in groups of 32 cannot be split over 4 ranks"):
+        wide.part(0, 4)
+
+
+def _twice(planes: Planes, rows: bool) -> Planes:
+    """Planes of twice as many rows, or inputs."""
+    if rows:
+        return replace(
+            planes, planes_DERB=planes.planes_DERB.repeat(1, 1, 2, 1), scale_LERG=planes.scale_LERG.repeat(1, 1, 2, 1)
+        )
+    return replace(
+        planes, planes_DERB=planes.planes_DERB.repeat(1, 1, 1, 2), scale_LERG=planes.scale_LERG.repeat(1, 1, 1, 2),
+        width=2 * planes.width,
+    )  # fmt: skip
 
 
 def test_without_a_compiler_experts_are_read_in_plain_torch(

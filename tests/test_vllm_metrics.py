@@ -98,11 +98,19 @@ def test_a_copy_from_before_a_reset_is_dropped(series: dict[str, Series], monkey
 def test_copies_of_experts_save_nothing() -> None:
     """Under EPLB the bytes read are the most and those of native routing the least that they can be."""
     counters = Counters(["layer"])
-    values = dict.fromkeys(FIELDS, 0.0) | {"steps": 3, "natural_union": 40, "union": 24, "surrogates": 10}
+    values = dict.fromkeys(FIELDS, 0.0) | {
+        "steps": 3,
+        "natural_union": 40,
+        "union": 24,
+        "surrogates": 10,
+        "bits_unread": 7,
+    }
     counters.add_measured(0, torch.tensor([values[name] for name in FIELDS], dtype=torch.float64))
-    layer: Any = SimpleNamespace(expert_bytes=100, surrogate_bytes=2, replicas=0)
+    layer: Any = SimpleNamespace(expert_bytes=100, surrogate_bytes=2, replicas=0, bit_bytes=0)
     assert metrics.bytes_read(counters.report(), [layer]) == {"natural_bytes": 4000, "read_bytes": 2420}
-    layer.replicas = 4
+    layer.bit_bytes = 1
+    assert metrics.bytes_read(counters.report(), [layer])["read_bytes"] == 2420 - 7
+    layer.bit_bytes, layer.replicas = 0, 4
     assert metrics.bytes_read(counters.report(), [layer]) == {"natural_bytes": 4000, "read_bytes": 3620}
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from carpool.artefacts.checkpoint import METHOD
 from carpool.artefacts.json_text import read_json
 from carpool.artefacts.model_source import HUB_NAME, configuration
 from carpool.errors import CarpoolError
@@ -24,8 +25,10 @@ FUSED_ROUTING = {
     "fp8": "the fused TensorRT-LLM FP8 routing kernel, where the GPU has one",
     "modelopt": "the fused TensorRT-LLM FP8 or NVFP4 routing kernel, where the GPU has one",
     "compressed-tensors": "the fused TensorRT-LLM routing kernel of its number format, where the GPU has one",
+    METHOD: "nothing, for experts in planes have Carpool's kernels alone",
     "mxfp4": "the monolithic Triton or TensorRT-LLM MXFP4 kernel for a modular one",
 }
+BITS_UNKNOWN = 8
 BITS = {"fp8": 8, "mxfp4": 4.25, "awq": 4.5, "gptq": 4.5}
 
 
@@ -37,7 +40,8 @@ class Diagnosis:
         family: model type. architecture: class name.
         moe_layers, layers: how many of the model's layers are MoE.
         num_experts, top_k: `E` and `K` of the first MoE layer. rule: its routing rule.
-        expert_bytes: bytes of one expert of one layer. weights: how they are stored.
+        expert_bytes: bytes of one expert of one layer. weights: how they are stored. in_planes: whether experts
+            can be read at depths (`carpool compress --output`).
         in_vllm: what becomes of the model in vLLM, by device: `cpu` and `cuda`.
     """
 
@@ -50,6 +54,7 @@ class Diagnosis:
     rule: RoutingRule
     expert_bytes: float
     weights: str
+    in_planes: bool
     in_vllm: dict[str, str]
 
     @property
@@ -100,7 +105,7 @@ class Diagnosis:
 
         plan = parse(policy).for_serving()
         plan.check(self.num_experts, self.top_k)
-        check_plan(plan)
+        check_plan(plan, self.in_planes)
         _rehearse(plan, self)
         size = self.num_experts, self.top_k
         return {name: path_on(torch.device(name), plan, *size, triton=True) for name in self.in_vllm}
@@ -168,7 +173,11 @@ def _diagnosis(shape: Shape, family: str, text_family: str, quantization: Any) -
     if quantization is not None:
         given = quantization if isinstance(quantization, dict) else quantization.to_dict()
         method = str(given.get("quant_method", "unknown"))
-        bits = float(given.get("bits") or BITS.get(method, 8))
+        bits = _planes(given) if method == METHOD else float(given.get("bits") or BITS.get(method, BITS_UNKNOWN))
+    weights = f"{bits:g} bits ({method})" if method != "none" else f"{bits:g} bits"
+    if method == METHOD:
+        *others, deepest = map(str, given.get("depths") or ("?",))
+        weights = f"{bits:g} bits in planes, which can be read {', '.join(others)} or {deepest} deep"
     return Diagnosis(
         family=family,
         architecture=shape.architecture,
@@ -178,12 +187,19 @@ def _diagnosis(shape: Shape, family: str, text_family: str, quantization: Any) -
         top_k=shape.top_k,
         rule=shape.rule,
         expert_bytes=shape.expert_numbers * bits / 8,
-        weights=f"{bits:g} bits ({method})" if method != "none" else f"{bits:g} bits",
+        weights=weights,
+        in_planes=method == METHOD,
         in_vllm={
             "cpu": on_cpu(text_family, method),
             "cuda": on_gpu(text_family, FUSED_ROUTING.get(method, f"nobody knows what ({method!r} weights)")),
         },
     )
+
+
+def _planes(given: dict[str, Any]) -> float:
+    """Bits of a weight that is read as deep as it is stored, with its share of a scale."""
+    depths, group = given.get("depths") or [BITS_UNKNOWN], given.get("group_size") or 0
+    return float(depths[-1]) + (16 / float(group) if group else 0.0)
 
 
 def _config(model: str | Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from carpool.artefacts.json_text import read_json
 from carpool.errors import CarpoolError
 
 RECIPE = "recipe.json"
+METHOD = "carpool"  # how the configuration of a checkpoint in planes calls its quantisation
 
 
 @dataclass(frozen=True)
@@ -94,3 +96,20 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         raise CarpoolError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def planes_in(config: Any, folder: Path) -> Path | None:
+    """The file with the experts of a checkpoint, by its configuration (an object or what its JSON holds); None where
+    they are weights as usual.
+
+    Raises:
+        CarpoolError: they are planes, and the file is missing.
+    """
+    held = config.get if isinstance(config, dict) else functools.partial(getattr, config)
+    given = held("quantization_config", None)
+    if not isinstance(given, dict) or given.get("quant_method") != METHOD:
+        return None
+    path = folder / Path(str(given.get("file"))).name
+    if not path.is_file():
+        raise CarpoolError(f"{folder} is without its experts ({path.name}); copy the whole folder")
+    return path

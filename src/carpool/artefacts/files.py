@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,15 +105,21 @@ def sha256_file(path: str | Path) -> str:
         raise CarpoolError(f"cannot read {path}: {error.strerror}") from None
 
 
-def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, and its metadata.
+def read_safetensors(
+    path: str | Path, wanted: Callable[[str], bool] = bool
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, and its metadata.
+
+    Args:
+        wanted: by name, whether a tensor is read; default: all.
 
     Raises:
         CarpoolError: the file cannot be read, is none, is truncated, or its header is damaged or beyond reason.
     """
     with opened_safetensors(path) as file:
         # copies: what is read stays as it is when somebody writes over the file
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no iterable
+        names = filter(wanted, list(file.keys()))
+        tensors = {name: file.get_tensor(name).clone() for name in names}
         return tensors, dict(file.metadata() or {})
 
 

@@ -175,15 +175,19 @@ class Statistics:
             save_file(tensors, temporary, metadata)
 
     @classmethod
-    def load(cls, path: str | Path) -> Statistics:
+    def load(cls, path: str | Path, leave: tuple[str, ...] = ()) -> Statistics:
         """Read and check a file.
+
+        Args:
+            leave: how names of statistics begin that are not read (experts in planes are as large as a model); the
+                checksum of a file that holds some is not looked at.
 
         Raises:
             CarpoolError: it is missing, no safetensors file, damaged, of another schema, or holds what no
                 calibration can have measured.
         """
         path = Path(path)
-        tensors, metadata = read_safetensors(path)
+        tensors, metadata = read_safetensors(path, lambda key: not _name(key).startswith(leave))
         if metadata.get("schema") is None:
             raise CarpoolError(
                 f"{path} is no statistics file of carpool; make one with `carpool calibrate MODEL -o stats.safetensors`"
@@ -195,7 +199,8 @@ class Statistics:
         except CarpoolError as error:
             raise CarpoolError(f"{path}: {error}") from None
         checksum = metadata.pop("checksum", "")
-        if checksum != _checksum(metadata, tensors):
+        left = bool(leave) and any(name.startswith(leave) for name in cls.names_in(path))
+        if not left and checksum != _checksum(metadata, tensors):
             raise CarpoolError(f"{path} is damaged: its checksum differs; {AGAIN} or fetch the file anew")
         return stats
 
@@ -206,11 +211,29 @@ class Statistics:
         Raises:
             CarpoolError: missing, no safetensors file, or its header is damaged.
         """
-        return frozenset(key.split(".", 2)[-1] for key in safetensors_names(path))
+        return frozenset(map(_name, safetensors_names(path)))
+
+    @staticmethod
+    def tensors_of(path: str | Path, layer_index: int, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """One layer's tensors whose names begin so, from a file of which nothing else is read or checked.
+
+        Raises:
+            CarpoolError: missing, no safetensors file, damaged, or it has none of them.
+        """
+        start = f"layers.{layer_index}."
+        found, _ = read_safetensors(path, lambda key: key.startswith(start) and _name(key).startswith(names))
+        if not found:
+            raise CarpoolError(f"{path} holds no {names[0]}* of layer {layer_index}; {AGAIN}")
+        return {_name(key): tensor for key, tensor in found.items()}
 
     def _metadata(self) -> dict[str, str]:
         values = {f.name: json.dumps(getattr(self, f.name)) for f in fields(self) if f.metadata.get("json", True)}
         return {"schema": str(SCHEMA), **values}
+
+
+def _name(key: str) -> str:
+    """Of the statistic that a file's tensor is, without its layer."""
+    return key.split(".", 2)[-1]
 
 
 def _by_layer(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:

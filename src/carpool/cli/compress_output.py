@@ -97,11 +97,11 @@ class Output:
         if self.form is None:
             stats.save(self.path)
             return
-        from carpool.artefacts.checkpoint import Recipe, new_folder
+        from carpool.artefacts.checkpoint import METHOD, Recipe, new_folder
         from carpool.artefacts.files import write_text
         from carpool.artefacts.weights import Weights, copy_beside
         from carpool.calibrate.compress import lost
-        from carpool.experts.export import METHOD, Export, compressed_tensors_config, planes_config
+        from carpool.experts.export import Export, compressed_tensors_config, planes_config
         from carpool.experts.stored import StoredExperts
 
         source = opened.folder

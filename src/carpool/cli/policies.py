@@ -89,7 +89,7 @@ def _facts(card: Card) -> dict[str, Any]:
             "two kernel launches a layer on GPUs, one compiled graph on CPUs" if fast
             else "at most 15 tensor operations a layer, compiled into one graph"
         ) + ("; reads the router's input, too" if kind.needs_hidden else ""),
-        "engines": ["transformers"] if kind.reads_depths is True else ["transformers", "vllm"],
+        "engines": ["transformers", "vllm with experts in planes" if kind.reads_depths is True else "vllm"],
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from carpool.artefacts.checkpoint import METHOD
 from carpool.artefacts.weights import ExpertTensor
 from carpool.errors import CarpoolError
 from carpool.experts.planes import Planes
@@ -16,7 +17,6 @@ from carpool.experts.stored import StoredExperts
 
 Format = Literal["planes", "compressed-tensors", "rounded"]
 PACKED_BITS = (4, 8)  # that engines have kernels for
-METHOD = "carpool"  # how the configuration of a checkpoint in planes calls its quantisation
 GATE, UP, DOWN = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,11 @@ class StoredExperts:
     def bytes_read(self, depth: int) -> int:
         """Bytes of one expert that reading it at a depth takes, scales included."""
         return self.into.bytes_read(depth) + self.out.bytes_read(depth)
+
+    @property
+    def bit_bytes(self) -> int:
+        """Bytes of one bit of all of an expert's weights: what every depth takes more than the one before."""
+        return sum(planes.planes_DERB[0, 0].numel() for planes in (self.into, self.out))
 
     @property
     def bytes_stored(self) -> int:
@@ -95,6 +100,48 @@ class StoredExperts:
             held = {key.removeprefix(f"{name}_"): value for key, value in tensors.items() if key.startswith(f"{name}_")}
             parts.append(Planes.from_tensors(held, tuple(numbers[3:]), width, group, centre).to(device))
         return cls(*parts)
+
+    @staticmethod
+    def depths_in(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """The offered depths, from a layer's statistics without its planes."""
+        return tuple(tensors[SHAPE].tolist()[3:])
+
+    def part(self, rank: int, parts: int, interleaved: bool = False) -> StoredExperts:
+        """What one rank of tensor parallelism holds: some of every expert's inner neurons.
+
+        Args:
+            interleaved: gate and up rows alternate; otherwise all gate rows come first.
+
+        Raises:
+            CarpoolError: the ranks would split a group of inputs, whose scale they share.
+        """
+        inner, group = self.out.width, self.out.group
+        if inner % (parts * group) or group % 8:
+            raise CarpoolError(
+                f"experts with {inner} neurons in groups of {group} cannot be split over {parts} ranks; use fewer "
+                "ranks, or compress with smaller groups"
+            )
+        neurons = torch.arange(rank * inner // parts, (rank + 1) * inner // parts)
+        rows = (
+            torch.stack([2 * neurons, 2 * neurons + 1], 1).flatten()
+            if interleaved
+            else torch.cat([neurons, inner + neurons])
+        )
+        into, out = self.into, self.out
+        first, last, width = int(neurons[0]), int(neurons[-1]) + 1, len(neurons)
+        return StoredExperts(
+            replace(into, planes_DERB=into.planes_DERB[:, :, rows], scale_LERG=into.scale_LERG[:, :, rows]),
+            replace(
+                out,
+                planes_DERB=out.planes_DERB[..., first // 8 : last // 8],
+                scale_LERG=out.scale_LERG[..., first // group : last // group],
+                width=width,
+            ),
+        )
+
+    def to(self, device: torch.device | str) -> StoredExperts:
+        """The same on a device."""
+        return StoredExperts(self.into.to(device), self.out.to(device))
 
     def output(
         self,

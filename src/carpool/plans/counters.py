@@ -10,21 +10,23 @@ from torch import Tensor
 
 from carpool.plans.pipeline import Outcome
 from carpool.routing.batch import Batch
+from carpool.routing.spec import ALL_BITS
 
 FIELDS = (
     "calls", "steps", "rows", "rows_exempt", "rows_changed", "rows_nonfinite",
-    "natural_union", "union", "coreset", "pairs", "surrogates", "surrogate_pairs", "floor_overflow", "displaced_mass",
-    "expected_loss",
+    "natural_union", "union", "coreset", "pairs", "surrogates", "surrogate_pairs", "floor_overflow", "bits_unread",
+    "displaced_mass", "expected_loss",
 )  # fmt: skip
 SHARES = ("displaced_mass", "expected_loss")  # the other fields count
 
 
-def measured(batch: Batch, outcome: Outcome) -> Tensor:
+def measured(batch: Batch, outcome: Outcome, deepest: int = ALL_BITS) -> Tensor:
     """One call of a layer in numbers, float64 in the order of `FIELDS`.
 
     Args:
         batch: the rows as the host gave them to `route`.
         outcome: what `route` made of them.
+        deepest: bits of experts that are read whole.
     """
     real_N, real_N1 = batch.real_N, batch.real_N.unsqueeze(-1)
     guarded = outcome.inputs.batch  # non-finite rows are no longer real, `decode_only` has exempted prompt rows
@@ -33,14 +35,20 @@ def measured(batch: Batch, outcome: Outcome) -> Tensor:
     one = torch.ones((), dtype=torch.float64, device=real_N.device)
     left_NK = outcome.routing.surrogate_weights_NK
     foreseen = (one * 0, one * 0) if left_NK is None else (outcome.surrogates_SE.sum(), (left_NK != 0).sum())
+    unread = one * 0 if outcome.routing.depth_NK is None else _unread(outcome, kept_NK & real_N1, deepest)
     values = (
         one, one * batch.num_steps, real_N.sum(), (guarded.real_N & guarded.exempt_N).sum(),
         outcome.changed_N.sum(), outcome.nonfinite_N.sum(),
         batch.step_any(outcome.inputs.native_NE & real_N1).sum(), batch.step_any(outcome.computed_NE & real_N1).sum(),
-        coreset_GE.sum(), (kept_NK & real_N1).sum(), *foreseen, outcome.overflow_SE.sum(),
+        coreset_GE.sum(), (kept_NK & real_N1).sum(), *foreseen, outcome.overflow_SE.sum(), unread,
         (outcome.displaced_N * real_N).sum(), (outcome.expected_loss_N * real_N).sum(),
     )  # fmt: skip
     return torch.stack([value.double() for value in values])
+
+
+def _unread(outcome: Outcome, pairs_NK: Tensor, deepest: int) -> Tensor:
+    depth_SE = outcome.depth_of(pairs_NK)
+    return ((deepest - depth_SE).clamp_min(0) * (depth_SE > 0)).sum()
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class LayerReport:
         pairs: (row, expert) pairs computed.
         surrogates: experts whose surrogates are read, summed over steps. surrogate_pairs: pairs left to them.
         floor_overflow: experts read only because of the floor, summed over steps.
+        bits_unread: by how many bits experts were read less deep than whole, summed over experts and steps.
         displaced_mass: share of a row's native weight that is not computed, summed over real rows; divide by `rows` for
             the mean. expected_loss: the same, pairs left to surrogates at what calibration expects.
     """
@@ -72,6 +81,7 @@ class LayerReport:
     surrogates: int
     surrogate_pairs: int
     floor_overflow: int
+    bits_unread: int
     displaced_mass: float
     expected_loss: float
 

@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from carpool.artefacts.checkpoint import read_recipe
+from carpool.artefacts.checkpoint import planes_in, read_recipe
 from carpool.artefacts.json_text import read_json
 from carpool.artefacts.statistics import Statistics
 from carpool.artefacts.weights import Weights
-from carpool.errors import CarpoolError
-from carpool.experts.export import METHOD
 from carpool.experts.stored import MATRICES, StoredExperts
 from carpool.hosts.transformers.layers import MoELayer, find_layers, identity
 
 
-def planes_in(config: Any, folder: Path) -> Path | None:
-    """The file with the experts of a checkpoint, by its configuration (an object or what its JSON holds); None where
-    they are weights as usual.
-
-    Raises:
-        CarpoolError: they are planes, and the file is missing.
-    """
-    held = config.get if isinstance(config, dict) else functools.partial(getattr, config)
-    given = held("quantization_config", None)
-    if not isinstance(given, dict) or given.get("quant_method") != METHOD:
-        return None
-    path = folder / Path(str(given.get("file"))).name
-    if not path.is_file():
-        raise CarpoolError(f"{folder} is without its experts ({path.name}); copy the whole folder")
-    return path
-
-
 def planes_of(model: Any) -> Path | None:
-    """The same of a loaded model, by where it was loaded from."""
+    """The file with the experts of a loaded model, by where it was loaded from; None where they are usual weights."""
     folder = _folder(model)
     return None if folder is None else planes_in(_configuration(folder), folder)
 

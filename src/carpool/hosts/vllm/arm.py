@@ -38,6 +38,9 @@ def arm() -> None:
         except (ImportError, AttributeError):
             _missing.append(f"{module}.{owner}.{name}")
             logging.getLogger("vllm.carpool").warning("carpool cannot work with this vLLM: no %s", _missing[-1])
+    from carpool.hosts.vllm.planes import register_method
+
+    register_method()
 
 
 def _arm(owner: type, name: str, then: Callable[..., None]) -> None:

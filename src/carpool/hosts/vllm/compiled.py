@@ -125,13 +125,13 @@ def _compile(layer: Layer, group: str) -> Graph:
     knobs = layer.knobs
     assert knobs is not None
     plan, spec = layer.plan, replace(layer.spec, bias_E=None)  # the scores have it
-    count, names = len(knobs.tensors), [*layer.stats]
+    count, names, deepest = len(knobs.tensors), [*layer.stats], layer.deepest
 
     def routed(
         logits_NE: Tensor, scores_NE: Tensor, weights_NE: Tensor, ids_NK: Tensor, native_NK: Tensor,
         hidden_NH: Tensor | None, group_N: Tensor, real_N: Tensor, voter_N: Tensor, exempt_N: Tensor, step_N: Tensor,
         request_N: Tensor, slots_R: Tensor, scale_E: Tensor | None, *rest: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
         num_requests = slots_R.shape[0]
         batch = Batch(
             group_N, 1 if group == "batch" else num_requests, real_N, voter_N, exempt_N, step_N,
@@ -149,7 +149,8 @@ def _compile(layer: Layer, group: str) -> Graph:
             outcome.routing.weights_NK,
             outcome.routing.surrogate_ids_NK,
             outcome.routing.surrogate_weights_NK,
-            measured(batch, outcome),
+            outcome.routing.depth_NK,
+            measured(batch, outcome, deepest),
         )
 
     given = _example(layer, group)

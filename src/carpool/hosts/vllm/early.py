@@ -12,23 +12,25 @@ from typing import Any
 from carpool.artefacts.statistics import Statistics, made_by
 from carpool.errors import CarpoolError
 from carpool.hosts.vllm.known import REFUSED, REFUSED_ON_CPU, check_plan
+from carpool.hosts.vllm.planes import planes_file
 from carpool.hosts.vllm.settings import Settings
 from carpool.plans.grammar import Plan
 
 
-def check_fit(plan: Plan, num_experts: int, top_k: int, statistics: Container[str]) -> None:
+def check_fit(plan: Plan, num_experts: int, top_k: int, statistics: Container[str], in_planes: bool = False) -> None:
     """Refuse a plan that a layer cannot run.
 
     Args:
         plan: of the layer.
         num_experts, top_k: `E` and `K` of the layer.
         statistics: names of those that were loaded for it.
+        in_planes: whether its experts are planes of bits.
 
     Raises:
         CarpoolError: impossible for `E` and `K`, reads experts at depths, or needs statistics that are not there.
     """
     plan.check(num_experts, top_k)
-    check_plan(plan)
+    check_plan(plan, in_planes)
     missing = [name for name in plan.policy.required_stats() if name not in statistics]
     if missing:
         raise CarpoolError(
@@ -70,9 +72,11 @@ def check_configuration(model_config: Any, settings: Settings, on_cpu: bool) -> 
     if not experts or not top_k:
         return
     policies.check_counts({"num_experts": experts, "top_k": top_k})
-    known = () if policies.statistics is None else Statistics.names_in(policies.statistics)
+    planes = planes_file(model_config)
+    source = policies.statistics or planes
+    known = () if source is None else Statistics.names_in(source)
     for plan in policies.plans:
-        check_fit(plan.for_serving(), experts, top_k, known)
+        check_fit(plan.for_serving(), experts, top_k, known, planes is not None)
 
 
 def _mentions_experts(text: Any) -> bool:

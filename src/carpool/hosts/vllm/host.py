@@ -22,6 +22,7 @@ from carpool.hosts.vllm.knobs import Knobs
 from carpool.hosts.vllm.layer import Layer, Step
 from carpool.hosts.vllm.layers import build_layers
 from carpool.hosts.vllm.metrics import Metrics, labels_of
+from carpool.hosts.vllm.planes import new_buffer, stored_depths
 from carpool.hosts.vllm.proof import Proof
 from carpool.hosts.vllm.ranks import first_of_tensor_parallel, on_all_ranks
 from carpool.hosts.vllm.router import define_op, shared_class
@@ -143,6 +144,9 @@ class Host:
         for layer in self.layers:
             layer.step = self.step
             layer.router.carpool_layer = layer
+            if stored_depths(layer.runner):
+                method = layer.runner.routed_experts.quant_method
+                method.buffer = layer.depth_NK = new_buffer(runner.max_num_tokens, layer.spec.top_k, device)
             if any(name in layer.statistics for name in NAMES):  # a policy may ask for them later
                 hook(layer)
         plans, stats = [layer.plan for layer in self.layers], [layer.stats for layer in self.layers]

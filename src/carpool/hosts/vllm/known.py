@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from carpool.artefacts.checkpoint import METHOD
 from carpool.errors import CarpoolError
 
 if TYPE_CHECKING:  # doctor does without torch where it can
@@ -48,6 +49,8 @@ def on_cpu(family: str, method: str = "none") -> str:
             f"not run where it was tried: {CPU} has kernels for experts in {method} on CPUs with AMX only; Carpool's "
             "part was tested with stand-ins for them"
         )
+    if method == METHOD:
+        return "its experts run in Carpool's own kernels, as tested with a tiny model"
     if method != "none":
         return f"not tried with weights in {method}"
     return TESTED if family in SHARED else "not tried with this family; the plugin checks every router when it loads"
@@ -65,7 +68,14 @@ def on_gpu(family: str, lost: str) -> str:
     return f"untested; routing in Python gives up {lost}"
 
 
-def check_plan(plan: Plan) -> None:
-    """Raises CarpoolError for a plan that vLLM cannot run, whatever the model."""
-    if plan.reads_depths:
-        raise CarpoolError(f"{plan} reads experts at depths, which vLLM's kernels cannot; use transformers for it")
+def check_plan(plan: Plan, in_planes: bool) -> None:
+    """Raises CarpoolError for a plan that vLLM cannot run with a model.
+
+    Args:
+        in_planes: whether its experts are planes of bits.
+    """
+    if plan.reads_depths and not in_planes:
+        raise CarpoolError(
+            f"{plan} reads experts at depths, and this checkpoint holds them as whole weights; make one that does not "
+            "with `carpool compress MODEL --output DIR`, and serve that"
+        )

@@ -15,7 +15,7 @@ from carpool.hosts.vllm.resident import Resident
 from carpool.hosts.vllm.step_rows import Rows
 from carpool.plans.counters import Counters
 from carpool.plans.grammar import Plan
-from carpool.routing.spec import RouteSpec
+from carpool.routing.spec import ALL_BITS, RouteSpec
 
 Graph = Any  # a compiled function, to a tuple
 
@@ -53,6 +53,7 @@ class Layer:
         graph: the compiled form of this plan's kind; None where there is none.
         fused: the launches of this plan (`carpool.kernels.launch.Fused`); None where there are none.
         resident: surrogates on the device, once a plan has asked for them.
+        depth_NK: where a checkpoint in planes is told how deep to read, see `planes.new_buffer`; None elsewhere.
         left: expert ids and weights of the pairs that the last call left to surrogates, until the experts run.
     """
 
@@ -74,6 +75,7 @@ class Layer:
     step: Step | None = None
     runner: Any = None
     resident: Resident | None = None
+    depth_NK: Tensor | None = None
     left: tuple[Tensor, Tensor] | None = None
 
     def require_added(self) -> None:
@@ -83,9 +85,21 @@ class Layer:
 
     @property
     def expert_bytes(self) -> int:
-        """Of one expert's weights, on this rank."""
+        """Of one expert's weights, on this rank; of planes, at the deepest depth."""
         experts = self.runner.routed_experts
+        if self.depth_NK is not None:
+            return int(experts.quant_method.expert_bytes)
         return int(sum(weight.nbytes for weight in experts.parameters()) // experts.local_num_experts)
+
+    @property
+    def deepest(self) -> int:
+        """Bits of an expert's weights that is read whole."""
+        return ALL_BITS if self.depth_NK is None else int(self.runner.routed_experts.quant_method.carpool_depths[-1])
+
+    @property
+    def bit_bytes(self) -> int:
+        """Of one bit of all of an expert's weights, on this rank; 0 where they are no planes."""
+        return 0 if self.depth_NK is None else int(self.runner.routed_experts.quant_method.bit_bytes)
 
     @property
     def replicas(self) -> int:

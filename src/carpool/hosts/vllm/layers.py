@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from carpool.hosts.vllm.early import check_fit, require_experts
 from carpool.hosts.vllm.expert_samples import taken
 from carpool.hosts.vllm.gate_check import check
 from carpool.hosts.vllm.layer import Layer
+from carpool.hosts.vllm.planes import planes_file, stored_depths
 from carpool.hosts.vllm.router import is_shared
 from carpool.hosts.vllm.settings import Settings
 from carpool.hosts.vllm.specs import route_spec
@@ -27,6 +29,7 @@ from carpool.routing.batch import Batch
 from carpool.routing.spec import Routing
 
 GATES = ("gate", "router")
+PLANES = ("planes_into", "planes_out")  # how the names of experts in planes begin; the experts read them themselves
 REHEARSED = 8  # rows
 
 
@@ -53,7 +56,8 @@ def build_layers(model: torch.nn.Module, settings: Settings, config: Any, device
     layers = [_layer(runner, gates[runner.layer_name], settings, device) for _, runner in found]
     for position, layer in enumerate(layers):
         layer.position = position
-    statistics = load_statistics(settings.policies, layers, gates)
+    own = planes_file(config.model_config)
+    statistics = load_statistics(settings.policies, layers, gates, own)
     for layer in layers:
         layer.source = statistics
         layer.statistics = {} if statistics is None else statistics.for_layer(layer.index)
@@ -68,7 +72,7 @@ def prepare(layer: Layer, plan: Plan) -> dict[str, Tensor]:
         CarpoolError: the plan does not fit the layer, or needs statistics that were not loaded or facts that an
             engine does not give.
     """
-    check_fit(plan, layer.num_experts, layer.spec.top_k, layer.statistics)
+    check_fit(plan, layer.num_experts, layer.spec.top_k, layer.statistics, bool(stored_depths(layer.runner)))
     stats = {name: tensor.to(layer.device) for name, tensor in plan.policy.prepare(layer.statistics).items()}
     _rehearse(layer, plan, stats)
     if plan.policy.surrogates and layer.resident is None:
@@ -85,17 +89,24 @@ def _rehearse(layer: Layer, plan: Plan, stats: dict[str, Tensor]) -> None:
     route(plan, layer.spec, logits_NE, batch, stats=stats, hidden_NH=hidden_NH)
 
 
-def load_statistics(policies: PolicyFile, layers: list[Layer], gates: dict[str, Tensor | None]) -> Statistics | None:
-    """The statistics file, if the settings name one and it is of this model.
+def load_statistics(
+    policies: PolicyFile, layers: list[Layer], gates: dict[str, Tensor | None], own: Path | None = None
+) -> Statistics | None:
+    """The statistics file, if the settings name one or the checkpoint brings its own, and it is of this model.
+
+    Args:
+        own: the checkpoint's own file of experts in planes, with what policies need to know of them.
 
     Raises:
         CarpoolError: unreadable, damaged or of another model; or a policy file of another model or other layers.
     """
     policies.check_layers([layer.index for layer in layers])
-    if policies.statistics is None and not policies.model:
+    source = policies.statistics or own
+    if source is None and not policies.model:
         return None
-    statistics = None if policies.statistics is None else Statistics.load(policies.statistics)
-    if caveat := _check_model(policies, statistics, layers, gates):
+    statistics = None if source is None else Statistics.load(source, leave=PLANES)
+    caveat = _check_model(policies, statistics, layers, gates)
+    if caveat and source != own:  # what the checkpoint brings was made with its experts
         logging.getLogger("vllm.carpool").warning(caveat)
     return statistics
 

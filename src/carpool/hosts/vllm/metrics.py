@@ -36,6 +36,10 @@ COUNTERS = {  # field of the counters: metric (Prometheus appends _total), help
     "surrogates": ("carpool_surrogates_read", "distinct experts whose surrogates are read"),
     "surrogate_pairs": ("carpool_surrogate_pairs", "pairs of a row and an expert that are left to surrogates"),
     "floor_overflow": ("carpool_floor_overflow", "distinct experts read only because of the floor"),
+    "bits_unread": (
+        "carpool_bits_unread",
+        "bits by which experts in planes were read less deep than they are stored, summed over experts read",
+    ),
     "natural_bytes": (
         "carpool_natural_bytes",
         "bytes of experts that native routing would have read, on one rank (all with EP)",
@@ -126,6 +130,7 @@ def bytes_read(report: list[LayerReport], layers: list[Layer]) -> dict[str, floa
     for row, layer in zip(report, layers, strict=True):
         natural += row.natural_union * layer.expert_bytes
         read += (row.union + row.steps * layer.replicas) * layer.expert_bytes + row.surrogates * layer.surrogate_bytes
+        read -= row.bits_unread * layer.bit_bytes
     return {"natural_bytes": natural, "read_bytes": read}
 
 

@@ -17,18 +17,27 @@ from carpool.hosts.vllm import compiled, fused, supplement
 from carpool.hosts.vllm.layer import Layer
 from carpool.plans.counters import measured
 from carpool.plans.pipeline import Outcome, route
-from carpool.routing.spec import Routing
+from carpool.routing.spec import ALL_BITS, Routing
 
 OP = "vllm_route"
 
 
 def routed(layer: Layer, hidden_NH: Tensor, logits_NE: Tensor, native: Routing) -> Routing:
-    """The routing of one call; the native one outside of a forward pass with rows to share.
+    """The routing of one call; the native one outside of a forward pass with rows to share. The layer's buffer, if it
+    has one, says how deep its experts are read.
 
     Raises:
         CarpoolError: the router sees other rows than the engine's batch has, or what was left to surrogates by
             the call before was never added.
     """
+    routing = _routing(layer, hidden_NH, logits_NE, native)
+    if layer.depth_NK is not None:
+        mine_NK = layer.depth_NK[: len(logits_NE)]
+        mine_NK.fill_(ALL_BITS) if routing.depth_NK is None else mine_NK.copy_(routing.depth_NK)
+    return routing
+
+
+def _routing(layer: Layer, hidden_NH: Tensor, logits_NE: Tensor, native: Routing) -> Routing:
     layer.require_added()
     step = layer.step
     assert step is not None
@@ -56,7 +65,9 @@ def routed(layer: Layer, hidden_NH: Tensor, logits_NE: Tensor, native: Routing) 
     outcome = route(plan, layer.spec, logits_NE, batch, native=valid, stats=layer.stats, hidden_NH=hidden_NH)
     if step.observer is not None:
         step.observer(layer, logits_NE, outcome)
-    return _leaving(layer, _counted(layer, _contiguous(outcome, native, skipped_NK), measured(batch, outcome)))
+    return _leaving(
+        layer, _counted(layer, _contiguous(outcome, native, skipped_NK), measured(batch, outcome, layer.deepest))
+    )
 
 
 def _rows_of_this_forward() -> int:

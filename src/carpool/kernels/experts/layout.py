@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from carpool.errors import CarpoolError
-from carpool.experts.planes import Planes
+from carpool.experts.planes import MIDDLE, Planes
 from carpool.experts.stored import StoredExperts
 from carpool.kernels.experts.activation import Activation
 
@@ -48,8 +48,10 @@ class Lines:
             rows: the order of the outputs; default: as they are stored. bias_ER: in the stored order.
 
         Raises:
-            CarpoolError: groups that are no multiple of 32 inputs.
+            CarpoolError: groups that are no multiple of 32 inputs, or cells whose middle is not what is read.
         """
+        if planes.centre != MIDDLE:
+            raise CarpoolError("integers of other formats cannot be read by kernels of planes")
         if planes.group % INPUTS:
             raise CarpoolError(
                 f"groups of {planes.group} inputs cannot be read by kernels; compress with a multiple of {INPUTS}"
