@@ -7,21 +7,25 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from gpu_experts import DEPTHS, inputs, stored
 from gpu_layer import SIZES, Call
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from carpool.kernels import launch
+from carpool.kernels.experts import on_device
+from carpool.kernels.experts.layout import Experts
 
 TARGETS = (80, 90, 100)  # compute capabilities
 TYPES = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.bool: "*i1", torch.int32: "*i32",
-    torch.int64: "*i64",
+    torch.int64: "*i64", torch.uint8: "*u8", torch.float16: "*fp16",
 }  # fmt: skip
 OPTIONS = ("num_warps", "enable_fp_fusion")
 
@@ -36,7 +40,7 @@ class Catch:
 
     def __getitem__(self, grid: tuple[int]) -> Any:
         def run(*args: Any, **kwargs: Any) -> None:
-            self.options = {name: kwargs.pop(name) for name in OPTIONS}
+            self.options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
             self.given = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
 
         return run
@@ -71,6 +75,27 @@ def compiled(sizes: list[str], policies: list[str]) -> Iterator[dict[str, Any]]:
                     made = one.compile(capability)
                     line = {"layer": name, "policy": text, "kernel": kernel, "gpu": f"sm_{capability}"}
                     yield line | {"warps": made.metadata.num_warps, "shared": made.metadata.shared} | usage(made)
+
+
+def compiled_experts(sizes: list[str]) -> Iterator[dict[str, Any]]:
+    """The same for the kernels that read experts, as a layer of bfloat16 rows launches them."""
+    names = ("into_product", "out_product", "combine")
+    kernels = {name: getattr(on_device, name) for name in names}
+    for name in sizes:
+        layer = replace(SIZES[name], experts=16)  # the number is none of the compiler's business
+        held = stored(layer, torch.device("cpu"))
+        caught = {kernel: Catch(function) for kernel, function in kernels.items()}
+        vars(on_device).update(caught)
+        try:
+            hidden, ids, weights = inputs(layer, 16, 16, torch.device("cpu"))
+            on_device.read_experts(hidden, ids, weights, torch.full_like(ids, DEPTHS[0]), Experts.of(held))
+        finally:
+            vars(on_device).update(kernels)
+        for kernel, one in caught.items():
+            for capability in TARGETS:
+                made = one.compile(capability)
+                line = {"layer": name, "kernel": kernel, "gpu": f"sm_{capability}"}
+                yield line | {"warps": made.metadata.num_warps, "shared": made.metadata.shared} | usage(made)
 
 
 def usage(made: Any) -> dict[str, int]:

@@ -1,4 +1,5 @@
-"""One MoE layer on a GPU with torch and Triton and nothing else: what routing in two launches costs there.
+"""One MoE layer on a GPU with torch and Triton and nothing else: what routing in two launches costs there, and what
+experts in planes that are read at a depth.
 
     python benchmarks/gpu_layer.py --output gpu-layer.json     # agreement and times, on a GPU
     python benchmarks/gpu_layer.py --compile                   # registers and shared memory, on any machine
@@ -9,6 +10,9 @@ beside the operations of the general path and of torch's own scoring and top-k, 
 microseconds of a layer inside a CUDA graph: the two launches, the general path, torch's own scoring and top-k, and
 reading the experts of the batch (two matrix products over as many experts as native routing, or the coreset, would
 read).
+
+The second half (`gpu_experts.py`): `experts_error`, the kernels that read experts beside plain torch; microseconds by rows,
+distinct experts and depth, and bytes of weights a second as a share of what a copy in the device's memory moves.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +38,7 @@ from carpool.plans.counters import FIELDS, SHARES, measured
 from carpool.plans.pipeline import Outcome, decide, scored
 
 WIDTH = 64  # of the router's input where only its shape matters
+WORST = 0.02  # of what kernels read, beside plain torch in float32, relative: activations are bfloat16
 REPEATS, REPLAYS = 16, 30  # of a layer in a graph; of the graph
 
 
@@ -219,6 +225,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", default=[name for name in SIZES if name != "tiny"], choices=SIZES)
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
     parser.add_argument("--rows", nargs="+", type=int, default=None)
+    parser.add_argument("--halves", nargs="+", default=["routing", "experts"], choices=["routing", "experts"])
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 
@@ -226,17 +233,27 @@ def options() -> argparse.Namespace:
 def main() -> int:
     given = options()
     if given.compile:
-        from gpu_ahead import compiled
+        from gpu_ahead import compiled, compiled_experts
 
-        lines = compiled(given.sizes, given.policies)
+        made = {
+            "routing": lambda: compiled(given.sizes, given.policies),
+            "experts": lambda: compiled_experts(given.sizes),
+        }
+        lines = chain.from_iterable(made[half]() for half in given.halves)
     else:
+        from gpu_experts import reading
         from triton import knobs
 
         cuda = torch.cuda.is_available()
         if not cuda and not knobs.runtime.interpret:
             raise SystemExit("no GPU here: set TRITON_INTERPRET=1 to rehearse, or give --compile")
         rows = given.rows or (list(ROWS) if cuda else [5])
-        lines = routing(given.sizes, rows, torch.device("cuda" if cuda else "cpu"), given.policies)
+        device = torch.device("cuda" if cuda else "cpu")
+        halves = {
+            "routing": lambda: routing(given.sizes, rows, device, given.policies),
+            "experts": lambda: reading(given.sizes, given.rows, device),
+        }
+        lines = chain.from_iterable(halves[half]() for half in given.halves)
     found = []
     for line in lines:
         found.append(line)
@@ -248,7 +265,11 @@ def main() -> int:
         about = {"machine": machine, "python": platform.python_version(), "torch": torch.__version__}
         content = {"command": " ".join(sys.argv), **about, "triton": triton.__version__, "lines": found}
         given.output.write_text(json.dumps(content, indent=1) + "\n")
-    wrong = [line for line in found if line.get("rows_with_other_experts") or not line.get("counters_equal", True)]
+    wrong = [
+        line for line in found
+        if line.get("rows_with_other_experts") or not line.get("counters_equal", True)
+        or line.get("experts_error", 0) > WORST
+    ]  # fmt: skip
     return int(bool(wrong))
 
 

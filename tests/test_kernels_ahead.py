@@ -45,6 +45,14 @@ def test_compiles_ahead() -> None:
     assert all(line["spills"] == 0 for line in lines)
 
 
+def test_kernels_of_experts_compile_ahead() -> None:
+    lines = run("--compile", "--sizes", "tiny", "--halves", "experts", interpret=False)
+    assert {(line["kernel"], line["gpu"]) for line in lines} == {
+        (kernel, gpu) for kernel in ("into_product", "out_product", "combine") for gpu in ("sm_80", "sm_90", "sm_100")
+    }
+    assert all(line["spills"] <= 16 for line in lines)
+
+
 @pytest.mark.slow
 def test_every_policy_compiles_for_the_largest_layer() -> None:
     """All but a register or two that are saved around a division."""

@@ -29,10 +29,8 @@ def _product(
         line_O = ((output_O // 16) * blocks_in + block) * 64 + 4 * (output_O % 16)
         code_IO = tl.zeros([32, BLOCK], tl.int32)
         for place in tl.static_range(OFFERED):
-            depth: tl.constexpr = (DEPTHS >> (4 * place)) & 15
-            before: tl.constexpr = ((DEPTHS << 4) >> (4 * place)) & 15
             if deepest >= place:
-                for plane in tl.static_range(before, depth):
+                for plane in tl.static_range(((DEPTHS << 4) >> (4 * place)) & 15, (DEPTHS >> (4 * place)) & 15):
                     byte_4O = tl.load(
                         planes_ptr + plane * stride + line_O[None, :] + four[:, None], wanted_O[None, :], other=0
                     )
@@ -40,7 +38,7 @@ def _product(
                     code_IO = code_IO * 2 + tl.reshape(bit_84O, [32, BLOCK])
                 mine_R = offer_R == place
                 if tl.max(mine_R.to(tl.int32), 0) > 0:
-                    odd_IO = (2 * code_IO - ((1 << depth) - 1)).to(x_RI.dtype)
+                    odd_IO = (2 * code_IO - ((1 << ((DEPTHS >> (4 * place)) & 15)) - 1)).to(x_RI.dtype)
                     at_O = ((place * blocks_out + output_O // 16) * groups + block * 32 // GROUP) * 16 + output_O % 16
                     scale_O = tl.load(scale_ptr + at_O, wanted_O, other=0).to(tl.float32) * 0.5
                     own_RI = tl.where(mine_R[:, None], x_RI, 0.0).to(x_RI.dtype)
