@@ -1,12 +1,12 @@
-"""What reading experts at a depth costs on this CPU: one MoE layer, its routed experts alone, beside what else reads them.
+"""What reading experts at a depth costs on this CPU: the routed experts of one layer, beside what else computes them.
 
     python benchmarks/expert_reading.py --output docs/results/expert-reading.json
     python benchmarks/expert_reading.py --quick     # a rehearsal at small sizes
 
-Random weights in the geometry of real models, random routing with distinct experts. In every round all states of a cell
-run once, in turn, each on another set of rows than the round before; times are medians over rounds. `bf16 ideal` is what
-the experts' bf16 bytes take at the streaming rate that is measured in every round beside the others. Peers compute the same
-pairs expert by expert: torch's bf16 products, ATen's 8-bit and 4-bit ones. Bits include scales.
+Random weights in the geometry of real models, random routing with distinct experts. In every round all states of a
+cell run once, in turn, each on another set of rows than the round before; times are medians over rounds. `bf16 ideal`
+is what the experts' bf16 bytes take at the streaming rate that is measured in every round beside the others. Peers
+compute the same pairs expert by expert: torch's bf16 products, ATen's 8-bit and 4-bit ones. Bits include scales.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ microseconds of a layer inside a CUDA graph: the two launches, the general path,
 reading the experts of the batch (two matrix products over as many experts as native routing, or the coreset, would
 read).
 
-The second half (`gpu_experts.py`): `experts_error`, the kernels that read experts beside plain torch; microseconds by rows,
-distinct experts and depth, and bytes of weights a second as a share of what a copy in the device's memory moves.
+The second half (`gpu_experts.py`): `experts_error`, the kernels that read experts beside plain torch; microseconds by
+rows, distinct experts and depth, and bytes of weights a second as a share of what a copy in the device's memory moves.
 """
 
 from __future__ import annotations

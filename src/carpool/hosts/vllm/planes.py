@@ -31,7 +31,7 @@ def planes_file(model_config: Any) -> Path | None:
     Raises:
         CarpoolError: they are planes, and the file is missing.
     """
-    given = getattr(model_config.hf_config, "quantization_config", None)
+    given = getattr(getattr(model_config, "hf_config", None), "quantization_config", None)
     if not isinstance(given, dict) or given.get("quant_method") != METHOD:
         return None
     from transformers.utils import cached_file
