@@ -158,7 +158,7 @@ def test_command_says_what_its_tokens_cannot_show(command, tmp_path, monkeypatch
         (("--text", "text.txt", "--tokens", "10"), "--tokens 10: give 256 or more"),
         (("--text", "text.txt", "--sequence", "4"), "--sequence 4: give 8 or more"),
         (("--text", "text.txt", "--seed", "-1"), "--seed -1: give 0 to"),
-        (("--text", "text.txt", "--surrogates", "0"), "--surrogates 0: give 1 or more"),
+        (("--text", "text.txt", "--surrogates", "-1"), "--surrogates -1: give 0 or more"),
         (("--text", "text.txt", "--sequence", "200", "--tokens", "400"), "exceed the model's 128"),
     ],
 )

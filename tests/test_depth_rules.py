@@ -92,3 +92,17 @@ def test_bad_parameters(text: str, said: str) -> None:
 def test_what_the_file_does_not_hold(text: str, said: str) -> None:
     with pytest.raises(CarpoolError, match=said):
         parse(text).prepare(planes(6, torch.Generator().manual_seed(0)))
+
+
+def test_a_plan_of_summed_importance() -> None:
+    """MC#: of two experts that lose alike, the one that weighs more in `alpha f + beta w` gets the bits; a product is 0
+    for an expert that nobody picked."""
+    stats = planes(4, torch.Generator().manual_seed(0))
+    stats["depth_energy"], stats["depth_use"] = torch.ones(4), torch.ones(1, 1, 4)
+    stats["depth_error"] = torch.tensor([0.1, 0.03, 0.008]).unsqueeze(-1).expand(3, 4)
+    stats["coverage"], stats["depth_gate"] = torch.tensor([0, 30, 35, 35]), torch.tensor([0.7, 0.1, 0.1, 0.1])
+    product, sums = (parse(f"bit_plan(bits=2.5{more})").prepare(stats)["bits"] for more in ("", ", importance='sum'"))
+    assert product.tolist()[0] == 2
+    assert sums.tolist()[0] == max(sums.tolist()) > 2
+    with pytest.raises(CarpoolError, match="importance='mean'"):
+        parse("bit_plan(bits=2.5, importance='mean')")

@@ -19,7 +19,7 @@ from carpool.calibrate.capture import Seen
 from carpool.calibrate.surrogate_fit import RIDGE, SurrogateFit, solve, stored
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.lockstep import LAYER_FIELDS, forward
-from carpool.experts.surrogates import Surrogates
+from carpool.experts.surrogates import NAMES, Surrogates, by_pairs
 from carpool.hosts.transformers import attach, find_layers
 from carpool.routing.batch import Grouping
 
@@ -48,6 +48,22 @@ def noisy_line(seed: int = 0, rows: int = 200, H: int = 6) -> tuple[Tensor, Tens
     map_HH = torch.randn(H, H, generator=generator, dtype=torch.float64)
     noise_NH = torch.randn(rows, H, generator=generator, dtype=torch.float64)
     return x_NH, x_NH @ map_HH + 0.5 + noise_NH / 10
+
+
+def test_rank_0_is_the_mean_output() -> None:
+    """MoNE's constant, in all ways to compute it."""
+    x_NH, y_NH = noisy_line()
+    inner_RH, outer_XH = solve(*sums(x_NH, y_NH), rank=0)
+    assert inner_RH.shape == (0, 6)
+    torch.testing.assert_close(outer_XH, y_NH.mean(0, keepdim=True))
+    tensors = stored({NAMES[0]: inner_RH.expand(2, 0, 6), NAMES[1]: torch.stack([outer_XH, 2 * outer_XH])}, "fp32")
+    surrogates = Surrogates.of(tensors)
+    assert surrogates.rank == 0
+    ids_NX, weights_NX = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0.5, 0.0], [0.25, 0.5]])
+    expected_NH = torch.stack([0.5 * y_NH.mean(0), y_NH.mean(0)]).float()
+    torch.testing.assert_close(surrogates(x_NH[:2], ids_NX, weights_NX), expected_NH)
+    parts = (tensors[name].float() for name in NAMES)
+    torch.testing.assert_close(by_pairs(x_NH[:2], ids_NX, weights_NX, *parts), expected_NH)
 
 
 def test_full_rank_is_ridge_regression() -> None:
@@ -151,8 +167,8 @@ def test_the_measure_is_the_error_on_tokens_that_the_fit_did_not_see() -> None:
 
 def test_refusals() -> None:
     layer = find_layers(tiny_model("qwen3_moe"))[0]
-    with pytest.raises(CarpoolError, match="rank 0"):
-        SurrogateFit(layer, 0)
+    with pytest.raises(CarpoolError, match="rank -1"):
+        SurrogateFit(layer, -1)
     with pytest.raises(CarpoolError, match="'int3'"):
         SurrogateFit(layer, 2, "int3")
     with pytest.raises(CarpoolError, match="raise --tokens"):

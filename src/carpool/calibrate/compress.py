@@ -14,6 +14,7 @@ from torch import Tensor
 from carpool.calibrate.capture import Layer, Routed, calm, capture
 from carpool.calibrate.moments import Moments, Projections, by_expert
 from carpool.calibrate.run import BATCH_TOKENS, require_fitting
+from carpool.calibrate.super_experts import stream_peaks, super_experts
 from carpool.calibrate.token_quantiles import TokenQuantiles
 from carpool.errors import CarpoolError
 from carpool.experts.planes import GROUP, MIDDLE
@@ -79,7 +80,9 @@ def compress(
                     **stored.tensors(), **measured, "coverage": moment.coverage_E.cpu(), **layer.sample().tensors,
                 }  # fmt: skip
                 done(layer.index, found[layer.index])
-    return {layer.index: found[layer.index] for layer in layers}
+    peaks, streams = ({index: one[name] for index, one in found.items()} for name in ("depth_peak", "depth_stream"))
+    outliers = super_experts(peaks, streams)
+    return {layer.index: found[layer.index] | {"depth_super": outliers[layer.index]} for layer in layers}
 
 
 def lost(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -94,11 +97,14 @@ def measure(projections: Projections, stored: StoredExperts, seen: Routed, seed:
     (`carpool.calibrate.token_quantiles`). An expert without any has the layer's mean."""
     E, depths = len(projections.into_ERH), stored.depths
     energy_E, count_E = torch.zeros(2, E)
-    error_LE = torch.zeros(len(depths), E)
-    for expert, rows_C, _ in by_expert(seen, E):
+    error_LE, peak_E = torch.zeros(len(depths), E), torch.zeros(E)
+    added_NH = torch.zeros_like(seen.hidden_NH, dtype=torch.float32)
+    for expert, rows_C, weight_C in by_expert(seen, E):
         hidden_CH, one = seen.hidden_NH[rows_C].float(), slice(expert, expert + 1)
         whole_CH = projections.output(projections.between(hidden_CH, expert), expert)
         energy_E[expert], count_E[expert] = whole_CH.square().sum(), len(rows_C)
+        peak_E[expert] = whole_CH.abs().amax()
+        added_NH.index_add_(0, rows_C, whole_CH * weight_C.unsqueeze(-1))
         into, out = stored.into.of_experts(one), stored.out.of_experts(one)
         for place, depth in enumerate(depths):
             between_CI = projections.between(hidden_CH, expert, into.read(depth)[0])
@@ -118,6 +124,8 @@ def measure(projections: Projections, stored: StoredExperts, seen: Routed, seed:
         "depth_bytes": sizes.float(),
         "depth_use": _use(seen, E, seed),
         "depth_gate": _gate(seen, E),
+        "depth_peak": peak_E,
+        "depth_stream": stream_peaks(seen.residual_NH, added_NH),
         **usual.result(),
     }
 
@@ -176,9 +184,10 @@ def _passes(model: Any, layers: Sequence[Layer], sequences_BT: Tensor) -> Iterat
 
 
 def _joined(parts: list[Routed]) -> Routed:
+    streams = [part.residual_NH for part in parts if part.residual_NH is not None]
     return Routed(
         torch.cat([part.hidden_NH for part in parts]),
         torch.cat([part.ids_NK for part in parts]),
         torch.cat([part.weights_NK for part in parts]),
-        None,
+        torch.cat(streams) if all(part.residual_NH is not None for part in parts) else None,
     )

@@ -4,7 +4,8 @@
 
 With `x` and `y` centred over an expert's tokens, the map minimises `sum |y - A x|^2 + ridge |A|^2` among all `A` of
 rank `R`. With `X'X + ridge = L L'` that is `A' = L'^-1 T_R`, where `T_R` is the truncated singular value decomposition
-of `L^-1 X'Y` (reduced-rank regression: Izenman 1975, with a ridge penalty: Mukherjee and Zhu 2011).
+of `L^-1 X'Y` (reduced-rank regression: Izenman 1975, with a ridge penalty: Mukherjee and Zhu 2011). Rank 0
+leaves the mean output, the constant that MoNE (arXiv 2507.00390) puts in the place of an expert.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class SurrogateFit:
     def __post_init__(self) -> None:
         """Raises CarpoolError for a rank that no surrogate can have, or an unknown way to store them."""
         E, H = self.layer.weight_EH.shape
-        if not 1 <= self.rank <= H // 2:
-            raise CarpoolError(f"surrogates of rank {self.rank}: give 1 to {H // 2}, half of the model's width {H}")
+        if not 0 <= self.rank <= H // 2:
+            raise CarpoolError(f"surrogates of rank {self.rank}: give 0 to {H // 2}, half of the model's width {H}")
         if self.stored not in STORED:
             raise CarpoolError(f"surrogates stored as {self.stored!r}: use one of {', '.join(STORED)}")
         device = self.layer.weight_EH.device

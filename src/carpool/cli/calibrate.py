@@ -43,7 +43,11 @@ class Options:
         bool, typer.Option(help="Also what `layer_threshold` needs: one more forward pass, and one for each layer.")
     ] = False
     surrogates: Annotated[
-        int | None, typer.Option(help="Also what `surrogate` needs: linear maps of this rank in place of experts.")
+        int | None,
+        typer.Option(
+            help="Also what `surrogate` needs: linear maps of this rank in place of experts; "
+            "0: their mean outputs (MoNE)."
+        ),
     ] = None
 
 
@@ -56,7 +60,7 @@ def calibrate(options: Options) -> None:
 
     console = Console()
     require_windows(options.tokens, options.sequence, options.seed)
-    require_number("--surrogates", options.surrogates, 1)
+    require_number("--surrogates", options.surrogates, 0)
     require_writable(options.output, ".safetensors")
     documents, data = calibration_texts(console, options.text)
     opened = open_model(options.model)
@@ -80,7 +84,7 @@ def measure(model: Any, windows: Windows, options: Options, data: list[tuple[str
     with progress("calibrating", total, "tokens") as advance:
         stats = run(
             model, layers, windows.ids_BT,
-            domains=windows.domains, held_B=windows.held_B if rank else None, data=data, seed=options.seed,
+            domains=windows.domains, held_B=None if rank is None else windows.held_B, data=data, seed=options.seed,
             energy=options.energy,
             collectors=[] if rank is None else [lambda layer: SurrogateFit(layer, rank)],
             progress=advance,

@@ -11,6 +11,7 @@ from carpool.cli import (  # noqa: F401
     policies,
     policy_files,
     report,
+    sample_text,
     top,
     tune,
 )

@@ -76,7 +76,7 @@ class Surrogates:
         weight_NE = torch.zeros(len(hidden_NH), len(self.bias_EH), device=hidden_NH.device)
         weight_NE = weight_NE.scatter_add(-1, ids_NX.long(), weights_NX.float())
         inner_NX = hidden_NH.float() @ self.in_XH.T
-        scaled_NX = (inner_NX.unflatten(-1, (len(self.bias_EH), -1)) * weight_NE.unsqueeze(-1)).flatten(-2)
+        scaled_NX = (inner_NX.unflatten(-1, (len(self.bias_EH), self.rank)) * weight_NE.unsqueeze(-1)).flatten(-2)
         return torch.addmm(weight_NE @ self.bias_EH, scaled_NX, self.out_XH)
 
 

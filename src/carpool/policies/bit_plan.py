@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from carpool.policies.base import Inputs, Policy, require
+from carpool.policies.depth_prices import deep_outliers
 from carpool.policies.registry import register
 
 SHORT = 1e-9
@@ -33,10 +35,13 @@ class BitPlan(Policy):
         alpha: power of the share of tokens.
         beta: power of the share of weight.
         gamma: power of the loss. `alpha=0, beta=0, gamma=2` minimises the lost energy itself.
+        importance: `sum` weighs the loss by `alpha f + beta w` in place of `f^alpha w^beta` (MC#, arXiv 2510.10962).
 
-    Reading of the paper: `gamma=2`, as printed; the released code raises the loss to `alpha` instead (`gamma=1`).
+    Reading of the paper: `gamma=2`, as printed; the released code raises the loss to `alpha` instead (`gamma=1`). MC#
+    is known to us from summaries alone: importance is a weighted sum, the loss is squared; its weights are not told.
 
-    Statistics: those of `depth`, and `depth_gate [E]`, the share of the router's weight that an expert gets.
+    Statistics: those of `depth`, and `depth_gate [E]`, the share of the router's weight that an expert gets. Super
+    experts (`depth_super [E]`, where the file has it) get the most bits while the mean allows it.
 
     Example: `bit_plan(bits=2.5)`.
 
@@ -48,6 +53,7 @@ class BitPlan(Policy):
     alpha: float = 1.0
     beta: float = 1.5
     gamma: float = 2.0
+    importance: Literal["product", "sum"] = "product"
 
     name = "bit_plan"
     paper = "MC, arXiv 2410.06270"
@@ -58,6 +64,7 @@ class BitPlan(Policy):
     def __post_init__(self) -> None:
         good = type(self.bits) in (int, float) and 0 < self.bits <= 8
         require(good, f"bits={self.bits!r}: give the mean bits of a weight, up to 8")
+        require(self.importance in ("product", "sum"), f"importance={self.importance!r}: use 'product' or 'sum'")
         if self.levels is not None:
             good = isinstance(self.levels, list | tuple) and all(type(one) is int for one in self.levels)
             good = good and len(self.levels) > 0 and list(self.levels) == sorted(set(self.levels))
@@ -82,7 +89,11 @@ class BitPlan(Policy):
         use_E = stats["depth_use"][-1].double().mean(0)
         places = [stored.index(one) for one in levels]
         lost_EJ = (use_E * stats["depth_energy"].double() * stats["depth_error"].double()[places]).sqrt().T
-        cost_EJ = (share_E**self.alpha * gate_E**self.beta).unsqueeze(-1) * lost_EJ**self.gamma
+        importance_E = share_E**self.alpha * gate_E**self.beta
+        if self.importance == "sum":
+            importance_E = self.alpha * share_E + self.beta * gate_E
+        cost_EJ = importance_E.unsqueeze(-1) * lost_EJ**self.gamma
+        cost_EJ = deep_outliers(cost_EJ, stats["coverage"].new_tensor(levels), stats)
         needed = [level for level in (2, 3) if {2, 3} <= set(levels)]
         plan = cheapest(cost_EJ.tolist(), levels, int(self.bits * len(cost_EJ) + SHORT), needed)
         bits_E = torch.tensor(plan, device=stats["coverage"].device)

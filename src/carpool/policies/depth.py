@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from carpool.policies.base import Inputs, Number, Policy, require, resolve_budget
-from carpool.policies.depth_prices import increments, prices
+from carpool.policies.depth_prices import deep_outliers, increments, prices
 from carpool.policies.registry import register
 from carpool.routing.exact import FRACTION_BITS
 from carpool.routing.keys import tie_order
@@ -50,7 +50,8 @@ class Depth(Policy):
 
     Statistics: `planes_shape` with the stored depths; `depth_bytes [L]`, what reading at a depth takes over 16 bits;
     `depth_energy [E]`, mean squared length of an expert's output; `depth_error [L, E]`, the share of it that a depth
-    leaves; `depth_use [V, S, E]`, for `2**v` voters and `S` sampled batches the sum of squared shares of weight.
+    leaves; `depth_use [V, S, E]`, for `2**v` voters and `S` sampled batches the sum of squared shares of weight; where
+    the file has it, `depth_super [E]`, super experts (arXiv 2507.23279): who uses one reads it at the deepest level.
 
     Example: `depth(bytes=0.22)`.
 
@@ -114,8 +115,8 @@ class Depth(Policy):
         )
         levels = sorted(levels, reverse=True)  # of two that cost the same the deeper one
         share_JE, size_J = (torch.stack([of[one] for one in levels]) for of in (share, size))
-        error_EJ = (share_JE * energy_E).T.contiguous()
-        level_J = torch.tensor(levels, dtype=torch.int64, device=error_EJ.device)
+        level_J = torch.tensor(levels, dtype=torch.int64, device=energy_E.device)
+        error_EJ = deep_outliers((share_JE * energy_E).T.contiguous(), level_J, stats)
         common = {"level": level_J, "deepest": level_J[0], "shallowest": level_J[level_J > 0][-1]}
         if self.budget is not None:
             gain_EJ, added_EJ = increments(error_EJ, size_J)

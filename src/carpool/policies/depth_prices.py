@@ -5,6 +5,7 @@ Shapes: `E` experts, `J` levels, `V` powers of two of the number of voters, `S` 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
@@ -14,6 +15,7 @@ from carpool.policies.base import require
 
 STEPS = 48  # of the bisection for a price: it is exact to 1e-9 of its range
 RANGE = (-40.0, 20.0)  # log2 of the prices that are tried
+DEAR = 1e9  # lost energy of a super expert that is read shallow, in units of the layer's largest energy
 
 
 def prices(wanted: float, use_VSE: Tensor, error_EJ: Tensor, size_J: Tensor) -> Tensor:
@@ -75,3 +77,12 @@ def increments(error_EJ: Tensor, size_J: Tensor) -> tuple[Tensor, Tensor]:
             gain_EJ[expert, after] = (error_J[before] - error_J[after]) / (sizes[after] - sizes[before])
             added_EJ[expert, after] = sizes[after] - sizes[before]
     return gain_EJ, added_EJ
+
+
+def deep_outliers(error_EJ: Tensor, level_J: Tensor, stats: Mapping[str, Tensor]) -> Tensor:
+    """The lost energies with those of super experts (`depth_super [E]`, where the statistics have it) so large at all
+    but the deepest level that no price and no budget makes them shallow while somebody uses them."""
+    if "depth_super" not in stats:
+        return error_EJ
+    shallow_EJ = (stats["depth_super"] != 0).unsqueeze(-1) & (level_J < level_J.amax())
+    return torch.where(shallow_EJ, DEAR, error_EJ)
