@@ -32,10 +32,10 @@ def table(content: dict[str, Any], depth: dict[str, Any]) -> str:
             if one["method"] == OURS:
                 continue
             ours = at(curve, one["bytes"]["value"])
-            read = [f"{one[name]['value']:.{digits}%}" for name, digits in (("bytes", 1), ("union", 0))]
-            lines.append([batch, one["method"], f"`{one['policy']}`", *read, with_interval(one["kl"], 5),
+            lines.append([batch, one["method"], f"`{one['policy']}`", f"{one['bytes']['value']:.1%}",
+                          f"{one['pairs']:.2f}", with_interval(one["kl"], 5),
                           "–" if ours is None else f"{ours:.5f}"])  # fmt: skip
-    heads = [">batch", "method", "policy", ">bytes", ">experts", ">KL", ">KL of `depth` at these bytes"]
+    heads = [">batch", "method", "policy", ">bytes", ">pairs", ">KL", ">KL of `depth` at these bytes"]
     return rows(heads, lines)
 
 
