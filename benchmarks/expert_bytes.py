@@ -192,15 +192,26 @@ def bytes_at(curve: Points, kl: float) -> Array | None:
     return np.array(found)
 
 
+def least(curve: Points, kl: float) -> Array | None:
+    """Share of stock's bytes of a curve's shallowest setting, in every sample, if that loses less than a KL already."""
+    return np.asarray(curve.share_KI[:, 0]) if curve.log_kl_KI[0, 0] < np.log(kl) else None
+
+
 def compare(found: list[tuple[str, str, Result]]) -> list[dict[str, Any]]:
-    """For every KL: bytes that each method needs, the best alternative's, and ours over it with its interval."""
+    """For every KL: bytes that each method needs, the best alternative's, and ours over it with its interval. A method
+    whose shallowest setting loses less already needs at most that one's bytes."""
     stock = found[0][2]
     curves = {name: points([r for one, _, r in found if one == name], stock) for name, _, _ in found[1:]}
     rows: list[dict[str, Any]] = []
     for kl in TARGETS:
         needed = {name: at for name, curve in curves.items() if (at := bytes_at(curve, kl)) is not None}
-        others = {name: at for name, at in needed.items() if not name.startswith(OURS) and name not in CONTROLS}
-        row: dict[str, Any] = {"kl": kl, "bytes": {name: float(at[0]) for name, at in needed.items()}}
+        at_most = {name: at for name, curve in curves.items() if (at := least(curve, kl)) is not None}
+        others = {name: at for name, at in (at_most | needed).items()
+                  if not name.startswith(OURS) and name not in CONTROLS}  # fmt: skip
+        row: dict[str, Any] = {
+            "kl": kl, "bytes": {name: float(at[0]) for name, at in needed.items()},
+            "at_most": {name: float(at[0]) for name, at in at_most.items()},
+        }  # fmt: skip
         if OURS in needed and others:
             best = min(others, key=lambda name: others[name][0])
             log_K = np.log(needed[OURS]) - np.log(others[best])
