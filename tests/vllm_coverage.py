@@ -144,7 +144,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
             native = tiny.generate(tiny.engine(folder, None, **case.options), tiny.prompts(6))
             found = _beside(native, case, folder, reached)
         result = ROUTERS if found["result"] == "shared" and found["reached"] == found["union"] else "failed"
-        return row | found | {"result": result, "says": without}
+        return row | found | {"result": result, "says": without if result == ROUTERS else found.get("says", without)}
     return row | _beside(native, case, folder, without=without)
 
 
