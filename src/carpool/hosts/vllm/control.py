@@ -72,7 +72,12 @@ class Control:
         if host.step is None or host.steps is None:
             raise CarpoolError("carpool_report: the model is not loaded yet")
         layers = [
-            {**asdict(row), "expert_bytes": layer.expert_bytes, "surrogate_bytes": layer.surrogate_bytes}
+            {
+                **asdict(row),
+                "expert_bytes": layer.expert_bytes,
+                "surrogate_bytes": layer.surrogate_bytes,
+                "bit_bytes": layer.bit_bytes,
+            }
             for row, layer in zip(host.step.counters.report(), host.layers, strict=True)
         ]
         steps = dict(host.steps.counts)
