@@ -189,7 +189,8 @@ def main() -> None:
     )
     rate = read_bandwidth(0.25 if given.quick else 1.0)
     content: dict[str, Any] = {
-        "machine": machine(), "geometry": given.geometry, "layers": layers, "threads": int(os.environ.get("OMP_NUM_THREADS", 0)),
+        "machine": machine(), "geometry": given.geometry, "layers": layers,
+        "threads": int(os.environ.get("OMP_NUM_THREADS", 0)),
         "seed": SEED, "rounds": given.rounds, "tokens": given.tokens, "other_bytes": other, "stream_gb_s": rate,
         "load_before": os.getloadavg()[0], "cells": [], "prompt": {},
     }  # fmt: skip

@@ -157,3 +157,36 @@ def test_buffers_begin_at_all_that_is_stored() -> None:
     from carpool.hosts.vllm.planes import new_buffer
 
     assert (new_buffer(3, 2, torch.device("cpu")) == ALL_BITS).all()
+
+
+@pytest.mark.slow
+def test_two_ranks_hold_a_part_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from vllm import envs
+
+    source = tiny.write_model("qwen3_moe", tmp_path / "source", moe_intermediate_size=64)
+    made = in_planes(source, tmp_path / "made")
+    given = tiny.prompts(6)
+    alone = tiny.generate(tiny.engine(made, None), given)
+    envs.disable_envs_cache()  # of the engine that was started before in this process
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")
+    llm = tiny.engine(made, {"policy": POLICY, "isolation": "batch"}, tensor_parallel_size=2)
+    found = tiny.generate(llm, given)
+    first, second = llm.collective_rpc("carpool_report")
+    assert first == second
+    assert all(layer["bits_unread"] > 0 for layer in first["layers"])
+    assert apart(found, alone) < 0.02  # the first token's, of prompts that are read as deep as stored
+    envs.disable_envs_cache()
+
+
+@pytest.mark.slow
+def test_ranks_that_would_split_a_group_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from vllm import envs
+
+    envs.disable_envs_cache()
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")
+    with pytest.raises(Exception, match="WorkerProc initialization failed"):
+        tiny.engine(folder(), None, tensor_parallel_size=2)
+    assert "32 neurons in groups of 32 cannot be split over 2 ranks" in "".join(capfd.readouterr())
+    envs.disable_envs_cache()

@@ -46,7 +46,9 @@ def register_method() -> None:
     """Make the method known to vLLM, in every process that it starts."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    register_quantization_config(METHOD)(_config_class())
+    from carpool.hosts.vllm.planes_config import PlanesConfig
+
+    register_quantization_config(METHOD)(PlanesConfig)
 
 
 def stored_depths(runner: Any) -> tuple[int, ...]:
@@ -61,46 +63,8 @@ def new_buffer(max_rows: int, top_k: int, device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _config_class() -> Any:
-    from vllm.config import get_current_vllm_config
-    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-    from vllm.model_executor.models.utils import extract_layer_index
-
-    class PlanesConfig(QuantizationConfig):
-        def get_name(self) -> Any:
-            return METHOD
-
-        def get_supported_act_dtypes(self) -> list[torch.dtype]:
-            return [torch.bfloat16, torch.float16, torch.float32]
-
-        @classmethod
-        def get_min_capability(cls) -> int:
-            return 80  # what the kernels are compiled for in the tests
-
-        @staticmethod
-        def get_config_filenames() -> list[str]:
-            return []
-
-        @classmethod
-        def from_config(cls, config: dict[str, Any]) -> PlanesConfig:
-            return cls()
-
-        def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-            if isinstance(layer, RoutedExperts):
-                config = get_current_vllm_config()
-                path = planes_file(config.model_config)
-                assert path is not None
-                device = torch.device(config.device_config.device)
-                return _method_class()(layer.moe_config, path, extract_layer_index(prefix), device)
-            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
-
-    return PlanesConfig
-
-
-@functools.cache
-def _method_class() -> Any:
+def method_class() -> Any:
+    """vLLM's method for a layer's experts in planes."""
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
     class PlanesMethod(FusedMoEMethodBase):
