@@ -28,8 +28,8 @@ def layer(content: dict[str, Any]) -> str:
     head = (
         f"One {machine['cpu']} with {machine['cores']} cores and {content['instructions'].upper()}, "
         f"{machine['date']}, seed {content['seed']}, medians of {content['rounds']} rounds. Milliseconds for the "
-        "routed experts of one layer, in brackets the share of the streaming read of the same minutes that the bytes read "
-        "amount to.\n"
+        "routed experts of one layer, in brackets the share of a streaming read of the same minutes that their "
+        "bytes amount to.\n"
     )
     parts = [head]
     for geometry in dict.fromkeys(cell["geometry"] for cell in content["cells"]):

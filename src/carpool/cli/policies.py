@@ -20,6 +20,7 @@ from carpool.errors import CarpoolError
 WRITTEN = "xshare(budget=32) | protect([3, 7]) | floor(0.3)"
 WORD, TEXT, PROSE = (partial(Column, kind=kind) for kind in ("word", "text", "prose"))
 ENGINES = {"transformers": "transformers (carpool.share, evaluate, tune)", "vllm": "vLLM (plugin)"}
+IN_PLANES = "vLLM (plugin), on a checkpoint in planes: `carpool compress MODEL -o DIR`"
 KINDS = {
     "token": "token: every token decides alone, whoever decodes beside it",
     "group": "group: all rows that share a coreset decide together (--group: batch, request, ...)",
@@ -89,8 +90,13 @@ def _facts(card: Card) -> dict[str, Any]:
             "two kernel launches a layer on GPUs, one compiled graph on CPUs" if fast
             else "at most 15 tensor operations a layer, compiled into one graph"
         ) + ("; reads the router's input, too" if kind.needs_hidden else ""),
-        "engines": ["transformers", "vllm with experts in planes" if kind.reads_depths is True else "vllm"],
+        "engines": [*ENGINES],
+        "in_planes": kind.reads_depths is True,
     }  # fmt: skip
+
+
+def _engine(name: str, in_planes: bool) -> str:
+    return IN_PLANES if name == "vllm" and in_planes else ENGINES[name]
 
 
 def _explain(console: Console, card: Card, facts: dict[str, Any]) -> None:
@@ -113,7 +119,7 @@ def _explain(console: Console, card: Card, facts: dict[str, Any]) -> None:
     lines = {
         "Kind": KINDS[card.kind],
         "Cost": facts["cost"],
-        "Engines": ", ".join(ENGINES[one] for one in facts["engines"]),
+        "Engines": ", ".join(_engine(one, facts["in_planes"]) for one in facts["engines"]),
     }
     commands = {
         **({"Statistics from": facts["made_by"]} if facts["made_by"] else {}),

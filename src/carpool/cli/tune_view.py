@@ -71,8 +71,11 @@ def show(
         console.print(said, markup=False)
     for said in files.lines:
         console.print(said, markup=False)
-    if found.plan.reads_depths:  # no engine reads planes yet
+    if found.plan.reads_depths:
         console.print(f"use it: carpool.share(model, {str(files.policy)!r})", markup=False)
+        console.print(
+            "serve it: on a checkpoint in planes (`carpool compress MODEL -o DIR`), as docs/serve.md says", markup=False
+        )
     else:
         console.print(f"serve it: {serve(options, files.policy)}", markup=False)
 
