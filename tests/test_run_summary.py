@@ -19,7 +19,7 @@ from carpool.plans.counters import LayerReport
 from carpool.plans.summary import Report, Summary
 
 VOID = ("br", "img", "hr", "meta")
-ROWS = LayerReport("model.layers.0.mlp", 4, 4, 100, 20, 60, 0, 200, 120, 96, 800, 0, 0, 4, 12.0, 12.0)
+ROWS = LayerReport("model.layers.0.mlp", 4, 4, 100, 20, 60, 0, 200, 120, 96, 800, 0, 0, 4, 0, 12.0, 12.0)
 
 
 def two_layers(**changes: Any) -> list[LayerReport]:
