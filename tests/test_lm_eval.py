@@ -278,3 +278,11 @@ def test_the_command_line_is_the_harnesss(folder: Path, tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, [*arguments[:5], given.replace("budget=3", "budget=99"), *arguments[6:]])
     assert refused.exit_code == 2
     assert "carpool lm-eval: " in refused.output
+
+
+def test_a_task_that_is_not_there() -> None:
+    done = CliRunner().invoke(app, ["lm-eval", "run", "--model", "carpool", "--tasks", "nosuch"])
+    assert done.exit_code == 2
+    assert "Tasks not found: nosuch" in done.output
+    assert "`carpool lm-eval ls tasks` lists them" in " ".join(done.output.split())
+    assert "Traceback" not in done.output

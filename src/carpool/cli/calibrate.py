@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from carpool.artefacts.statistics import Statistics
     from carpool.calibrate.sequences import Windows
 
+ABOUT = {
+    "routed": "1 less the error that the replacement makes where it would be made: 1 is none, 0 as wrong as nothing",
+    "cosine": "of their outputs on the same tokens",
+    "frobenius": "of their outputs' distance, over the layer's largest",
+    "cka": "of how they arrange tokens, up to rotation and scale",
+}
 RANKS = {"routed": 2, "cosine": 3, "frobenius": 4}  # of similarities, where there is no room for all
 FEW_TOKENS = 32  # an expert's row of `routed` from fewer tokens is mostly noise
 PREDICTED = 4  # tokens for each coefficient of the norm predictor
@@ -131,7 +137,7 @@ def _show_similarities(console: Console, stats: Statistics) -> None:
     points = torch.tensor([0.5, 0.1, 0.9])
     heads = [name.removeprefix("similarity_") for name in SIMILARITIES]
     columns = [Column("layer"), Column("fewest tokens", "of its experts", rank=1)]
-    columns += [Column(head, rank=RANKS.get(head, DETAIL)) for head in heads]
+    columns += [Column(head, ABOUT.get(head, ""), rank=RANKS.get(head, DETAIL)) for head in heads]
     rows = []
     few: dict[str, int] = {}
     for index, tensors in stats.layers.items():

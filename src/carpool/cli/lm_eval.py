@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from carpool.cli.app import command
+from carpool.errors import CarpoolError
 
 
 # every option is the harness's, --help too
@@ -26,5 +27,9 @@ def lm_eval(
     given, sys.argv = sys.argv, ["lm_eval", *(arguments or ["--help"])]
     try:
         cli_evaluate()
+    except ValueError as error:
+        if not str(error).startswith("Tasks not found"):
+            raise
+        raise CarpoolError(f"{error}; `carpool lm-eval ls tasks` lists them") from None
     finally:
         sys.argv = given
