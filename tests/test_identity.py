@@ -191,7 +191,7 @@ def test_what_cannot_be_compared_is_said_once(stats, caplog):
         "the experts of 1 of 2 layers could not be compared with the statistics (layer 1: weights of"
     )
     for _ in range(2):
-        prepare(PolicyFile(parse("sere(top=1)")), find_layers(model), stats)
+        prepare(PolicyFile(parse("sere(top=1)")), find_layers(model), stats, None, [1.0, 1.0])
     assert [record.message for record in caplog.records] == [said]
 
 

@@ -92,7 +92,7 @@ def test_every_policy_is_explained(name: str) -> None:
     assert card.about in shown
     for said in ("Kind: ", "Cost: ", "Engines: transformers", "Example: ", "Identity: "):
         assert said in shown
-    assert ("vLLM (plugin)" in shown) == (policies()[name].reads_depths is not True)
+    assert ("vLLM (plugin), on a checkpoint in planes" in shown) == (policies()[name].reads_depths is True)
     for parameter, meaning in card.told.items():
         assert parameter in shown
         assert meaning in shown

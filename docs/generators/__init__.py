@@ -6,7 +6,9 @@ not there is left out.
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,5 +42,14 @@ def rows(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     """A markdown table; a heading that starts with `>` is a column of numbers."""
     heads = list(heads)
     marks = ["--:" if head.startswith(">") else "---" for head in heads]
-    made = [[head.removeprefix(">") for head in heads], None, *lines]
+    made = [[head.removeprefix(">") for head in heads], None, *(map(_cell, line) for line in lines)]
     return "".join(f"|{'|'.join(marks)}|\n" if line is None else f"| {' | '.join(line)} |\n" for line in made)
+
+
+def _cell(text: str) -> str:
+    """With code that holds a bar, as plans have it, in a form that no reader of tables takes for the end of a cell."""
+    return re.sub(
+        r"`([^`|]*\|[^`]*)`",
+        lambda code: f"<code>{html.escape(code[1], quote=False).replace('|', '&#124;')}</code>",
+        text,
+    )

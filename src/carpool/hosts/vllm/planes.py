@@ -53,7 +53,8 @@ def register_method() -> None:
 
 def stored_depths(runner: Any) -> tuple[int, ...]:
     """The depths at which a layer's experts can be read; none where they are no planes."""
-    depths: tuple[int, ...] = getattr(runner.routed_experts.quant_method, "carpool_depths", ())
+    method = getattr(getattr(runner, "routed_experts", None), "quant_method", None)
+    depths: tuple[int, ...] = getattr(method, "carpool_depths", ())
     return depths
 
 
