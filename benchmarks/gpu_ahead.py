@@ -88,7 +88,7 @@ def compiled_experts(sizes: list[str]) -> Iterator[dict[str, Any]]:
         vars(on_device).update(caught)
         try:
             hidden, ids, weights = inputs(layer, 16, 16, torch.device("cpu"))
-            on_device.read_experts(hidden, ids, weights, torch.full_like(ids, DEPTHS[0]), Experts.of(held))
+            on_device.read_experts(hidden.bfloat16(), ids, weights, torch.full_like(ids, DEPTHS[0]), Experts.of(held))
         finally:
             vars(on_device).update(kernels)
         for kernel, one in caught.items():

@@ -42,7 +42,9 @@ def inputs(layer: Layer, rows: int, among: int, device: torch.device) -> tuple[T
     generator = torch.Generator(device).manual_seed(rows)
     top_k = layer.rule.top_k
     ids = torch.rand(rows, among, generator=generator, device=device).argsort(-1)[:, :top_k].int().contiguous()
-    hidden = torch.randn(rows, layer.hidden, generator=generator, device=device).bfloat16()
+    hidden = torch.randn(rows, layer.hidden, generator=generator, device=device)
+    if device.type == "cuda":  # Triton's interpreter multiplies the bits of bfloat16 as if they were whole numbers
+        hidden = hidden.bfloat16()
     return hidden, ids, torch.rand(rows, top_k, generator=generator, device=device)
 
 
