@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from carpool.artefacts.files import write_text
+from carpool.artefacts.files import require_folder_around, write_text
 from carpool.artefacts.json_text import read_json
 from carpool.errors import CarpoolError
 
@@ -67,15 +67,11 @@ def require_new_folder(path: str | Path) -> Path:
         CarpoolError: a file or a folder with something in it is there, or the folder around it is missing or read-only.
     """
     path = Path(path)
-    around = path.resolve().parent
     if path.is_dir() and any(path.iterdir()):
         raise CarpoolError(f"cannot write {path}: the folder is not empty; name a new one")
     if path.exists() and not path.is_dir():
         raise CarpoolError(f"cannot write {path}: a file is there; name a folder")
-    if not around.is_dir():
-        raise CarpoolError(f"cannot write {path}: the folder {around} does not exist")
-    if not os.access(around, os.W_OK | os.X_OK):
-        raise CarpoolError(f"cannot write {path}: the folder {around} is not writable")
+    require_folder_around(path)
     return path
 
 
@@ -98,6 +94,13 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def planes_settings(config: Any) -> dict[str, Any] | None:
+    """What a configuration (an object or what its JSON holds) says of experts in planes; None where they are none."""
+    held = config.get if isinstance(config, dict) else functools.partial(getattr, config)
+    given = held("quantization_config", None)
+    return given if isinstance(given, dict) and given.get("quant_method") == METHOD else None
+
+
 def planes_in(config: Any, folder: Path) -> Path | None:
     """The file with the experts of a checkpoint, by its configuration (an object or what its JSON holds); None where
     they are weights as usual.
@@ -105,9 +108,8 @@ def planes_in(config: Any, folder: Path) -> Path | None:
     Raises:
         CarpoolError: they are planes, and the file is missing.
     """
-    held = config.get if isinstance(config, dict) else functools.partial(getattr, config)
-    given = held("quantization_config", None)
-    if not isinstance(given, dict) or given.get("quant_method") != METHOD:
+    given = planes_settings(config)
+    if given is None:
         return None
     path = folder / Path(str(given.get("file"))).name
     if not path.is_file():

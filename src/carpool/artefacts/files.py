@@ -29,16 +29,21 @@ def require_writable(path: str | Path, ending: str = "") -> Path:
             otherwise.
     """
     path = Path(path)
-    folder = path.resolve().parent
     if path.exists() and not path.is_file():
         raise CarpoolError(f"cannot write {path}: it exists and is not a regular file")
+    require_folder_around(path)
+    if not path.name.endswith(ending):
+        raise CarpoolError(f"cannot write {path}: what is written there is a {ending} file; name it so")
+    return path
+
+
+def require_folder_around(path: Path) -> None:
+    """Raises CarpoolError unless something may be made in the folder that a path lies in."""
+    folder = path.resolve().parent
     if not folder.is_dir():
         raise CarpoolError(f"cannot write {path}: the folder {folder} does not exist")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CarpoolError(f"cannot write {path}: the folder {folder} is not writable")
-    if not path.name.endswith(ending):
-        raise CarpoolError(f"cannot write {path}: what is written there is a {ending} file; name it so")
-    return path
 
 
 def require_file(path: str | Path, what: str = "") -> Path:

@@ -40,6 +40,20 @@ def source_of(path: str | Path | None) -> tuple[str, bool]:
     raise CarpoolError(f"there is no folder {str(path)!r}; give a model's folder, or its name as organisation/model")
 
 
+def folder_of(source: str) -> Path | None:
+    """The folder of a model by its path or its name on the hub, if it is on this machine."""
+    path = Path(source).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(source, "config.json", local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return None if found is None else Path(found).parent
+
+
 def configuration(model: str | Path) -> dict[str, Any]:
     """What is written in a model's folder, in a `config.json`, or under a name in the local cache; empty where that is
     not plain."""

@@ -67,6 +67,7 @@ def elsewhere(options: Options, ready: Prepared, target: Target, found: Tuned, v
 
     sizes = sorted({options.batch, *batch_sizes(options.also_batch)})
     rivals = len(sizes) * (1 + len(ready.depths))
+    stats = None if ready.statistics is None else Statistics.load(ready.statistics)
     with progress("at other batch sizes", rivals, "trials") as bar:
 
         def of_size(size: int) -> Trials:
@@ -74,7 +75,6 @@ def elsewhere(options: Options, ready: Prepared, target: Target, found: Tuned, v
                 return verify
             layout = replace(ready.layout, batch_size=size)
             drawn = ready.unseen.draw_within(FEWEST, wanted(options, layout), size, seed=options.seed)
-            stats = None if ready.statistics is None else Statistics.load(ready.statistics)
             return Trials(ready.model, ready.moe, drawn, layout, stats=stats, advance=lambda policy: bar(1))
 
         return at_batches(found.plan, target, sizes, of_size, ready.depths, ready.moe.top_k)

@@ -10,6 +10,7 @@ import torch
 
 from carpool.artefacts.checkpoint import planes_in, read_recipe
 from carpool.artefacts.json_text import read_json
+from carpool.artefacts.model_source import folder_of
 from carpool.artefacts.statistics import Statistics
 from carpool.artefacts.weights import Weights
 from carpool.experts.stored import MATRICES, StoredExperts
@@ -52,28 +53,15 @@ def shares_stored(model: Any, layers: Sequence[MoELayer]) -> list[float]:
     """What the experts take in the checkpoint over what they would in 16 bits, by layer; 1 where it is not quantised,
     whatever the model computes in."""
     folder = _folder(model)
-    if folder is None or not _configuration(folder).get("quantization_config"):
+    config = {} if folder is None else _configuration(folder)
+    if folder is None or not config.get("quantization_config"):
         return [1.0] * len(layers)
-    if planes_in(_configuration(folder), folder) is not None:
+    if planes_in(config, folder) is not None:
         read = read_recipe(folder).get("sizes", {}).get("read", {})
         return [float(max(read.values(), default=1.0))] * len(layers)
     held = Weights.of(folder).expert_bytes()
     whole = [2 * sum(one.numel() for one in layer.experts.parameters()) for layer in layers]
     return [held.get(layer.index, size) / size if size else 1.0 for layer, size in zip(layers, whole, strict=True)]
-
-
-def folder_of(source: str) -> Path | None:
-    """The folder of a model by its path or its name on the hub, if it is on this machine."""
-    path = Path(source).expanduser()
-    if (path / "config.json").is_file():
-        return path
-    from transformers.utils import cached_file
-
-    try:
-        found = cached_file(source, "config.json", local_files_only=True)
-    except (OSError, ValueError):
-        return None
-    return None if found is None else Path(found).parent
 
 
 def _folder(model: Any) -> Path | None:

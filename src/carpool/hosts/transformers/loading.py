@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from carpool.artefacts.checkpoint import METHOD, planes_in
-from carpool.artefacts.model_source import source_of
+from carpool.artefacts.model_source import folder_of, source_of
 from carpool.errors import CarpoolError
-from carpool.hosts.transformers.as_stored import fill, folder_of, matrices
+from carpool.hosts.transformers.as_stored import fill, matrices
 from carpool.hosts.transformers.layers import MoELayer, find_layers
 
 PLAIN = {torch.float32, torch.bfloat16, torch.float16}

@@ -12,6 +12,7 @@ from torch import Tensor
 from carpool.artefacts.identity import Identity, fingerprint
 from carpool.artefacts.statistics import Statistics
 from carpool.errors import CarpoolError
+from carpool.experts.stored import NAMES
 from carpool.hosts.vllm.early import check_fit, require_experts
 from carpool.hosts.vllm.expert_samples import taken
 from carpool.hosts.vllm.gate_check import check
@@ -29,7 +30,6 @@ from carpool.routing.batch import Batch
 from carpool.routing.spec import Routing
 
 GATES = ("gate", "router")
-PLANES = ("planes_into", "planes_out")  # how the names of experts in planes begin; the experts read them themselves
 REHEARSED = 8  # rows
 
 
@@ -104,7 +104,8 @@ def load_statistics(
     source = policies.statistics or own
     if source is None and not policies.model:
         return None
-    statistics = None if source is None else Statistics.load(source, leave=PLANES)
+    # planes are left to the experts, which read them themselves
+    statistics = None if source is None else Statistics.load(source, leave=NAMES)
     caveat = _check_model(policies, statistics, layers, gates)
     if caveat and source != own:  # what the checkpoint brings was made with its experts
         logging.getLogger("vllm.carpool").warning(caveat)

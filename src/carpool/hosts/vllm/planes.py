@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carpool.artefacts.checkpoint import METHOD, planes_in
+from carpool.artefacts.checkpoint import METHOD, planes_in, planes_settings
+from carpool.artefacts.model_source import folder_of
 from carpool.artefacts.statistics import Statistics
 from carpool.errors import CarpoolError
-from carpool.experts.stored import StoredExperts
+from carpool.experts.stored import SHAPE, StoredExperts
 from carpool.kernels.experts.activation import Activation
 from carpool.kernels.experts.operation import reader
 from carpool.routing.spec import ALL_BITS
@@ -31,15 +32,10 @@ def planes_file(model_config: Any) -> Path | None:
     Raises:
         CarpoolError: they are planes, and the file is missing.
     """
-    given = getattr(getattr(model_config, "hf_config", None), "quantization_config", None)
-    if not isinstance(given, dict) or given.get("quant_method") != METHOD:
+    config = getattr(model_config, "hf_config", None)
+    if planes_settings(config) is None:
         return None
-    from transformers.utils import cached_file
-
-    folder = Path(model_config.model)
-    if not folder.is_dir():
-        folder = Path(cached_file(model_config.model, "config.json", local_files_only=True)).parent
-    return planes_in(model_config.hf_config, folder)
+    return planes_in(config, folder_of(model_config.model) or Path(model_config.model))
 
 
 def register_method() -> None:
@@ -82,7 +78,7 @@ def method_class() -> Any:
             super().__init__(moe)
             _require_plain(moe)
             self._path, self._index, self._device = path, index, device
-            self.carpool_depths = StoredExperts.depths_in(Statistics.tensors_of(path, index, ("planes_shape",)))
+            self.carpool_depths = StoredExperts.depths_in(Statistics.tensors_of(path, index, (SHAPE,)))
             self.read: Any = None
             self.buffer: Tensor | None = None
             self.expert_bytes = self.bit_bytes = 0

@@ -12,12 +12,24 @@ import triton.language as tl
 
 
 @triton.jit
+def _pairs(order_ptr, offer_ptr, first, last, ROWS: tl.constexpr):
+    """Of a tile: the pairs, which of them there are, and the place of each one's depth among the offered ones."""
+    place_R = first + tl.arange(0, ROWS)
+    held_R = place_R < last
+    pair_R = tl.load(order_ptr + place_R, held_R, other=0)
+    return pair_R, held_R, tl.load(offer_ptr + pair_R, held_R, other=-1)
+
+
+@triton.jit
 def _product(
-    x_ptr, row_R, held_R, offer_R, width, planes_ptr, stride, scale_ptr, output_O, wanted_O, blocks_out,
-    DEPTHS: tl.constexpr, OFFERED: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, row_R, held_R, offer_R, width, planes_ptr, stride, scale_ptr, unit_ptr, expert, output_O, wanted_O,
+    blocks_out, DEPTHS: tl.constexpr, OFFERED: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows times some outputs of an expert, float32 `[ROWS, BLOCK]`, each row at its depth, without the unit."""
+    """Rows times some outputs of an expert, float32 `[ROWS, BLOCK]`, each row at its depth."""
     blocks_in, groups = tl.cdiv(width, 32), tl.cdiv(width, GROUP)
+    planes_ptr += expert * PLANES * stride
+    scale_ptr += expert * OFFERED * blocks_out * groups * 16
     four, eight, inputs = tl.arange(0, 4), tl.arange(0, 8), tl.arange(0, 32)
     deepest = tl.max(offer_R, 0)
     total_RO = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -43,7 +55,7 @@ def _product(
                     scale_O = tl.load(scale_ptr + at_O, wanted_O, other=0).to(tl.float32) * 0.5
                     own_RI = tl.where(mine_R[:, None], x_RI, 0.0).to(x_RI.dtype)
                     total_RO += tl.dot(own_RI, odd_IO, input_precision="ieee") * scale_O[None, :]
-    return total_RO
+    return tl.load(unit_ptr + expert) * total_RO
 
 
 @triton.jit
@@ -56,23 +68,17 @@ def into_product(
     """Gate and up projection and what stands behind them, `[P, I]` by pair."""
     first, last = tl.load(first_ptr + tl.program_id(0)), tl.load(last_ptr + tl.program_id(0))
     if first < last:
-        place_R = first + tl.arange(0, ROWS)
-        held_R = place_R < last
-        pair_R = tl.load(order_ptr + place_R, held_R, other=0)
-        offer_R = tl.load(offer_ptr + pair_R, held_R, other=-1)
+        pair_R, held_R, offer_R = _pairs(order_ptr, offer_ptr, first, last, ROWS)
         expert = tl.load(expert_ptr + tl.program_id(0)).to(tl.int64)
-        unit = tl.load(unit_ptr + expert)
-        planes_ptr += expert * PLANES * stride
-        scale_ptr += expert * OFFERED * blocks_out * tl.cdiv(width, GROUP) * 16
         output_O = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         wanted_O = output_O < inner
-        gate_RO = unit * _product(
-            x_ptr, pair_R // K, held_R, offer_R, width, planes_ptr, stride, scale_ptr, output_O, wanted_O, blocks_out,
-            DEPTHS, OFFERED, GROUP, ROWS, BLOCK,
+        gate_RO = _product(
+            x_ptr, pair_R // K, held_R, offer_R, width, planes_ptr, stride, scale_ptr, unit_ptr, expert, output_O,
+            wanted_O, blocks_out, DEPTHS, OFFERED, PLANES, GROUP, ROWS, BLOCK,
         )  # fmt: skip
-        up_RO = unit * _product(
-            x_ptr, pair_R // K, held_R, offer_R, width, planes_ptr, stride, scale_ptr, output_O + inner, wanted_O,
-            blocks_out, DEPTHS, OFFERED, GROUP, ROWS, BLOCK,
+        up_RO = _product(
+            x_ptr, pair_R // K, held_R, offer_R, width, planes_ptr, stride, scale_ptr, unit_ptr, expert,
+            output_O + inner, wanted_O, blocks_out, DEPTHS, OFFERED, PLANES, GROUP, ROWS, BLOCK,
         )  # fmt: skip
         if BIAS:
             bias_ptr += expert * 2 * inner
@@ -98,18 +104,13 @@ def out_product(
     """Down projection, float32 `[P, H]` by pair."""
     first, last = tl.load(first_ptr + tl.program_id(0)), tl.load(last_ptr + tl.program_id(0))
     if first < last:
-        place_R = first + tl.arange(0, ROWS)
-        held_R = place_R < last
-        pair_R = tl.load(order_ptr + place_R, held_R, other=0)
-        offer_R = tl.load(offer_ptr + pair_R, held_R, other=-1)
+        pair_R, held_R, offer_R = _pairs(order_ptr, offer_ptr, first, last, ROWS)
         expert = tl.load(expert_ptr + tl.program_id(0)).to(tl.int64)
-        planes_ptr += expert * PLANES * stride
-        scale_ptr += expert * OFFERED * blocks_out * tl.cdiv(width, GROUP) * 16
         output_O = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         wanted_O = output_O < hidden
-        made_RO = tl.load(unit_ptr + expert) * _product(
-            middle_ptr, pair_R, held_R, offer_R, width, planes_ptr, stride, scale_ptr, output_O, wanted_O, blocks_out,
-            DEPTHS, OFFERED, GROUP, ROWS, BLOCK,
+        made_RO = _product(
+            middle_ptr, pair_R, held_R, offer_R, width, planes_ptr, stride, scale_ptr, unit_ptr, expert, output_O,
+            wanted_O, blocks_out, DEPTHS, OFFERED, PLANES, GROUP, ROWS, BLOCK,
         )  # fmt: skip
         if BIAS:
             made_RO += tl.load(bias_ptr + expert * hidden + output_O, wanted_O, other=0)[None, :]
