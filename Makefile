@@ -42,10 +42,14 @@ V2 := $(V2_ENGINE) PYTHONPATH=$(TRITON_CPU) $(PY) -m pytest
 BOTH_RUNNERS := $(addprefix tests/,test_vllm_runners.py test_vllm.py test_vllm_rows.py test_vllm_modes.py \
 	test_vllm_surrogates.py test_vllm_experts.py test_isolation_vllm.py test_siblings_vllm.py test_benchmarks_vllm.py)
 
+# Test files beside one another, on a core each; a file's tests share their engine and stay together.
+JOBS ?= 2
+BESIDE := -n $(JOBS) --dist loadfile
+
 test: lint $(VENV)/triton-ready $(VENV)/triton-cpu-ready
-	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/triton $(PY) -m pytest -m "not slow" $(wildcard tests/test_kernels_*.py)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/triton $(PY) -m pytest $(BESIDE) -m "not slow" $(wildcard tests/test_kernels_*.py)
 	$(V2) -m "not slow" tests/test_vllm_runners.py
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(BESIDE) -m "not slow"
 
 test-all: lint $(VENV)/triton-ready $(VENV)/triton-cpu-ready
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/triton $(PY) -m pytest $(wildcard tests/test_kernels_*.py)

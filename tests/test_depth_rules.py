@@ -47,7 +47,8 @@ def test_hobbit_reads_as_deep_as_the_pair_that_asks_for_most(data: st.DataObject
     mean=st.sampled_from([1.0, 2.0, 2.5, 3.4, 4.0]), seed=st.integers(0, 999),
 )  # fmt: skip
 def test_the_bit_plan_is_the_best_of_all(experts: int, levels: list[int], mean: float, seed: int) -> None:
-    cost_EJ = torch.rand(experts, len(levels), generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn_EJ = torch.rand(experts, len(levels), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    cost_EJ = drawn_EJ.tolist()
     bits = max(int(mean * experts), levels[0] * experts)
     needed = [level for level in (2, 3) if {2, 3} <= set(levels)]
     fits = [plan for plan in itertools.product(levels, repeat=experts) if sum(plan) <= bits]
@@ -55,7 +56,7 @@ def test_the_bit_plan_is_the_best_of_all(experts: int, levels: list[int], mean: 
     best = min(
         sum(cost[levels.index(level)] for cost, level in zip(cost_EJ, plan, strict=True)) for plan in (met or fits)
     )
-    found = cheapest(cost_EJ, levels, bits, needed)
+    found = cheapest(drawn_EJ, levels, bits, needed)
     assert sum(found) <= bits
     assert sum(cost[levels.index(level)] for cost, level in zip(cost_EJ, found, strict=True)) == pytest.approx(best)
 

@@ -95,7 +95,7 @@ class BitPlan(Policy):
         cost_EJ = importance_E.unsqueeze(-1) * lost_EJ**self.gamma
         cost_EJ = deep_outliers(cost_EJ, stats["coverage"].new_tensor(levels), stats)
         needed = [level for level in (2, 3) if {2, 3} <= set(levels)]
-        plan = cheapest(cost_EJ.tolist(), levels, int(self.bits * len(cost_EJ) + SHORT), needed)
+        plan = cheapest(cost_EJ.cpu(), levels, int(self.bits * len(cost_EJ) + SHORT), needed)
         bits_E = torch.tensor(plan, device=stats["coverage"].device)
         return {"bits": bits_E, "deepest": bits_E.amax()}
 
@@ -104,30 +104,40 @@ class BitPlan(Policy):
         return inputs.stats["bits"].expand(inputs.batch.num_groups, -1)
 
 
-def cheapest(cost_EJ: list[list[float]], levels: list[int], bits: int, needed: list[int]) -> list[int]:
+def cheapest(cost_EJ: Tensor, levels: list[int], bits: int, needed: list[int]) -> list[int]:
     """Levels of all experts with the least sum of costs, of those with at most so many bits together that use each
     level that is needed (where there are as many experts and bits as that takes).
 
     Args:
-        cost_EJ: of an expert at a level.
+        cost_EJ: of an expert at a level, float64.
     """
     least = levels[0] * len(cost_EJ)
     extra = sum(level - levels[0] for level in needed)
     if len(cost_EJ) < len(needed) or bits < least + extra:
         needed = []
-    # by bits used and levels met so far: cost and the levels that lead there
-    best: dict[tuple[int, frozenset[int]], tuple[float, tuple[int, ...]]] = {(0, frozenset()): (0.0, ())}
-    for place, cost_J in enumerate(cost_EJ):
-        left = levels[0] * (len(cost_EJ) - place - 1)
-        step: dict[tuple[int, frozenset[int]], tuple[float, tuple[int, ...]]] = {}
-        for (used, met), (cost, plan) in best.items():
-            for level, added in zip(levels, cost_J, strict=True):
-                if used + level + left > bits:
-                    break
-                key = (used + level, met | {level} if level in needed else met)
-                made = (cost + added, (*plan, level))
-                if key not in step or made[0] < step[key][0]:
-                    step[key] = made
-        best = step
-    whole = [made for (_, met), made in best.items() if met == frozenset(needed)]
-    return list(min(whole)[1])
+    # a cell is a set of needed levels that are met (M of them) and a number of bits used (B); a step into it takes a
+    # level and comes from the cell with that many bits less, whose set lacks the level or not
+    shape = (1 << len(needed), bits + 1)
+    nowhere = shape[0] * shape[1]
+    met_M1, used_B = torch.arange(shape[0]).unsqueeze(-1), torch.arange(shape[1])
+    steps, sources = [], []
+    for place, level in enumerate(levels):
+        flag = 1 << needed.index(level) if level in needed else 0
+        for before_M1 in (met_M1, met_M1 ^ flag)[: 1 + bool(flag)]:
+            there_MB = (met_M1 & flag == flag) & (used_B >= level)
+            sources.append(torch.where(there_MB, before_M1 * shape[1] + used_B - level, nowhere))
+            steps.append(place)
+    source_SC = torch.stack(sources).flatten(1)
+    best_C = cost_EJ.new_full((nowhere + 1,), torch.inf)
+    best_C[0] = 0.0
+    taken = []
+    for cost_S in cost_EJ[:, steps]:
+        best_C[:-1], taken_C = (best_C[source_SC] + cost_S.unsqueeze(-1)).min(0)
+        taken.append(taken_C.to(torch.int8))
+    cell = nowhere - shape[1] + int(best_C[nowhere - shape[1] : -1].argmin())
+    plan = []
+    for taken_C in reversed(taken):
+        step = int(taken_C[cell])
+        plan.append(levels[steps[step]])
+        cell = int(source_SC[step, cell])
+    return plan[::-1]
