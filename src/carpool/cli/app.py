@@ -34,16 +34,17 @@ def about(
     """Share experts between the tokens of a batch: measure, calibrate, compare."""
 
 
-def command(name: str, **settings: Any) -> Callable[[Callable], Callable]:
+def command(name: str, group: typer.Typer = app, **settings: Any) -> Callable[[Callable], Callable]:
     """Register a command whose CarpoolErrors are printed as one sentence, with exit code 2; `settings` are typer's.
 
-    The command takes its options one by one, or all as one dataclass, whose fields are annotated as options are.
+    A name of two words (`trace show`) is a command of a group, which has to be given too. The command takes its
+    options one by one, or all as one dataclass, whose fields are annotated as options are.
     """
 
     def register(function: Callable) -> Callable:
         taking = _one_by_one(function)
 
-        @app.command(name, **settings)
+        @group.command(name.rpartition(" ")[2], **settings)
         @functools.wraps(taking)
         def guarded(*args: object, **kwargs: object) -> None:
             try:

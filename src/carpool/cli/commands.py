@@ -13,6 +13,7 @@ from carpool.cli import (  # noqa: F401
     report,
     sample_text,
     top,
+    trace,
     tune,
 )
 from carpool.cli.app import app
