@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from carpool.experts.surrogates import NAMES, SCALES
-from carpool.hosts.vllm import compiled
+from carpool.hosts.engine import compiled
 from carpool.hosts.vllm.supplement import hook
 from carpool.routing.spec import Routing
 

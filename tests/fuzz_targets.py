@@ -19,7 +19,7 @@ from torch import Tensor
 
 from carpool import Batch, CarpoolError, RouteSpec, parse, route
 from carpool.artefacts.statistics import Statistics
-from carpool.hosts.vllm.settings import Settings
+from carpool.hosts.engine.settings import Settings
 from carpool.plans.policy_file import PolicyFile
 from carpool.report.load import load
 from carpool.report.page import page

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from carpool.hosts.vllm import metrics
+from carpool.hosts.engine import metrics
 
 BOARD = json.loads((Path(__file__).parent.parent / "docs/grafana.json").read_text())
 

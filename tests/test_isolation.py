@@ -16,8 +16,8 @@ from policies_under_test import ROWS, Row
 from torch import Tensor
 
 from carpool import Batch, Outcome, RouteSpec, parse, route
-from carpool.hosts.vllm.request_keys import OPT_OUT, PROMPT, SAMPLES
-from carpool.hosts.vllm.step_rows import Requests, Rows
+from carpool.hosts.engine.request_keys import OPT_OUT, PROMPT, SAMPLES
+from carpool.hosts.engine.step_rows import Requests, Rows
 from carpool.policies import policy_class
 
 EXPERTS, TOP_K = 12, 3

@@ -13,12 +13,12 @@ pytest.importorskip("triton")
 from test_vllm_compiled import MAX_REQUESTS, SPECS, E, H, K, a_layer, fill
 
 from carpool import Routing, parse
-from carpool.hosts.vllm import fused
-from carpool.hosts.vllm.fused import Kernels, obstacle, path
-from carpool.hosts.vllm.knobs import Knobs
-from carpool.hosts.vllm.layer import Layer
+from carpool.hosts.engine import fused
+from carpool.hosts.engine.fused import Kernels, obstacle, path
+from carpool.hosts.engine.knobs import Knobs
+from carpool.hosts.engine.layer import Layer
+from carpool.hosts.engine.step_rows import Rows
 from carpool.hosts.vllm.router import routed
-from carpool.hosts.vllm.step_rows import Rows
 from carpool.kernels.launch import Fused
 from carpool.plans.counters import FIELDS
 

@@ -19,7 +19,7 @@ from carpool import CarpoolError
 from carpool.cli import top
 from carpool.cli.commands import app
 from carpool.cli.scrape import metrics_url, scrape
-from carpool.hosts.vllm.metrics import COUNTERS
+from carpool.hosts.engine.metrics import COUNTERS
 
 RECORDED = (Path(__file__).parent / "recorded_metrics.txt").read_text()  # of vLLM with the reference model
 

@@ -21,8 +21,8 @@ from carpool.evaluate import loop
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.sequences import Cut, draw
 from carpool.evaluate.study import Settings, describe, study
+from carpool.hosts.engine.settings import Settings as Served
 from carpool.hosts.transformers import find_layers, share
-from carpool.hosts.vllm.settings import Settings as Served
 from carpool.plans.policy_file import PolicyFile
 from carpool.routing.batch import Grouping
 from carpool.tune import DEFAULT, Failed, Point, Target, Trials, Tuned, bounded, family, measurable, tune

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from carpool.hosts.vllm.ahead import compile_ahead
+from carpool.hosts.engine.ahead import compile_ahead
 
 
 @pytest.mark.slow

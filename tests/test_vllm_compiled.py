@@ -11,12 +11,12 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from carpool import RouteSpec, Routing, parse
-from carpool.hosts.vllm import ahead, compiled
-from carpool.hosts.vllm.compiled import Compiler
-from carpool.hosts.vllm.knobs import Knobs
-from carpool.hosts.vllm.layer import Layer, Step
+from carpool.hosts.engine import ahead, compiled
+from carpool.hosts.engine.compiled import Compiler
+from carpool.hosts.engine.knobs import Knobs
+from carpool.hosts.engine.layer import Layer, Step
+from carpool.hosts.engine.step_rows import Requests, Rows
 from carpool.hosts.vllm.router import routed
-from carpool.hosts.vllm.step_rows import Requests, Rows
 from carpool.plans.counters import Counters, measured
 from carpool.plans.pipeline import route
 

@@ -11,11 +11,11 @@ from torch._dynamo.utils import counters
 
 from carpool.calibrate.surrogate_fit import stored
 from carpool.experts.surrogates import by_pairs
-from carpool.hosts.vllm import compiled
-from carpool.hosts.vllm.compiled import Compiler
-from carpool.hosts.vllm.resident import Resident
+from carpool.hosts.engine import compiled
+from carpool.hosts.engine.compiled import Compiler
+from carpool.hosts.engine.resident import Resident
+from carpool.hosts.engine.step_rows import Requests
 from carpool.hosts.vllm.router import routed
-from carpool.hosts.vllm.step_rows import Requests
 from carpool.hosts.vllm.supplement import supplement
 
 

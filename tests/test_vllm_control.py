@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from carpool import CarpoolError, RouteSpec
+from carpool.hosts.engine.layer import Layer, Step
+from carpool.hosts.engine.settings import Settings
+from carpool.hosts.engine.step_rows import Requests, Rows
+from carpool.hosts.engine.steps import Steps
 from carpool.hosts.vllm.control import Control
 from carpool.hosts.vllm.host import Host
-from carpool.hosts.vllm.layer import Layer, Step
 from carpool.hosts.vllm.layers import prepare
-from carpool.hosts.vllm.settings import Settings
-from carpool.hosts.vllm.step_rows import Requests, Rows
-from carpool.hosts.vllm.steps import Steps
 from carpool.plans.counters import Counters
 
 E, K, H = 32, 4, 16

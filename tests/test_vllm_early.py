@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from carpool import CarpoolError
+from carpool.hosts.engine.settings import Settings
 from carpool.hosts.vllm.early import check_configuration
-from carpool.hosts.vllm.settings import Settings
 
 
 class Model:

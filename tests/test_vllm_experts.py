@@ -107,8 +107,8 @@ def test_sleep_discards_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> None
     """It discards what was made while the worker loads the weights; our tensors are made after that."""
     from vllm.v1.worker.gpu_worker import Worker
 
+    from carpool.hosts.engine.settings import Settings
     from carpool.hosts.vllm.host import Host
-    from carpool.hosts.vllm.settings import Settings
 
     pool, made = list[str](), list[tuple[str, list[str]]]()
 
@@ -136,8 +136,8 @@ def test_sleep_discards_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_was_packed_before_anybody_looked_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Here of an engine that was started without statistics."""
+    from carpool.hosts.engine.settings import Settings
     from carpool.hosts.vllm.layers import build_layers
-    from carpool.hosts.vllm.settings import Settings
 
     stats = statistics(tiny.qwen3(), tmp_path / "stats.safetensors")
     runner = tiny.runner(tiny.shared_engine())

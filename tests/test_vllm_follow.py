@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from carpool.hosts.engine.request_keys import SAMPLES
+from carpool.hosts.engine.step_rows import Rows
 from carpool.hosts.vllm.follow import drafter, follow
-from carpool.hosts.vllm.request_keys import SAMPLES
-from carpool.hosts.vllm.step_rows import Rows
 
 OFF = SimpleNamespace(extra_args={"carpool": "off"})
 ON = SimpleNamespace(extra_args=None)

@@ -36,8 +36,8 @@ def shared() -> Iterator[Any]:
 
 def fits(given: dict[str, Any]) -> None:
     """The configuration is taken for the model of the shared engine."""
+    from carpool.hosts.engine.settings import Settings
     from carpool.hosts.vllm.layers import build_layers
-    from carpool.hosts.vllm.settings import Settings
 
     runner, settings = tiny.runner(tiny.shared_engine()), Settings.of({"carpool": {"isolation": "batch"} | given})
     assert settings is not None
@@ -46,8 +46,8 @@ def fits(given: dict[str, Any]) -> None:
 
 def refused(given: dict[str, Any], message: str) -> None:
     """The configuration is refused for the model of the shared engine; checked without starting another one."""
+    from carpool.hosts.engine.settings import Settings
     from carpool.hosts.vllm.layers import build_layers
-    from carpool.hosts.vllm.settings import Settings
 
     runner, settings = tiny.runner(tiny.shared_engine()), Settings.of({"carpool": {"isolation": "batch"} | given})
     with pytest.raises(CarpoolError, match=message):
@@ -70,8 +70,8 @@ def test_a_policy_that_does_not_fit_the_model_is_refused(given: dict[str, Any], 
 
 
 def test_dense_models_and_bypassed_routers_are_refused(monkeypatch: pytest.MonkeyPatch, stock: Any) -> None:
+    from carpool.hosts.engine.settings import Settings
     from carpool.hosts.vllm.layers import build_layers
-    from carpool.hosts.vllm.settings import Settings
 
     runner, settings = tiny.runner(stock), Settings.of({"carpool": tiny.SHARING})
     with pytest.raises(CarpoolError, match="Linear has no mixture-of-experts layer"):
@@ -170,8 +170,8 @@ def statistics(path: Path, gates: list[torch.Tensor]) -> Path:
 def test_sere_with_statistics_of_this_model_and_of_another(tmp_path: Path, shared: Any) -> None:
     from safetensors.torch import load_file
 
+    from carpool.hosts.engine.settings import Settings
     from carpool.hosts.vllm.layers import build_layers
-    from carpool.hosts.vllm.settings import Settings
 
     weights = load_file(tiny.qwen3() / "model.safetensors")
     gates = [weights[f"model.layers.{i}.mlp.gate.weight"] for i in range(2)]

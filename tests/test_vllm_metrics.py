@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from carpool.hosts.vllm import metrics
-from carpool.hosts.vllm.metrics import COUNTERS, Metrics, labels_of
+from carpool.hosts.engine import metrics
+from carpool.hosts.engine.metrics import COUNTERS, Metrics
+from carpool.hosts.vllm.metrics import collect_from_workers, labels_of
 from carpool.plans.counters import FIELDS, Counters, Reading
 
 
@@ -166,7 +167,7 @@ def test_the_shared_folder_is_not_vllms(monkeypatch: pytest.MonkeyPatch) -> None
     envs = pytest.importorskip("vllm.envs")
     monkeypatch.setitem(vars(envs), "VLLM_ENABLE_V1_MULTIPROCESSING", True)  # vLLM may have read and kept it
     monkeypatch.setattr(values, "ValueClass", values.ValueClass)
-    metrics.collect_from_workers()
+    collect_from_workers()
     assert Path(os.environ[name]).is_dir()
     assert prometheus._prometheus_multiproc_dir is None
 

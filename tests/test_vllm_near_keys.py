@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from carpool import CarpoolError
-from carpool.hosts.vllm import arm, near_keys
-from carpool.hosts.vllm.request_keys import check_request
+from carpool.hosts.engine import near_keys
+from carpool.hosts.engine.request_keys import check_request
+from carpool.hosts.vllm import arm
 
 
 @pytest.fixture

@@ -128,7 +128,7 @@ def test_bits_are_read_as_said_and_prompts_as_deep_as_stored() -> None:
 
 
 def test_bytes_are_counted_as_they_are_read() -> None:
-    from carpool.hosts.vllm.metrics import bytes_read
+    from carpool.hosts.engine.metrics import bytes_read
 
     llm = reading()
     llm.collective_rpc("carpool_set", kwargs={"policy": POLICY})

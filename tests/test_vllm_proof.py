@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from carpool import CarpoolError, parse
-from carpool.hosts.vllm.layer import Step
-from carpool.hosts.vllm.metrics import Metrics
-from carpool.hosts.vllm.proof import WAITED, Proof
-from carpool.hosts.vllm.step_rows import Requests, Rows
+from carpool.hosts.engine.layer import Step
+from carpool.hosts.engine.metrics import Metrics
+from carpool.hosts.engine.proof import WAITED, Proof
+from carpool.hosts.engine.step_rows import Requests, Rows
 from carpool.plans.counters import FIELDS, Counters
 
 ONE_CALL = torch.tensor([float(name == "calls") for name in FIELDS], dtype=torch.float64)
@@ -88,7 +88,7 @@ def test_many_silent_layers_are_told_in_few_words() -> None:
 
 
 def test_every_reading_for_the_metrics_is_a_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    from carpool.hosts.vllm import metrics
+    from carpool.hosts.engine import metrics
 
     monkeypatch.setattr(metrics, "_metrics", lambda _: {})
     monkeypatch.setattr(metrics, "_refusals", lambda _: None)

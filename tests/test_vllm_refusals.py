@@ -15,8 +15,8 @@ import torch
 import vllm_models as tiny
 
 from carpool import CarpoolError, RouteSpec
-from carpool.hosts.vllm.gate_check import check
-from carpool.hosts.vllm.settings import Settings
+from carpool.hosts.engine.gate_check import check
+from carpool.hosts.engine.settings import Settings
 from carpool.hosts.vllm.specs import route_spec
 
 tiny.set_environment()

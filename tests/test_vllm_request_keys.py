@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from carpool.errors import CarpoolError
+from carpool.hosts.engine.request_keys import SAMPLES, group_key, mark_samples, samples_of
+from carpool.hosts.engine.step_rows import Requests, Rows
 from carpool.hosts.vllm.arm import _request_processed
-from carpool.hosts.vllm.request_keys import SAMPLES, group_key, mark_samples, samples_of
-from carpool.hosts.vllm.step_rows import Requests, Rows
 
 tiny.set_environment()
 LEVELS = ("request", "prompt", "tenant", "batch")
@@ -150,7 +150,7 @@ def test_requests_that_come_go_and_move_are_read_anew(group: str, extras: list[A
 
 
 def test_the_same_requests_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from carpool.hosts.vllm import step_rows
+    from carpool.hosts.engine import step_rows
 
     read: list[Any] = []
     monkeypatch.setattr(step_rows, "opted_out", lambda given: bool(read.append(given)))

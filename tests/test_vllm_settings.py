@@ -11,9 +11,9 @@ import torch
 import vllm_models as tiny
 
 from carpool import CarpoolError, parse
-from carpool.hosts.vllm.knobs import Knobs
-from carpool.hosts.vllm.request_keys import opted_out, tenant_of
-from carpool.hosts.vllm.settings import Settings
+from carpool.hosts.engine.knobs import Knobs
+from carpool.hosts.engine.request_keys import opted_out, tenant_of
+from carpool.hosts.engine.settings import Settings
 
 tiny.set_environment()
 pytest.importorskip("vllm", reason="vLLM is an extra")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from carpool import parse
-from carpool.hosts.vllm.step_rows import Requests, Rows
-from carpool.hosts.vllm.steps import Steps
+from carpool.hosts.engine.step_rows import Requests, Rows
+from carpool.hosts.engine.steps import Steps
 
 
 def params(**extra: Any) -> Any:

@@ -209,8 +209,8 @@ def test_a_policy_file_with_budgets_of_its_layers(tmp_path: Path) -> None:
 
 def refused(stats: dict[str, Any], message: str, tmp_path: Path, **changes: Any) -> None:
     """The statistics, with these tensors or facts changed, are refused for the engine's model."""
+    from carpool.hosts.engine.settings import Settings
     from carpool.hosts.vllm.layers import build_layers
-    from carpool.hosts.vllm.settings import Settings
 
     given, path = Statistics.load(shipped()), tmp_path / "other.safetensors"
     layers = {

@@ -99,7 +99,7 @@ class Diagnosis:
         """
         import torch
 
-        from carpool.hosts.vllm.fused import path_on
+        from carpool.hosts.engine.fused import path_on
         from carpool.hosts.vllm.known import check_plan
         from carpool.plans.grammar import parse
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from carpool import __version__
 from carpool.errors import CarpoolError
-from carpool.hosts.vllm.near_keys import warn
+from carpool.hosts.engine.near_keys import warn
+from carpool.hosts.engine.request_keys import check_request, mark_samples
+from carpool.hosts.engine.settings import KEY, Settings, configured
 from carpool.hosts.vllm.refusal import end_with_the_sentence
-from carpool.hosts.vllm.request_keys import check_request, mark_samples
-from carpool.hosts.vllm.settings import KEY, Settings, configured
 
 KILL_SWITCH = "CARPOOL_DISABLE"
 MARK = "carpool_version"

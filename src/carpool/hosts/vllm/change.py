@@ -12,12 +12,12 @@ from torch import Tensor
 
 from carpool.errors import CarpoolError
 from carpool.experts.surrogates import NAMES
+from carpool.hosts.engine.layer import Layer
+from carpool.hosts.engine.settings import grouping, policy_of
 from carpool.hosts.vllm.engine import check_files
 from carpool.hosts.vllm.host import Host
 from carpool.hosts.vllm.isolation import require_isolated
-from carpool.hosts.vllm.layer import Layer
 from carpool.hosts.vllm.layers import gates_of, load_statistics, prepare
-from carpool.hosts.vllm.settings import grouping, policy_of
 from carpool.hosts.vllm.supplement import hook
 from carpool.plans.policy_file import PolicyFile
 

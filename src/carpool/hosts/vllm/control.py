@@ -6,9 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from carpool.errors import CarpoolError
+from carpool.hosts.engine.in_force import in_force, say, say_refused
 from carpool.hosts.vllm.change import change, checked
 from carpool.hosts.vllm.host import Host
-from carpool.hosts.vllm.in_force import in_force, say, say_refused
 
 
 class Control:

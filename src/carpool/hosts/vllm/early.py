@@ -11,9 +11,9 @@ from typing import Any
 
 from carpool.artefacts.statistics import Statistics, made_by
 from carpool.errors import CarpoolError
+from carpool.hosts.engine.settings import Settings
 from carpool.hosts.vllm.known import REFUSED, REFUSED_ON_CPU, check_plan
 from carpool.hosts.vllm.planes import planes_file
-from carpool.hosts.vllm.settings import Settings
 from carpool.plans.grammar import Plan
 
 

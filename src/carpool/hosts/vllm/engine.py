@@ -6,9 +6,9 @@ import inspect
 from typing import Any
 
 from carpool.errors import CarpoolError
+from carpool.hosts.engine.settings import Settings
 from carpool.hosts.vllm.early import check_configuration
 from carpool.hosts.vllm.isolation import require_isolated
-from carpool.hosts.vllm.settings import Settings
 from carpool.plans.policy_file import PolicyFile
 
 TESTED = ("0.32.", "0.33.")  # versions whose seams were read and run

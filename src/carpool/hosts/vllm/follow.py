@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from carpool.hosts.vllm.step_rows import Requests, Rows
+from carpool.hosts.engine.step_rows import Requests, Rows
 
 
 def follow(runner: Any, rows: Rows, on: Callable[[], bool], after: Callable[[], None]) -> None:

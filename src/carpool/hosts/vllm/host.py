@@ -13,22 +13,23 @@ import torch
 from torch import Tensor
 
 from carpool.experts.surrogates import NAMES
-from carpool.hosts.vllm.compiled import Compiler
+from carpool.hosts.engine.compiled import Compiler
+from carpool.hosts.engine.fused import Kernels, compiles
+from carpool.hosts.engine.in_force import say
+from carpool.hosts.engine.knobs import Knobs
+from carpool.hosts.engine.layer import Layer, Step
+from carpool.hosts.engine.metrics import Metrics
+from carpool.hosts.engine.proof import Proof
+from carpool.hosts.engine.settings import Settings
+from carpool.hosts.engine.step_rows import Rows
+from carpool.hosts.engine.steps import Steps
 from carpool.hosts.vllm.expert_samples import sampling
 from carpool.hosts.vllm.follow import drafter, follow
-from carpool.hosts.vllm.fused import Kernels, compiles
-from carpool.hosts.vllm.in_force import say
-from carpool.hosts.vllm.knobs import Knobs
-from carpool.hosts.vllm.layer import Layer, Step
 from carpool.hosts.vllm.layers import build_layers
-from carpool.hosts.vllm.metrics import Metrics, labels_of
+from carpool.hosts.vllm.metrics import labels_of
 from carpool.hosts.vllm.planes import new_buffer, stored_depths
-from carpool.hosts.vllm.proof import Proof
 from carpool.hosts.vllm.ranks import first_of_tensor_parallel, on_all_ranks
 from carpool.hosts.vllm.router import define_op, shared_class
-from carpool.hosts.vllm.settings import Settings
-from carpool.hosts.vllm.step_rows import Rows
-from carpool.hosts.vllm.steps import Steps
 from carpool.hosts.vllm.supplement import hook
 from carpool.hosts.vllm.weights import Weights
 from carpool.plans.counters import Counters

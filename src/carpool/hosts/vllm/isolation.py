@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from carpool.errors import CarpoolError
-from carpool.hosts.vllm.settings import Settings
+from carpool.hosts.engine.settings import Settings
 from carpool.plans.grammar import Plan
 
 EXACT = (

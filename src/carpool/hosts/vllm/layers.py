@@ -13,13 +13,13 @@ from carpool.artefacts.identity import Identity, fingerprint
 from carpool.artefacts.statistics import Statistics
 from carpool.errors import CarpoolError
 from carpool.experts.stored import NAMES
+from carpool.hosts.engine.gate_check import check
+from carpool.hosts.engine.layer import Layer
+from carpool.hosts.engine.settings import Settings
 from carpool.hosts.vllm.early import check_fit, require_experts
 from carpool.hosts.vllm.expert_samples import taken
-from carpool.hosts.vllm.gate_check import check
-from carpool.hosts.vllm.layer import Layer
 from carpool.hosts.vllm.planes import planes_file, stored_depths
 from carpool.hosts.vllm.router import is_shared
-from carpool.hosts.vllm.settings import Settings
 from carpool.hosts.vllm.specs import route_spec
 from carpool.hosts.vllm.supplement import resident
 from carpool.hosts.vllm.unwrapped import require_all

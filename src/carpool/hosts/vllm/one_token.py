@@ -9,7 +9,8 @@ import functools
 import logging
 from typing import Any
 
-from carpool.hosts.vllm.metrics import labels_of, prompts_only
+from carpool.hosts.engine.metrics import prompts_only
+from carpool.hosts.vllm.metrics import labels_of
 
 
 @functools.cache  # once a process

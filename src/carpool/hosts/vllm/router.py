@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from carpool.errors import CarpoolError
-from carpool.hosts.vllm import compiled, fused, supplement
-from carpool.hosts.vllm.layer import Layer
+from carpool.hosts.engine import compiled, fused
+from carpool.hosts.engine.layer import Layer
+from carpool.hosts.vllm import supplement
 from carpool.plans.counters import measured
 from carpool.plans.pipeline import Outcome, route
 from carpool.routing.spec import ALL_BITS, Routing

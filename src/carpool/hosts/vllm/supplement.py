@@ -16,8 +16,8 @@ from torch import Tensor
 
 from carpool.errors import CarpoolError
 from carpool.experts.surrogates import Surrogates
-from carpool.hosts.vllm.layer import Layer
-from carpool.hosts.vllm.resident import Resident
+from carpool.hosts.engine.layer import Layer
+from carpool.hosts.engine.resident import Resident
 
 OP = "vllm_surrogates"
 PARAMETERS = ("x", "topk_weights", "topk_ids")  # of the method that runs the experts

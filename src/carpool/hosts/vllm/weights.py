@@ -13,7 +13,7 @@ from typing import Any
 
 from carpool.artefacts.identity import Sample
 from carpool.errors import CarpoolError
-from carpool.hosts.vllm.layer import Layer
+from carpool.hosts.engine.layer import Layer
 from carpool.hosts.vllm.layers import differ
 from carpool.plans.policy_file import PolicyFile
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from carpool.errors import CarpoolError
-from carpool.hosts.vllm.layer import Layer, Step
+from carpool.hosts.engine.layer import Layer, Step
 from carpool.plans.counters import LayerReport
 
 WAITED = 3  # steps of each kind after which the device is waited for; later ones are checked when metrics are read

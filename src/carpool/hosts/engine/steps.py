@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from carpool.hosts.vllm.layer import Layer
-from carpool.hosts.vllm.step_rows import Rows
+from carpool.hosts.engine.layer import Layer
+from carpool.hosts.engine.step_rows import Rows
 
 
 class Steps:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from carpool.experts.surrogates import pair_factors, pair_sum
-from carpool.hosts.vllm.ahead import compile_ahead
-from carpool.hosts.vllm.layer import Graph, Layer
-from carpool.hosts.vllm.resident import Resident
-from carpool.hosts.vllm.step_rows import Rows
+from carpool.hosts.engine.ahead import compile_ahead
+from carpool.hosts.engine.layer import Graph, Layer
+from carpool.hosts.engine.resident import Resident
+from carpool.hosts.engine.step_rows import Rows
 from carpool.plans.counters import measured
 from carpool.plans.pipeline import decide, scored
 from carpool.routing.batch import Batch

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from carpool.hosts.vllm.request_keys import group_key, opted_out
+from carpool.hosts.engine.request_keys import group_key, opted_out
 from carpool.routing.batch import Batch
 
 KEYED = ("tenant", "prompt")  # groupings by what requests say of themselves

@@ -12,7 +12,7 @@ from collections.abc import Hashable
 from typing import Any
 
 from carpool.errors import CarpoolError
-from carpool.hosts.vllm.near_keys import warn
+from carpool.hosts.engine.near_keys import warn
 
 OPT_OUT = "carpool"
 TENANT = "carpool_tenant"

@@ -19,8 +19,8 @@ from carpool.routing.batch import Batch
 from carpool.routing.spec import Routing
 
 if TYPE_CHECKING:
-    from carpool.hosts.vllm.layer import Layer
-    from carpool.hosts.vllm.step_rows import Rows
+    from carpool.hosts.engine.layer import Layer
+    from carpool.hosts.engine.step_rows import Rows
 
 DEVICES = ("cuda",)
 CHECKED = 8  # rows

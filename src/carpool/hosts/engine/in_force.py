@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any, Protocol
 
-from carpool.hosts.vllm.fused import path
+from carpool.hosts.engine.fused import path
 
 LOG = logging.getLogger("vllm.carpool")
 

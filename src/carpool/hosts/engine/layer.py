@@ -10,9 +10,9 @@ from torch import Tensor
 
 from carpool.artefacts.statistics import Statistics
 from carpool.errors import CarpoolError
-from carpool.hosts.vllm.knobs import Knobs
-from carpool.hosts.vllm.resident import Resident
-from carpool.hosts.vllm.step_rows import Rows
+from carpool.hosts.engine.knobs import Knobs
+from carpool.hosts.engine.resident import Resident
+from carpool.hosts.engine.step_rows import Rows
 from carpool.plans.counters import Counters
 from carpool.plans.grammar import Plan
 from carpool.routing.spec import ALL_BITS, RouteSpec

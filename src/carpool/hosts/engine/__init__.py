@@ -1,0 +1,1 @@
+"""What the hosts of serving engines share: settings, rows, routing, proof, counters, changes at run time."""
