@@ -9,7 +9,7 @@ LINKS := $(if $(FIND_LINKS),--find-links "$(FIND_LINKS)")
 TORCH ?= $(if $(FIND_LINKS),torch==2.13.0+cpu,torch)
 INSTALL := $(UV) pip install --quiet --python $(PY) $(LINKS)
 
-.PHONY: demo test test-all test-next coverage gpu-check lint format clean
+.PHONY: demo test test-all test-next test-sglang coverage gpu-check lint format clean
 
 demo: $(VENV)/demo-ready
 	$(VENV)/bin/carpool demo
@@ -66,6 +66,16 @@ $(VENV)/vllm-$(NEXT)-ready: $(VENV)/test-ready tests/vllm_overlay.py
 test-next: $(VENV)/vllm-$(NEXT)-ready $(VENV)/triton-cpu-ready
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/vllm-$(NEXT) $(PY) -m pytest $(wildcard tests/test_vllm*.py tests/test_*_vllm.py)
 	$(subst $(TRITON_CPU),$(VENV)/vllm-$(NEXT):$(TRITON_CPU),$(V2)) $(BOTH_RUNNERS)
+
+# SGLang in a folder of its own, over the environment of the other tests: its CPU build would ask for another torch. A
+# wheel of 16 MB is downloaded; passing proves nothing about GPUs.
+SGLANG := $(VENV)/sglang
+$(VENV)/sglang-ready: $(VENV)/test-ready tests/requirements-sglang.txt $(wildcard tests/sglang_stub/*.toml tests/sglang_stub/*.py tests/sglang_stub/*/*.py)
+	$(INSTALL) --no-build-isolation --no-deps --target $(SGLANG) -r tests/requirements-sglang.txt ./tests/sglang_stub
+	touch $@
+
+test-sglang: $(VENV)/sglang-ready
+	OMP_NUM_THREADS=1 PYTHONPATH=$(SGLANG) $(PY) -m pytest $(wildcard tests/test_sglang*.py)
 
 # Which models are shared, on both versions and runners: what docs/results/vllm-coverage.json lacks. Takes hours.
 COVERAGE := benchmarks/vllm_coverage.py --missing

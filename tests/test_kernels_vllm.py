@@ -17,6 +17,7 @@ from carpool.hosts.engine import fused
 from carpool.hosts.engine.fused import Kernels, obstacle, path
 from carpool.hosts.engine.knobs import Knobs
 from carpool.hosts.engine.layer import Layer
+from carpool.hosts.engine.log import log
 from carpool.hosts.engine.step_rows import Rows
 from carpool.hosts.vllm.router import routed
 from carpool.kernels.launch import Fused
@@ -128,7 +129,7 @@ def test_launches_that_decide_otherwise_are_not_used(
         return native
 
     monkeypatch.setattr(Fused, "__call__", wrong)
-    with caplog.at_level(logging.WARNING, logger="vllm.carpool"):
+    with caplog.at_level(logging.WARNING, logger=log().name):
         Kernels(rows).use([layer], try_new=True)
     assert path(layer) == "operation by operation"
     assert "choose other experts" in caplog.text

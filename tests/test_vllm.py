@@ -99,12 +99,12 @@ def test_under_a_floor_every_step_stays_within_budget_and_overflow(shared: Any) 
 
 
 def test_an_inert_hook_turns_the_check_red(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from carpool.hosts.vllm import router
+    from carpool.hosts.engine import routed
 
     def inert(plan: Any, spec: Any, logits_NE: torch.Tensor, batch: Batch, **given: Any) -> Any:
         return carpool.route(carpool.parse("xshare(budget=1.0)"), spec, logits_NE, batch, **given)
 
-    monkeypatch.setattr(router, "route", inert)
+    monkeypatch.setattr(routed, "route", inert)
     calls = tiny.watch(shared)
     tiny.generate(shared, tiny.prompts(6))
     with pytest.raises(AssertionError):

@@ -15,6 +15,7 @@ from carpool.hosts.engine import ahead, compiled
 from carpool.hosts.engine.compiled import Compiler
 from carpool.hosts.engine.knobs import Knobs
 from carpool.hosts.engine.layer import Layer, Step
+from carpool.hosts.engine.log import log
 from carpool.hosts.engine.step_rows import Requests, Rows
 from carpool.hosts.vllm.router import routed
 from carpool.plans.counters import Counters, measured
@@ -165,7 +166,7 @@ def test_a_failing_compiler_leaves_eager_routing(
 ) -> None:
     monkeypatch.setattr(compiled, "BACKEND", "no_such_compiler")
     layer, rows = a_layer("xshare(budget=8)", SPECS["softmax"], "batch")
-    with caplog.at_level("WARNING", logger="vllm.carpool"):
+    with caplog.at_level("WARNING", logger=log().name):
         Compiler("batch").use([layer], compile_new=True)
     assert layer.graph is None
     fill(rows, 8)

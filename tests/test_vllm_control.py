@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from carpool import CarpoolError, RouteSpec
+from carpool.hosts.engine.control import Control
+from carpool.hosts.engine.fitting import prepare
 from carpool.hosts.engine.layer import Layer, Step
+from carpool.hosts.engine.log import log
 from carpool.hosts.engine.settings import Settings
 from carpool.hosts.engine.step_rows import Requests, Rows
 from carpool.hosts.engine.steps import Steps
-from carpool.hosts.vllm.control import Control
 from carpool.hosts.vllm.host import Host
-from carpool.hosts.vllm.layers import prepare
 from carpool.plans.counters import Counters
 
 E, K, H = 32, 4, 16
@@ -67,8 +68,8 @@ def no_batch_invariance(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    caplog.set_level(logging.INFO, "vllm.carpool")
-    return lambda: [record.getMessage() for record in caplog.records if record.name == "vllm.carpool"]
+    caplog.set_level(logging.INFO, log().name)
+    return lambda: [record.getMessage() for record in caplog.records if record.name == log().name]
 
 
 @pytest.mark.parametrize(

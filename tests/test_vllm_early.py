@@ -86,10 +86,10 @@ def test_names_of_statistics_are_read_without_their_numbers(tmp_path: Path) -> N
 PROGRAM = """
 import sys
 from carpool import CarpoolError
-from carpool.hosts.vllm.refusal import end_with_the_sentence
+from carpool.hosts.engine.refusal import end_with_the_sentence
 sys.argv[0] = {name!r}
-end_with_the_sentence()
-end_with_the_sentence()
+end_with_the_sentence("vllm")
+end_with_the_sentence("vllm")
 raise {error}
 """
 

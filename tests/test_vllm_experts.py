@@ -18,6 +18,7 @@ from vllm_statistics import load, statistics
 from carpool import CarpoolError
 from carpool.artefacts.identity import SAMPLES, differs
 from carpool.artefacts.statistics import Statistics
+from carpool.hosts.engine.log import log
 from carpool.hosts.transformers import find_layers
 
 pytest.importorskip("vllm", reason="vLLM is an extra")
@@ -143,7 +144,7 @@ def test_what_was_packed_before_anybody_looked_is_said(tmp_path: Path, caplog: p
     runner = tiny.runner(tiny.shared_engine())
     settings = Settings.of({"carpool": {"policy": "sere(top=1)", "isolation": "batch", "stats": str(stats)}})
     assert settings is not None
-    logger = logging.getLogger("vllm.carpool")
+    logger = log()
     with caplog.at_level(logging.WARNING, logger.name):
         logger.addHandler(caplog.handler)
         build_layers(runner.get_model(), settings, runner.vllm_config, torch.device("cpu"))

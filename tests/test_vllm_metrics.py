@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from carpool.hosts.engine import metrics
+from carpool.hosts.engine.layer import Experts
 from carpool.hosts.engine.metrics import COUNTERS, Metrics
 from carpool.hosts.vllm.metrics import collect_from_workers, labels_of
 from carpool.plans.counters import FIELDS, Counters, Reading
@@ -107,11 +108,11 @@ def test_copies_of_experts_save_nothing() -> None:
         "bits_unread": 7,
     }
     counters.add_measured(0, torch.tensor([values[name] for name in FIELDS], dtype=torch.float64))
-    layer: Any = SimpleNamespace(expert_bytes=100, surrogate_bytes=2, replicas=0, bit_bytes=0)
+    layer: Any = SimpleNamespace(experts=Experts(bytes=100), surrogate_bytes=2)
     assert metrics.bytes_read(counters.report(), [layer]) == {"natural_bytes": 4000, "read_bytes": 2420}
-    layer.bit_bytes = 1
+    layer.experts = Experts(bytes=100, bit_bytes=1)
     assert metrics.bytes_read(counters.report(), [layer])["read_bytes"] == 2420 - 7
-    layer.bit_bytes, layer.replicas = 0, 4
+    layer.experts = Experts(bytes=100, replicas=4)
     assert metrics.bytes_read(counters.report(), [layer]) == {"natural_bytes": 4000, "read_bytes": 3620}
 
 

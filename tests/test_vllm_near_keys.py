@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 
 from carpool import CarpoolError
 from carpool.hosts.engine import near_keys
+from carpool.hosts.engine.log import log
 from carpool.hosts.engine.request_keys import check_request
 from carpool.hosts.vllm import arm
 
@@ -18,7 +18,7 @@ from carpool.hosts.vllm import arm
 def said(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What is logged, whatever an engine that ran before made of vLLM's loggers."""
     records: list[str] = []
-    logger = logging.getLogger("vllm.carpool")
+    logger = log()
     monkeypatch.setattr(logger, "warning", lambda text, *given: records.append(text % given))
     monkeypatch.setattr(near_keys, "_said", set())
     return lambda: records

@@ -30,7 +30,7 @@ def params(extra: Any = None, n: int = 1) -> Any:
 
 def marked(extra: Any = None, n: int = 1) -> Any:
     request = SimpleNamespace(sampling_params=params(extra, n))
-    mark_samples(request)
+    mark_samples(request.sampling_params)
     return request.sampling_params
 
 
@@ -41,7 +41,7 @@ def test_samples_of_one_request_get_a_key_of_their_own() -> None:
     assert samples_of(one, "prompt") == samples_of(one, "request") is not None
     assert marked().extra_args is None
     assert marked({"carpool": "off"}).extra_args == {"carpool": "off"}
-    mark_samples(SimpleNamespace(sampling_params=None))  # pooling
+    mark_samples(None)  # pooling
 
 
 def test_what_a_client_writes_in_its_place_is_dropped() -> None:

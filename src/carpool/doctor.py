@@ -99,8 +99,8 @@ class Diagnosis:
         """
         import torch
 
+        from carpool.hosts.engine.fitting import check_plan
         from carpool.hosts.engine.fused import path_on
-        from carpool.hosts.vllm.known import check_plan
         from carpool.plans.grammar import parse
 
         plan = parse(policy).for_serving()

@@ -14,8 +14,6 @@ Shapes: `R` rows of `L` positions that are not finished, `F` branches of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -23,49 +21,9 @@ from carpool.diffusion.block import Block, Decoding, Forward
 from carpool.diffusion.loop import predict, sure
 from carpool.diffusion.outputs import Outputs
 from carpool.diffusion.session import Session
-from carpool.errors import CarpoolError
+from carpool.routing.cold import TeamCold, ranks
 
-
-@dataclass(frozen=True)
-class TeamCold:
-    """Who chooses experts: all rows but cold ones. `voters` of `generate`, beside `des_seq(k0=K)` for TEAM's rule.
-
-    A masked position is cold if its last prediction was less probable than `confidence`, no token stands within `near`
-    positions of it in the block, and it is none of the `surest` predictions. In the first forward of a block nobody is.
-
-    Attributes:
-        confidence: tau_h; 0.7 in the authors' code, 0.4 to 0.8 in the paper.
-        near: L_h; 3 in the authors' code, which counts up to it (the paper's formula stops one short), 2 to 6 there.
-        surest: predictions that are never cold; 2 in the authors' code, which tries them ahead.
-    """
-
-    confidence: float = 0.7
-    near: int = 3
-    surest: int = 2
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.confidence <= 1:
-            raise CarpoolError(f"confidence {self.confidence}: give a probability, 0 to 1")
-        for name in ("near", "surest"):
-            if getattr(self, name) < 0:
-                raise CarpoolError(f"{name} {getattr(self, name)}: give 0 or more")
-
-    def __call__(self, block: Block, rows: list[int], tried_RL: Tensor | None = None) -> Tensor:
-        """Voters of the next forward, `[R, L]`; `tried_RL` are positions at which it tries a guess."""
-        masked_RL, confidence_RL = block.masked_AL[rows], block.confidence_AL[rows]
-        without_RL = masked_RL if tried_RL is None else masked_RL & ~tried_RL
-        position_L = torch.arange(masked_RL.shape[1], device=masked_RL.device)
-        apart_LL = (position_L.unsqueeze(1) - position_L).abs()
-        near_RL = ((apart_LL <= self.near) & ~without_RL.unsqueeze(1)).any(-1)
-        rank_RL = ranks(masked_RL, confidence_RL)
-        cold_RL = masked_RL & (confidence_RL < self.confidence) & ~near_RL & (rank_RL >= self.surest)
-        return ~cold_RL | (block.steps_A[rows] == 0).unsqueeze(1)
-
-
-def ranks(masked_RL: Tensor, confidence_RL: Tensor) -> Tensor:
-    """Rank of every masked position by its last prediction, the surest first (ties: the first); the rest after them."""
-    order_RL = torch.where(masked_RL, confidence_RL, -2.0).argsort(dim=-1, descending=True, stable=True)
-    return order_RL.argsort(dim=-1)
+COLD = TeamCold()
 
 
 class Team:
@@ -78,7 +36,7 @@ class Team:
         branches: try the two surest predictions of the last forward ahead.
     """
 
-    def __init__(self, cold: TeamCold | None = TeamCold(), *, reuse: bool = True, branches: bool = True) -> None:
+    def __init__(self, cold: TeamCold | None = COLD, *, reuse: bool = True, branches: bool = True) -> None:
         self.cold, self.reuse, self.branches = cold, reuse, branches
         self._block: Block | None = None
         self._outputs = Outputs()

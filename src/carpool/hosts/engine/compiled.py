@@ -7,7 +7,6 @@ rows only: scores are computed outside, and coresets come from whole numbers.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -20,6 +19,7 @@ from torch import Tensor
 from carpool.experts.surrogates import pair_factors, pair_sum
 from carpool.hosts.engine.ahead import compile_ahead
 from carpool.hosts.engine.layer import Graph, Layer
+from carpool.hosts.engine.log import log
 from carpool.hosts.engine.resident import Resident
 from carpool.hosts.engine.step_rows import Rows
 from carpool.plans.counters import measured
@@ -74,14 +74,14 @@ class Compiler:
 
     @staticmethod
     def _try(make: Callable[[], Graph]) -> Graph | None:
-        log, start = logging.getLogger("vllm.carpool"), time.monotonic()
+        said, start = log(), time.monotonic()
         try:
             graph = make()
         except Exception as error:  # a compiler may fail in any way, and routing works without it
             cause = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            log.warning("carpool routes without a compiled graph, which costs speed: %s", cause)
+            said.warning("carpool routes without a compiled graph, which costs speed: %s", cause)
             return None
-        log.info("carpool compiled its routing in %.0f s", time.monotonic() - start)
+        said.info("carpool compiled its routing in %.0f s", time.monotonic() - start)
         return graph
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from carpool.errors import CarpoolError
+from carpool.hosts.engine.log import log
 from carpool.kernels.traits import uncovered
 from carpool.plans.counters import FIELDS
 from carpool.plans.grammar import Plan
@@ -106,9 +106,7 @@ class Kernels:
             made = [self._made(layer, try_new) for layer in fit]
         except Exception as error:  # a compiler may fail in any way, and routing works without it
             cause = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            logging.getLogger("vllm.carpool").warning(
-                "carpool routes without its kernels, which costs speed: %s", cause
-            )
+            log().warning("carpool routes without its kernels, which costs speed: %s", cause)
             works, made = False, []
         for layer in layers:
             layer.fused = None

@@ -1,17 +1,15 @@
-"""What an engine does now: the answer of `carpool_set`, and vLLM's log, one line at the start and one a change."""
+"""What an engine does now: the answer of `carpool_set`, and its log, one line at the start and one a change."""
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Protocol
 
 from carpool.hosts.engine.fused import path
-
-LOG = logging.getLogger("vllm.carpool")
+from carpool.hosts.engine.log import log
 
 
 class Host(Protocol):
-    """What is said of `carpool.hosts.vllm.host.Host`."""
+    """What is said of `carpool.hosts.engine.host.Host`."""
 
     step: Any
     weights: Any
@@ -56,20 +54,20 @@ def line(found: dict[str, Any]) -> str:
 
 
 def say(host: Host, what: str) -> None:
-    """One line in vLLM's log, from one of the ranks that decide alike.
+    """One line in the engine's log, from one of the ranks that decide alike.
 
     Args:
         host: with a loaded model.
         what: happened, such as "starts".
     """
     if host.metrics is not None and host.metrics.publishes:
-        LOG.info("carpool %s: %s", what, line(in_force(host)))
+        log().info("carpool %s: %s", what, line(in_force(host)))
 
 
 def say_refused(host: Host, cause: Exception) -> None:
     """The same of a change that was refused."""
     if host.metrics is not None and host.metrics.publishes:
-        LOG.warning("carpool refuses a change: %s", cause)
+        log().warning("carpool refuses a change: %s", cause)
 
 
 def _all(counts: list[int]) -> str:

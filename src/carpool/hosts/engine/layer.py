@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from carpool.artefacts.identity import Sample
 from carpool.artefacts.statistics import Statistics
 from carpool.errors import CarpoolError
 from carpool.hosts.engine.knobs import Knobs
@@ -30,6 +32,8 @@ class Step:
         enabled: False switches every policy off.
         graphs: the engine records CUDA graphs, so that every call must run the same operations.
         observer: called with layer, logits and outcome of every routed call; None outside of tests and captures.
+        forward_rows: asked, where no batch runs (profiling, capture of a graph), how many rows the engine says that it
+            forwards; 0 where it does not say.
     """
 
     rows: Rows
@@ -37,6 +41,30 @@ class Step:
     graphs: bool
     enabled: bool = True
     observer: Any = None
+    forward_rows: Callable[[], int] = int
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What a rank holds of a layer's experts.
+
+    Attributes:
+        bytes: of one expert's weights; of planes, at the deepest depth.
+        hidden_size: `H` without the padding of a kernel.
+        depths: at which planes can be read; none where weights are whole.
+        bit_bytes: of one bit of all of an expert's weights; 0 where weights are whole.
+        replicas: copies of experts beside their first ones (EPLB), over all ranks.
+    """
+
+    bytes: int = 0
+    hidden_size: int = 0
+    depths: tuple[int, ...] = ()
+    bit_bytes: int = 0
+    replicas: int = 0
+
+
+def _never_taken() -> Sample:
+    return Sample(hidden="weights that nobody looked at")
 
 
 @dataclass(eq=False)
@@ -44,9 +72,12 @@ class Layer:
     """One MoE layer of one engine.
 
     Attributes:
-        name: vLLM's name of the layer. index: its number in that name. position: its row in the counters.
-        router: vLLM's router object. spec: how it routes. num_experts, hidden_size: `E` and `H`.
-        runner: vLLM's object that runs router and experts.
+        name: the engine's name of the layer. index: its number in that name. position: its row in the counters.
+        router: the engine's object that routes. spec: how it does. num_experts, hidden_size: `E` and `H`.
+        runner: the engine's object that runs the experts. experts: what this rank holds of them.
+        sample: asked for a sample of the experts' weights as they are now.
+        stand_ins: asked for the layer's surrogates on this rank, CarpoolError where they do not fit; None: it has
+            none.
         plan: policy and guards. source: the statistics file; statistics: its tensors of this layer; stats: what the
             policy made of them.
         knobs: the plan's numbers as device tensors.
@@ -74,6 +105,9 @@ class Layer:
     fused: Any = None
     step: Step | None = None
     runner: Any = None
+    experts: Experts = field(default_factory=Experts)
+    sample: Callable[[], Sample] = _never_taken
+    stand_ins: Callable[[Layer], Resident] | None = None
     resident: Resident | None = None
     depth_NK: Tensor | None = None
     left: tuple[Tensor, Tensor] | None = None
@@ -84,28 +118,9 @@ class Layer:
             raise CarpoolError(f"{self.name}: the engine bypassed its experts, so surrogates were not added; refused")
 
     @property
-    def expert_bytes(self) -> int:
-        """Of one expert's weights, on this rank; of planes, at the deepest depth."""
-        experts = self.runner.routed_experts
-        if self.depth_NK is not None:
-            return int(experts.quant_method.expert_bytes)
-        return int(sum(weight.nbytes for weight in experts.parameters()) // experts.local_num_experts)
-
-    @property
     def deepest(self) -> int:
         """Bits of an expert's weights that is read whole."""
-        return ALL_BITS if self.depth_NK is None else int(self.runner.routed_experts.quant_method.carpool_depths[-1])
-
-    @property
-    def bit_bytes(self) -> int:
-        """Of one bit of all of an expert's weights, on this rank; 0 where they are no planes."""
-        return 0 if self.depth_NK is None else int(self.runner.routed_experts.quant_method.bit_bytes)
-
-    @property
-    def replicas(self) -> int:
-        """Copies of experts beside their first ones (EPLB), over all ranks."""
-        moe = self.runner.moe_config
-        return int(moe.num_experts - moe.num_logical_experts)
+        return self.experts.depths[-1] if self.experts.depths else ALL_BITS
 
     @property
     def surrogate_bytes(self) -> int:

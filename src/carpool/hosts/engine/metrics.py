@@ -126,9 +126,10 @@ def bytes_read(report: list[LayerReport], layers: list[Layer]) -> dict[str, floa
     """
     natural = read = 0
     for row, layer in zip(report, layers, strict=True):
-        natural += row.natural_union * layer.expert_bytes
-        read += (row.union + row.steps * layer.replicas) * layer.expert_bytes + row.surrogates * layer.surrogate_bytes
-        read -= row.bits_unread * layer.bit_bytes
+        experts = layer.experts
+        natural += row.natural_union * experts.bytes
+        read += (row.union + row.steps * experts.replicas) * experts.bytes + row.surrogates * layer.surrogate_bytes
+        read -= row.bits_unread * experts.bit_bytes
     return {"natural_bytes": natural, "read_bytes": read}
 
 

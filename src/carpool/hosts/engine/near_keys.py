@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import functools
-import logging
 from collections.abc import Iterable
 from typing import Any
+
+from carpool.hosts.engine.log import log
 
 NEAR = 0.75  # of `difflib`: a letter or two
 SHOWN = 40  # characters of a key
@@ -42,6 +43,6 @@ def warn(keys: Iterable[Any], known: tuple[str, ...], where: str, once: bool = F
             continue
         if once:
             _said.add(meant)
-        logging.getLogger("vllm.carpool").warning(
+        log().warning(
             "carpool: %s has a key %r, which does nothing; if Carpool's is meant, write %r", where, key[:SHOWN], meant
         )

@@ -1,4 +1,4 @@
-"""What a request says of itself in `SamplingParams.extra_args`: whether it shares at all, and with whom.
+"""What a request says of itself in its sampling parameters: whether it shares at all, and with whom.
 
 A client writes the first three keys. The fourth is the plugin's own: the front end, where the samples of one request
 are still one request, gives them a random key in common and drops whatever a client wrote there. So siblings are known
@@ -18,6 +18,7 @@ OPT_OUT = "carpool"
 TENANT = "carpool_tenant"
 PROMPT = "carpool_prompt"
 SAMPLES = "_carpool_samples"
+PLACES = ("extra_args", "custom_params")  # in the sampling parameters of vLLM and of SGLang
 
 
 def check_request(sampling_params: Any) -> None:
@@ -79,22 +80,22 @@ def group_key(sampling_params: Any, group: str, isolation: str) -> Hashable | No
     return ("tenant", tenant) if tenant is not None else samples_of(sampling_params, isolation)
 
 
-def mark_samples(request: Any) -> None:
-    """Give the samples of a request of vLLM's front end their key, or drop what a client wrote in its place.
+def mark_samples(parameters: Any) -> None:
+    """Give the samples of a request of an engine's front end their key, or drop what a client wrote in its place.
 
     Args:
-        request: an `EngineCoreRequest` before it is split into one a sample; each of them inherits its parameters.
+        parameters: a request's own, or None, before it is split into one a sample; each of them inherits these.
     """
-    parameters = request.sampling_params  # the request's own copy
     given = _extra(parameters)
     if parameters is None or (parameters.n == 1 and SAMPLES not in given):
         return
     kept = {name: value for name, value in given.items() if name != SAMPLES}
-    parameters.extra_args = kept | ({SAMPLES: secrets.token_hex(16)} if parameters.n > 1 else {}) or None
+    made = kept | ({SAMPLES: secrets.token_hex(16)} if parameters.n > 1 else {}) or None
+    setattr(parameters, next(name for name in PLACES if hasattr(parameters, name)), made)
 
 
 def _extra(sampling_params: Any) -> dict[str, Any]:
-    return getattr(sampling_params, "extra_args", None) or {}
+    return next((given for name in PLACES if (given := getattr(sampling_params, name, None))), {})
 
 
 def _key(value: Any) -> tuple[type, str | int] | None:

@@ -1,7 +1,8 @@
-"""What a user may write under the key `carpool` of vLLM's `additional_config`."""
+"""What a user may write under the key `carpool` of an engine's own configuration."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from carpool.plans.grammar import Plan, parse
 from carpool.plans.policy_file import PolicyFile
 from carpool.policies import Policy
 from carpool.routing.batch import Grouping
+from carpool.routing.cold import TeamCold
 
 KEY = "carpool"
 EXAMPLE = '{"carpool": {"policy": "xshare(budget=32)", "isolation": "batch"}}'
@@ -22,9 +24,9 @@ GROUPINGS = ("request", "prompt", "tenant", "batch")  # from narrow to wide; as 
 ISOLATION = "prompt"  # the widest that needs nobody else's consent
 
 
-def configured(additional_config: Any) -> bool:
+def configured(given: Any) -> bool:
     """Whether there is a key `carpool`."""
-    return isinstance(additional_config, dict) and KEY in additional_config
+    return isinstance(given, dict) and KEY in given
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ class Settings:
         policies: plan of every layer, and the statistics file where a policy needs one.
         group: rows that share a coreset, one of `GROUPINGS`.
         isolation: the widest grouping in which requests may depend on each other.
-        allow_untested_engine: go on with a version of vLLM that was not tested.
+        allow_untested_engine: go on with a version of the engine that was not tested.
         compile: run routing as a compiled graph; None leaves it to the host; False also leaves out kernels on GPUs.
+        voters: who has a say where blocks are denoised; None: everybody.
     """
 
     policies: PolicyFile
@@ -44,6 +47,7 @@ class Settings:
     isolation: str = ISOLATION
     allow_untested_engine: bool = False
     compile: bool | None = None
+    voters: TeamCold | None = None
 
     def plan_for(self, layer: int) -> Plan:
         """The plan of one layer with the defaults of serving."""
@@ -65,30 +69,35 @@ class Settings:
         )
 
     @classmethod
-    def of(cls, additional_config: Any) -> Settings | None:
-        """The settings, or None if the configuration has no key `carpool`.
+    def of(cls, found: Any, where: str = "additional_config", takes: Mapping[str, type] = TYPES) -> Settings | None:
+        """The settings, or None if there is no key `carpool`.
+
+        Args:
+            found: the engine's object.
+            where: the user writes it.
+            takes: keys and their types.
 
         Raises:
             CarpoolError: unknown keys, wrong types, neither or both of `policy` and `file`, a policy that cannot be
                 read, a file that cannot be read, a grouping that an engine does not have or that is wider than
                 the isolation.
         """
-        if not configured(additional_config):
+        if not configured(found):
             return None
-        given = additional_config[KEY]
+        given = found[KEY]
         if not isinstance(given, dict):
-            raise CarpoolError(f"additional_config['{KEY}'] is {given!r}; give an object such as {EXAMPLE}")
+            raise CarpoolError(f"{where}['{KEY}'] is {given!r}; give an object such as {EXAMPLE}")
         for name, value in given.items():
-            if name not in TYPES:
-                raise CarpoolError(f"additional_config['{KEY}'] has no key {name!r}; it takes: {', '.join(TYPES)}")
-            if type(value) is not TYPES[name]:
-                raise CarpoolError(f"{KEY}: {name} is {value!r}; give a {TYPES[name].__name__}")
+            if name not in takes:
+                raise CarpoolError(f"{where}['{KEY}'] has no key {name!r}; it takes: {', '.join(takes)}")
+            if type(value) is not takes[name]:
+                raise CarpoolError(f"{KEY}: {name} is {value!r}; give a {takes[name].__name__}")
         if ("policy" in given) == ("file" in given):
             raise CarpoolError(f"{KEY}: give either 'policy' or 'file', as in {EXAMPLE}")
         policies, isolation = _policies(given), _isolation(given)
-        settings = cls(
-            policies, _grouping(given), isolation, given.get("allow_untested_engine", False), given.get("compile")
-        )
+        voters = TeamCold.parse(given["voters"]) if "voters" in given else None
+        untested = given.get("allow_untested_engine", False)
+        settings = cls(policies, _grouping(given), isolation, untested, given.get("compile"), voters)
         settings.require_isolation(policies.plan.policy)
         return settings
 

@@ -28,12 +28,14 @@ class Requests:
 
     Attributes:
         lengths: rows of each. prefill: whether these are prompt or recomputed rows.
-        parameters: vLLM's sampling parameters of each, or None.
+        parameters: the engine's sampling parameters of each, or None.
+        votes: whether each row has a say, where it may share; None: all have.
     """
 
     lengths: NDArray[Any]
     prefill: NDArray[np.bool_]
     parameters: list[Any]
+    votes: NDArray[np.bool_] | None = None
 
 
 class Rows:
@@ -92,7 +94,7 @@ class Rows:
             keyed_N[:count], keyed_N[count:] = np.repeat(self._group_R, lengths), 0
         real_N, voter_N, exempt_N = self._flags_3N
         real_N[:count], real_N[count:] = True, False
-        voter_N[:count], voter_N[count:] = shares, False
+        voter_N[:count], voter_N[count:] = shares if requests.votes is None else shares & requests.votes, False
         exempt_N[:count], exempt_N[count:] = ~shares, True
         if self._sent_2N.device.type != "cpu":
             for sent, array in ((self._sent_2N, self._numbers_2N), (self._sent_3N, self._flags_3N)):

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
 from carpool import __version__
 from carpool.errors import CarpoolError
+from carpool.hosts.engine.log import log, log_as
 from carpool.hosts.engine.near_keys import warn
+from carpool.hosts.engine.off import switched_off
+from carpool.hosts.engine.refusal import end_with_the_sentence
 from carpool.hosts.engine.request_keys import check_request, mark_samples
 from carpool.hosts.engine.settings import KEY, Settings, configured
-from carpool.hosts.vllm.refusal import end_with_the_sentence
 
-KILL_SWITCH = "CARPOOL_DISABLE"
 MARK = "carpool_version"
 _missing: list[str] = []  # of `PLACES`, in this process
 
@@ -30,14 +29,15 @@ def arm() -> None:
 
     A vLLM that has moved one of them still runs, as long as it is not asked to share.
     """
-    if os.environ.get(KILL_SWITCH, "0").strip().lower() not in ("", "0", "false"):
+    log_as("vllm.carpool")  # vLLM shows loggers of its own name only
+    if switched_off():
         return
     for module, owner, name, then in PLACES:
         try:
             _arm(getattr(importlib.import_module(module), owner), name, then)
         except (ImportError, AttributeError):
             _missing.append(f"{module}.{owner}.{name}")
-            logging.getLogger("vllm.carpool").warning("carpool cannot work with this vLLM: no %s", _missing[-1])
+            log().warning("carpool cannot work with this vLLM: no %s", _missing[-1])
     from carpool.hosts.vllm.planes import register_method
 
     register_method()
@@ -54,7 +54,7 @@ def _arm(owner: type, name: str, then: Callable[..., None]) -> None:
         try:
             then(self, result)
         except CarpoolError:
-            end_with_the_sentence()
+            end_with_the_sentence("vllm")
             raise
         return result
 
@@ -105,7 +105,7 @@ def _request_processed(processor: Any, request: Any) -> None:
             from vllm.exceptions import VLLMClientError
 
             raise type("RequestError", (CarpoolError, VLLMClientError), {})(str(error)) from None
-        mark_samples(request)
+        mark_samples(request.sampling_params)
 
 
 def _scheduler_built(scheduler: Any, _: None) -> None:
@@ -123,13 +123,14 @@ def _worker_built(worker: Any, _: None) -> None:
     if settings is None:
         return
     _refuse_if_missing()
-    from carpool.hosts.vllm.control import Control
+    from carpool.hosts.engine.control import Control
     from carpool.hosts.vllm.engine import check_engine
     from carpool.hosts.vllm.host import Host
 
     check_engine(worker.vllm_config, settings)
     _mark(worker.vllm_config)
-    Control(Host.attach(worker, settings)).attach()
+    control = Control(Host.attach(worker, settings))
+    worker.carpool_set, worker.carpool_report = control.set, control.report
 
 
 def _mark(config: Any) -> None:

@@ -6,37 +6,14 @@ there.
 
 from __future__ import annotations
 
-from collections.abc import Container
 from typing import Any
 
-from carpool.artefacts.statistics import Statistics, made_by
+from carpool.artefacts.statistics import Statistics
 from carpool.errors import CarpoolError
+from carpool.hosts.engine.fitting import check_fit
 from carpool.hosts.engine.settings import Settings
-from carpool.hosts.vllm.known import REFUSED, REFUSED_ON_CPU, check_plan
+from carpool.hosts.vllm.known import REFUSED, REFUSED_ON_CPU
 from carpool.hosts.vllm.planes import planes_file
-from carpool.plans.grammar import Plan
-
-
-def check_fit(plan: Plan, num_experts: int, top_k: int, statistics: Container[str], in_planes: bool = False) -> None:
-    """Refuse a plan that a layer cannot run.
-
-    Args:
-        plan: of the layer.
-        num_experts, top_k: `E` and `K` of the layer.
-        statistics: names of those that were loaded for it.
-        in_planes: whether its experts are planes of bits.
-
-    Raises:
-        CarpoolError: impossible for `E` and `K`, reads experts at depths, or needs statistics that are not there.
-    """
-    plan.check(num_experts, top_k)
-    check_plan(plan, in_planes)
-    missing = [name for name in plan.policy.required_stats() if name not in statistics]
-    if missing:
-        raise CarpoolError(
-            f"{plan.policy} needs the statistics {missing[0]!r}; make them with `{made_by(missing[0])}` and name the "
-            'file with "stats" when the engine starts, or in a policy file'
-        )
 
 
 def require_experts(found: bool, model: str) -> None:

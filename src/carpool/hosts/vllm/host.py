@@ -10,80 +10,83 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from carpool.experts.surrogates import NAMES
-from carpool.hosts.engine.compiled import Compiler
-from carpool.hosts.engine.fused import Kernels, compiles
-from carpool.hosts.engine.in_force import say
-from carpool.hosts.engine.knobs import Knobs
+from carpool.hosts.engine import host
+from carpool.hosts.engine.fitting import Gates
 from carpool.hosts.engine.layer import Layer, Step
-from carpool.hosts.engine.metrics import Metrics
-from carpool.hosts.engine.proof import Proof
 from carpool.hosts.engine.settings import Settings
 from carpool.hosts.engine.step_rows import Rows
-from carpool.hosts.engine.steps import Steps
+from carpool.hosts.vllm.engine import check_files
 from carpool.hosts.vllm.expert_samples import sampling
 from carpool.hosts.vllm.follow import drafter, follow
-from carpool.hosts.vllm.layers import build_layers
+from carpool.hosts.vllm.isolation import require_isolated
+from carpool.hosts.vllm.layers import build_layers, gates_of
 from carpool.hosts.vllm.metrics import labels_of
-from carpool.hosts.vllm.planes import new_buffer, stored_depths
+from carpool.hosts.vllm.planes import new_buffer
 from carpool.hosts.vllm.ranks import first_of_tensor_parallel, on_all_ranks
-from carpool.hosts.vllm.router import define_op, shared_class
+from carpool.hosts.vllm.router import define_op, rows_of_this_forward, shared_class
 from carpool.hosts.vllm.supplement import hook
 from carpool.hosts.vllm.weights import Weights
-from carpool.plans.counters import Counters
 from carpool.plans.grammar import Plan
+from carpool.plans.policy_file import PolicyFile
 
 
-class Host:
+class Host(host.Host):
     """See the module.
 
     Attributes:
-        worker: vLLM's worker. settings: the user's. step: what all layers share, once the model is loaded.
-        layers: the MoE layers of this worker. weights: whether they are those that the files describe.
+        worker: vLLM's worker.
     """
 
     def __init__(self, worker: Any, settings: Settings) -> None:
-        self.worker, self.settings = worker, settings
-        self.layers: list[Layer] = []
-        self.compiler = Compiler(settings.group.kind, on_all_ranks)
-        self.step: Step | None = None
-        self.metrics: Metrics | None = None
-        self.kernels: Kernels | None = None
-        self.weights: Weights | None = None
-        self.proof: Proof | None = None
-        self.steps: Steps | None = None
+        super().__init__(settings, on_all_ranks)
+        self.worker = worker
         self._warming = False
+
+    def gates(self) -> Gates:
+        return gates_of(self.worker.model_runner.get_model(), self.layers)
+
+    def require_isolated(self, plan: Plan, settings: Settings) -> None:
+        require_isolated(plan, settings, self.worker.vllm_config)
+
+    def check_files(self, policies: PolicyFile) -> None:
+        check_files(self.worker.vllm_config, policies)
+
+    @property
+    def eager(self) -> bool:
+        return bool(self.worker.vllm_config.model_config.enforce_eager)
+
+    def supplement(self, layer: Layer) -> None:
+        hook(layer)
 
     @classmethod
     def attach(cls, worker: Any, settings: Settings) -> Host:
         """Follow a worker from its construction: wraps what loads, warms up and replaces the model."""
-        host = cls(worker, settings)
-        worker.carpool = host
+        mine = cls(worker, settings)
+        worker.carpool = mine
         load_model = worker.load_model
 
         def loaded(*args: Any, **kwargs: Any) -> Any:
             if torch.cpu._is_amx_tile_supported():
                 torch.cpu._init_amx()  # a tiny model may reach an AMX kernel before oneDNN asks for the permission
-            with host._collecting(), sampling() if settings.policies.statistics else contextlib.nullcontext():
+            with mine._collecting(), sampling() if settings.policies.statistics else contextlib.nullcontext():
                 result = load_model(*args, **kwargs)
-            host._finish()
+            mine._finish()
             return result
 
         worker.load_model = loaded
         warm_up = worker.compile_or_warm_up_model
 
         def warmed(*args: Any, **kwargs: Any) -> Any:
-            host._warming = True  # the V2 runner sends made-up requests the way of real ones
+            mine._warming = True  # the V2 runner sends made-up requests the way of real ones
             try:
                 return warm_up(*args, **kwargs)
             finally:
-                host._warming = False
-                host.count_anew()
+                mine._warming = False
+                mine.count_anew()
 
         worker.compile_or_warm_up_model = warmed
-        return host
+        return mine
 
     @contextlib.contextmanager
     def _collecting(self) -> Iterator[None]:
@@ -140,116 +143,23 @@ class Host:
             device,
             self.settings.isolation,
         )
-        self.layers = build_layers(runner.get_model(), self.settings, config, device)
-        self.step = Step(rows, Counters([layer.name for layer in self.layers], device), graphs)
-        for layer in self.layers:
-            layer.step = self.step
+        layers = build_layers(runner.get_model(), self.settings, config, device)
+        for layer in layers:
             layer.router.carpool_layer = layer
-            if stored_depths(layer.runner):
+            if layer.experts.depths:
                 method = layer.runner.routed_experts.quant_method
                 method.buffer = layer.depth_NK = new_buffer(runner.max_num_tokens, layer.spec.top_k, device)
-            if any(name in layer.statistics for name in NAMES):  # a policy may ask for them later
-                hook(layer)
-        plans, stats = [layer.plan for layer in self.layers], [layer.stats for layer in self.layers]
-        self.kernels = Kernels(rows, on_all_ranks)
-        self.use_plans(plans, stats, self._compiles(device), self.settings.compile is not False)
+        step = self.start(rows, layers, graphs, labels_of(config), first_of_tensor_parallel(), rows_of_this_forward)
         if hasattr(runner, "model_memory_usage"):  # where vLLM measures: what is left is for keys and values
-            runner.model_memory_usage += self.surrogate_memory + self.kernels.memory
-        self.proof = Proof(self.step, self.layers)
-        self.steps = Steps(rows, self.layers)
-        self.metrics = Metrics(
-            self.step.counters, self.layers, first_of_tensor_parallel(), self.proof, self.steps, labels_of(config)
-        )
-        self.weights = Weights(runner.get_model(), self.settings.policies, self.layers, self._show)
-        self.weights.watch(worker)
-        self._show()
-        self._follow(runner, self.step)
-        say(self, "starts")
-
-    @property
-    def surrogate_memory(self) -> int:
-        """Bytes of all layers' surrogates on this worker's device."""
-        return sum(layer.resident.memory for layer in self.layers if layer.resident is not None)
-
-    def _compiles(self, device: torch.device) -> bool:
-        """As the user says."""
-        return compiles(device) if self.settings.compile is None else self.settings.compile
-
-    def use_plans(
-        self, plans: list[Plan], stats: list[dict[str, Tensor]], compile_new: bool, kernels_new: bool
-    ) -> None:
-        """Put a plan into each layer, all or none.
-
-        Args:
-            plans: one a layer.
-            stats: what each plan needs of its layer's statistics.
-            compile_new: compile kinds of plans that were not compiled before, which takes a while.
-            kernels_new: the same for the kernels of routing, where there are some.
-
-        Raises:
-            CarpoolError: recorded graphs can take other numbers only.
-        """
-        assert self.step is not None
-        if self.step.graphs:
-            for layer, plan in zip(self.layers, plans, strict=True):
-                if layer.knobs is not None:
-                    layer.knobs.check(plan)
-        for layer, plan, tensors in zip(self.layers, plans, stats, strict=True):
-            if layer.knobs is not None and layer.knobs.fits(plan):
-                layer.knobs.set(plan)
-                for name, tensor in tensors.items():  # recorded graphs read these very tensors
-                    layer.stats[name].copy_(tensor)
-            else:
-                layer.knobs, layer.stats = Knobs(plan, layer.num_experts, layer.device), tensors
-            layer.plan = plan
-        if self.kernels is not None:
-            self.kernels.use(self.layers, kernels_new)
-        self.compiler.use(self.layers, compile_new)
-
-    def regroup(self, settings: Settings) -> None:
-        """Take settings that differ by their grouping, between two steps; `use_plans` has to follow."""
-        assert self.step is not None
-        self.settings = settings
-        self.step.rows.regroup(settings.group.kind)
-        self.compiler.group = settings.group.kind
-        if self.kernels is not None:
-            self.kernels.regroup(self.layers)
-
-    def count_anew(self) -> None:
-        """All counters from zero, once what they hold is published."""
-        if self.step is None or self.metrics is None or self.proof is None or self.steps is None:
-            return
-        self.metrics.publish(now=True)
-        self.steps.begin()
-        self.step.counters.reset()
-        self.metrics.forget()
-        self.proof.begin()
-
-    @property
-    def foreign(self) -> str:
-        """Why no policy may run on the weights that the model has now, or empty."""
-        return "" if self.weights is None else self.weights.foreign
-
-    def enable(self, value: bool) -> None:
-        """Switch policies off and on."""
-        assert self.step is not None
-        self.step.enabled = value
-        self._show()
-
-    def _show(self) -> None:
-        if self.metrics is not None and self.step is not None:
-            self.metrics.enabled(self.step.enabled and not self.foreign)
+            runner.model_memory_usage += self.surrogate_memory + (0 if self.kernels is None else self.kernels.memory)
+        self.weights = Weights(self.settings.policies, self.layers, self.gates, self.show)
+        self.weights.watch(worker, runner.get_model())
+        self.show()
+        self._follow(runner, step)
+        self.say("starts")
 
     def _follow(self, runner: Any, step: Step) -> None:
-        proof, steps = self.proof, self.steps
-        assert proof is not None
-        assert steps is not None
-
-        def stepped() -> None:
-            steps.stepped()
-            proof.stepped()
-
-        follow(runner, step.rows, lambda: step.enabled and not (self._warming or self.foreign), stepped)
+        follow(runner, step.rows, lambda: step.enabled and not (self._warming or self.foreign), self.stepped)
         execute = runner.execute_model
 
         def published(scheduled: Any, *args: Any, **kwargs: Any) -> Any:

@@ -5,13 +5,7 @@ By what was run (`docs/results/vllm-coverage.json`), and by vLLM's code for refu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from carpool.artefacts.checkpoint import METHOD
-from carpool.errors import CarpoolError
-
-if TYPE_CHECKING:  # doctor does without torch where it can
-    from carpool.plans.grammar import Plan
 
 FUNCTION = "vLLM routes it by a function of the model's own, which Carpool does not know"
 EXTERNAL = "vLLM runs it by its Transformers backend, whose router sees no logits"
@@ -66,16 +60,3 @@ def on_gpu(family: str, lost: str) -> str:
     if family in REFUSED:
         return f"refused: {REFUSED[family]}"
     return f"untested; routing in Python gives up {lost}"
-
-
-def check_plan(plan: Plan, in_planes: bool) -> None:
-    """Raises CarpoolError for a plan that vLLM cannot run with a model.
-
-    Args:
-        in_planes: whether its experts are planes of bits.
-    """
-    if plan.reads_depths and not in_planes:
-        raise CarpoolError(
-            f"{plan} reads experts at depths, and this checkpoint holds them as whole weights; make one that does not "
-            "with `carpool compress MODEL --output DIR`, and serve that"
-        )

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from carpool.artefacts.identity import Identity, fingerprint
-from carpool.artefacts.statistics import Statistics
 from carpool.errors import CarpoolError
-from carpool.experts.stored import NAMES
+from carpool.hosts.engine.fitting import Gates, load_statistics, prepare
 from carpool.hosts.engine.gate_check import check
-from carpool.hosts.engine.layer import Layer
+from carpool.hosts.engine.layer import Experts, Layer
 from carpool.hosts.engine.settings import Settings
-from carpool.hosts.vllm.early import check_fit, require_experts
+from carpool.hosts.vllm.early import require_experts
 from carpool.hosts.vllm.expert_samples import taken
 from carpool.hosts.vllm.planes import planes_file, stored_depths
 from carpool.hosts.vllm.router import is_shared
 from carpool.hosts.vllm.specs import route_spec
 from carpool.hosts.vllm.supplement import resident
 from carpool.hosts.vllm.unwrapped import require_all
-from carpool.plans.grammar import Plan
-from carpool.plans.pipeline import route
-from carpool.plans.policy_file import PolicyFile
-from carpool.routing.batch import Batch
 from carpool.routing.spec import Routing
 
 GATES = ("gate", "router")
-REHEARSED = 8  # rows
 
 
 def build_layers(model: torch.nn.Module, settings: Settings, config: Any, device: torch.device) -> list[Layer]:
@@ -65,89 +57,11 @@ def build_layers(model: torch.nn.Module, settings: Settings, config: Any, device
     return layers
 
 
-def prepare(layer: Layer, plan: Plan) -> dict[str, Tensor]:
-    """What a plan needs of the layer's statistics, on the layer's device; checks the plan too.
-
-    Raises:
-        CarpoolError: the plan does not fit the layer, or needs statistics that were not loaded or facts that an
-            engine does not give.
-    """
-    check_fit(plan, layer.num_experts, layer.spec.top_k, layer.statistics, bool(stored_depths(layer.runner)))
-    stats = {name: tensor.to(layer.device) for name, tensor in plan.policy.prepare(layer.statistics).items()}
-    _rehearse(layer, plan, stats)
-    if plan.policy.surrogates and layer.resident is None:
-        layer.resident = resident(layer)
-    return stats
-
-
-def _rehearse(layer: Layer, plan: Plan, stats: dict[str, Tensor]) -> None:
-    """Run the plan once on made-up rows: what it cannot do here it must not find out while serving."""
-    logits_NE = torch.randn(REHEARSED, layer.num_experts, generator=torch.Generator().manual_seed(0)).to(layer.device)
-    request_N = torch.arange(REHEARSED, device=layer.device) // 2
-    batch = Batch.of(REHEARSED, device=layer.device, request_N=request_N, num_requests=REHEARSED)
-    hidden_NH = torch.zeros(REHEARSED, layer.hidden_size, device=layer.device)
-    route(plan, layer.spec, logits_NE, batch, stats=stats, hidden_NH=hidden_NH)
-
-
-def load_statistics(
-    policies: PolicyFile, layers: list[Layer], gates: dict[str, Tensor | None], own: Path | None = None
-) -> Statistics | None:
-    """The statistics file, if the settings name one or the checkpoint brings its own, and it is of this model.
-
-    Args:
-        own: the checkpoint's own file of experts in planes, with what policies need to know of them.
-
-    Raises:
-        CarpoolError: unreadable, damaged or of another model; or a policy file of another model or other layers.
-    """
-    policies.check_layers([layer.index for layer in layers])
-    source = policies.statistics or own
-    if source is None and not policies.model:
-        return None
-    # planes are left to the experts, which read them themselves
-    statistics = None if source is None else Statistics.load(source, leave=NAMES)
-    caveat = _check_model(policies, statistics, layers, gates)
-    if caveat and source != own:  # what the checkpoint brings was made with its experts
-        logging.getLogger("vllm.carpool").warning(caveat)
-    return statistics
-
-
-def differ(model: torch.nn.Module, policies: PolicyFile, layers: list[Layer]) -> str:
-    """Why the files do not describe the weights that the model has now, after others were loaded into it; empty if they
-    do. What cannot be compared does not count as the same, as it does in an engine that starts with it."""
-    if not policies.model and layers[0].source is None:
-        return ""
-    try:
-        return _check_model(policies, layers[0].source, layers, gates_of(model, layers))
-    except CarpoolError as error:
-        return str(error)
-
-
-def gates_of(model: torch.nn.Module, layers: list[Layer]) -> dict[str, Tensor | None]:
+def gates_of(model: torch.nn.Module, layers: list[Layer]) -> Gates:
     """The gate's weight of every layer as it is now, by the layer's name; None where it cannot be read."""
     modules = dict(model.named_modules())
     paths = {id(module): path for path, module in modules.items()}
     return {layer.name: _gate(modules, paths[id(layer.runner)], layer.runner) for layer in layers}
-
-
-def _check_model(
-    policies: PolicyFile, statistics: Statistics | None, layers: list[Layer], gates: dict[str, Tensor | None]
-) -> str:
-    """What could not be compared; raises CarpoolError for files of another model."""
-    weights = [(layer.index, gate) for layer in layers if (gate := gates[layer.name]) is not None]
-    if len(weights) < len(layers):
-        raise CarpoolError("the gates of this model cannot be read, so statistics and policy files cannot be checked")
-    first = layers[0]
-    mine = Identity(
-        fingerprint=fingerprint(weights),
-        layers=tuple(layer.index for layer in layers),
-        num_experts=first.num_experts,
-        top_k=first.spec.top_k,
-        hidden_size=first.runner.moe_config.hidden_dim_unpadded,
-        samples={layer.index: taken(layer.runner.routed_experts) for layer in layers},
-    )
-    policies.check_model(mine)
-    return "" if statistics is None else statistics.check(mine)
 
 
 def _layer(runner: Any, gate_EH: Tensor | None, settings: Settings, device: torch.device) -> Layer:
@@ -174,7 +88,7 @@ def _layer(runner: Any, gate_EH: Tensor | None, settings: Settings, device: torc
         return Routing(ids_NK, weights_NK)
 
     check(spec, native, num_experts, gate_EH, dtype, device, name)
-    index = extract_layer_index(name)
+    index, experts = extract_layer_index(name), runner.routed_experts
     return Layer(
         name=name,
         index=index,
@@ -185,6 +99,22 @@ def _layer(runner: Any, gate_EH: Tensor | None, settings: Settings, device: torc
         hidden_size=moe.hidden_dim,
         device=device,
         runner=runner,
+        experts=_experts(runner),
+        sample=partial(taken, experts),
+        stand_ins=resident,
+    )
+
+
+def _experts(runner: Any) -> Experts:
+    moe, experts, depths = runner.moe_config, runner.routed_experts, stored_depths(runner)
+    method = experts.quant_method
+    whole = sum(weight.nbytes for weight in experts.parameters()) // experts.local_num_experts
+    return Experts(
+        bytes=int(method.expert_bytes if depths else whole),
+        hidden_size=moe.hidden_dim_unpadded,
+        depths=depths,
+        bit_bytes=int(method.bit_bytes) if depths else 0,
+        replicas=int(moe.num_experts - moe.num_logical_experts),
     )
 
 

@@ -6,16 +6,16 @@ They read their prompt and end, and prompts keep their native routing.
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
+from carpool.hosts.engine.log import log
 from carpool.hosts.engine.metrics import prompts_only
 from carpool.hosts.vllm.metrics import labels_of
 
 
 @functools.cache  # once a process
 def _say() -> None:
-    logging.getLogger("vllm.carpool").warning(
+    log().warning(
         "carpool: a request of one token came, as beam search and scoring send them: it reads its prompt and ends, and "
         "prompts keep their native routing, so such requests never share (said once; counted in "
         "carpool_requests_prompt_only)"

@@ -1,4 +1,4 @@
-"""What can be asked of a running engine, by `LLM.collective_rpc` or vLLM's `/collective_rpc` endpoint."""
+"""What can be asked of a running engine: each host says by which way of its engine's."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ from dataclasses import asdict
 from typing import Any
 
 from carpool.errors import CarpoolError
+from carpool.hosts.engine.change import change, checked
+from carpool.hosts.engine.host import Host
 from carpool.hosts.engine.in_force import in_force, say, say_refused
-from carpool.hosts.vllm.change import change, checked
-from carpool.hosts.vllm.host import Host
 
 
 class Control:
-    """The methods `carpool_set` and `carpool_report` of a worker."""
+    """What is known as `carpool_set` and `carpool_report`."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
-
-    def attach(self) -> None:
-        """Give the host's worker the methods."""
-        self._host.worker.carpool_set, self._host.worker.carpool_report = self.set, self.report
 
     def set(self, *positional: Any, **given: Any) -> dict[str, Any]:
         """Change the policy of all layers or who shares with whom, or switch sharing off and on, between two steps.
@@ -58,7 +54,7 @@ class Control:
             if host.metrics is not None:
                 host.metrics.refused()
             say_refused(host, error)
-            raise error.with_traceback(None) from None  # vLLM logs it, three times
+            raise error.with_traceback(None) from None  # engines log it, more than once
         if "enabled" in values:
             host.enable(values["enabled"])
         if values:
@@ -74,9 +70,9 @@ class Control:
         layers = [
             {
                 **asdict(row),
-                "expert_bytes": layer.expert_bytes,
+                "expert_bytes": layer.experts.bytes,
                 "surrogate_bytes": layer.surrogate_bytes,
-                "bit_bytes": layer.bit_bytes,
+                "bit_bytes": layer.experts.bit_bytes,
             }
             for row, layer in zip(host.step.counters.report(), host.layers, strict=True)
         ]

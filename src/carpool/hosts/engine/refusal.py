@@ -1,4 +1,4 @@
-"""How a refusal ends where vLLM's own command line runs: with its sentence, and without a traceback above it."""
+"""How a refusal ends where an engine's own command line runs: with its sentence, and without a traceback above it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from types import TracebackType
 from carpool.errors import CarpoolError
 
 
-def end_with_the_sentence() -> None:
-    """Let a `CarpoolError` that nobody catches end this process in one line, if vLLM's command line runs in it.
+def end_with_the_sentence(engine: str) -> None:
+    """Let a `CarpoolError` that nobody catches end this process in one line, if the engine's command line runs in it.
 
     Somebody else's program keeps its traceback. The exit code stays that of an uncaught exception.
+
+    Args:
+        engine: name of its package and of its command.
     """
-    if not _command_line() or getattr(sys.excepthook, "carpool", False):
+    if not _command_line(engine) or getattr(sys.excepthook, "carpool", False):
         return
     usual = sys.excepthook
 
@@ -28,7 +31,7 @@ def end_with_the_sentence() -> None:
     sys.excepthook = ended
 
 
-def _command_line() -> bool:
+def _command_line(engine: str) -> bool:
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     module = getattr(spec, "name", None) or ""
-    return module.startswith("vllm.") or os.path.basename(sys.argv[0]) == "vllm"  # noqa: PTH119
+    return module.startswith(f"{engine}.") or os.path.basename(sys.argv[0]) == engine  # noqa: PTH119

@@ -12,13 +12,10 @@ from torch import Tensor
 
 from carpool.errors import CarpoolError
 from carpool.experts.surrogates import NAMES
+from carpool.hosts.engine.fitting import load_statistics, prepare
+from carpool.hosts.engine.host import Host
 from carpool.hosts.engine.layer import Layer
 from carpool.hosts.engine.settings import grouping, policy_of
-from carpool.hosts.vllm.engine import check_files
-from carpool.hosts.vllm.host import Host
-from carpool.hosts.vllm.isolation import require_isolated
-from carpool.hosts.vllm.layers import gates_of, load_statistics, prepare
-from carpool.hosts.vllm.supplement import hook
 from carpool.plans.policy_file import PolicyFile
 
 TAKES: dict[str, type] = {"policy": str, "file": str, "group": str, "enabled": bool, "compile": bool}
@@ -49,11 +46,11 @@ def change(host: Host, policy: str | None, file: str | None, group: str | None, 
     """Let another policy, policy file or grouping in, or raise and change nothing.
 
     Raises:
-        CarpoolError: see `carpool.hosts.vllm.control.Control.set`.
+        CarpoolError: see `carpool.hosts.engine.control.Control.set`.
     """
     assert host.step is not None
     assert host.weights is not None
-    config, settings = host.worker.vllm_config, host.settings
+    settings = host.settings
     if group is not None:
         settings = replace(settings, group=grouping(group))
         if host.step.graphs and settings.group != host.settings.group:
@@ -66,7 +63,7 @@ def change(host: Host, policy: str | None, file: str | None, group: str | None, 
         layer.plan if policies is None else policies.plan_for(layer.index).for_serving() for layer in host.layers
     ]  # the plan of every layer
     for plan in {str(plan): plan for plan in plans}.values():
-        require_isolated(plan, settings, config)
+        host.require_isolated(plan, settings)
     with _described(host, policies if file is not None else None):
         stats = [prepare(layer, plan) for layer, plan in zip(host.layers, plans, strict=True)]
         if settings.group != host.settings.group:
@@ -81,10 +78,10 @@ def _described(host: Host, policies: PolicyFile | None) -> Iterator[None]:
     if policies is None or weights is None:
         yield
         return
-    check_files(host.worker.vllm_config, policies)
-    model, layers = host.worker.model_runner.get_model(), host.layers
+    host.check_files(policies)
+    layers = host.layers
     compared = policies.model or policies.statistics is not None
-    found = load_statistics(policies, layers, gates_of(model, layers) if compared else {})
+    found = load_statistics(policies, layers, host.gates() if compared else {})
     kept = [(layer.source, layer.statistics, layer.resident) for layer in layers]
     try:
         for layer in layers if found is not None else ():
@@ -101,13 +98,13 @@ def _describe(layer: Layer, found: Any, host: Host) -> None:
     statistics: dict[str, Tensor] = found.for_layer(layer.index)
     others = [name for name in NAMES if not _same(layer.statistics.get(name), statistics.get(name))]
     if others and any(name in statistics for name in NAMES):
-        if not host.worker.vllm_config.model_config.enforce_eager:
+        if not host.eager:
             raise CarpoolError(
                 "surrogates other than those of the start are not in the graphs that this engine recorded or compiled; "
                 "start with this file, or with --enforce-eager"
             )
         layer.resident = None
-        hook(layer)
+        host.supplement(layer)
     layer.source, layer.statistics = found, statistics
 
 
