@@ -42,7 +42,7 @@ class Diagnosis:
         num_experts, top_k: `E` and `K` of the first MoE layer. rule: its routing rule.
         expert_bytes: bytes of one expert of one layer. weights: how they are stored. in_planes: whether experts
             can be read at depths (`carpool compress --output`).
-        in_vllm: what becomes of the model in vLLM, by device: `cpu` and `cuda`.
+        in_vllm: what becomes of the model in vLLM, by device: `cpu` and `cuda`. in_sglang: and in SGLang.
     """
 
     family: str
@@ -56,6 +56,7 @@ class Diagnosis:
     weights: str
     in_planes: bool
     in_vllm: dict[str, str]
+    in_sglang: str
 
     @property
     def spec(self) -> RouteSpec:
@@ -167,6 +168,7 @@ def built(model: str | Path) -> Diagnosis:
 
 
 def _diagnosis(shape: Shape, family: str, text_family: str, quantization: Any) -> Diagnosis:
+    from carpool.hosts.sglang.known import in_sglang
     from carpool.hosts.vllm.known import on_cpu, on_gpu
 
     method, bits = "none", shape.bits
@@ -193,6 +195,7 @@ def _diagnosis(shape: Shape, family: str, text_family: str, quantization: Any) -
             "cpu": on_cpu(text_family, method),
             "cuda": on_gpu(text_family, FUSED_ROUTING.get(method, f"nobody knows what ({method!r} weights)")),
         },
+        in_sglang=in_sglang(text_family, method),
     )
 
 

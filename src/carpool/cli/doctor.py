@@ -77,6 +77,8 @@ def doctor(
     places[here] += " (this machine)"
     for device, place in places.items():
         say(console, f"  {place}: {found.in_vllm[device]}")
+    console.print("\n[bold]In SGLang[/]")
+    say(console, f"  {found.in_sglang}")
     if paths:
         console.print(f"\n[bold]A layer's routing in vLLM[/] under {policy}", highlight=False)
         for device, place in places.items():
@@ -100,5 +102,5 @@ def _as_dict(found: Diagnosis, bandwidth: float) -> dict[str, Any]:
         "routing": asdict(found.rule),
         "steps": steps,
         "suggestions": [{"policy": text, "needs": needs} for text, needs in found.suggestions()],
-        "vllm": found.in_vllm,
+        "vllm": found.in_vllm, "sglang": found.in_sglang,
     }  # fmt: skip

@@ -51,11 +51,13 @@ class TeamCold:
         try:
             call: Any = ast.parse(text.strip(), mode="eval").body
             given = {one.arg: ast.literal_eval(one.value) for one in call.keywords}
-            if call.func.id != NAME or call.args or any(type(value) not in (int, float) for value in given.values()):
+            if call.func.id != NAME or call.args or not given.keys() <= cls.__annotations__.keys():
                 raise ValueError
-            return cls(**given)
+            if any(type(value) not in (int, float) for value in given.values()):
+                raise ValueError
         except (SyntaxError, ValueError, AttributeError, TypeError):
             raise CarpoolError(f"{text!r} names no voters; write {NAME}(confidence=0.7, near=3, surest=2)") from None
+        return cls(**given)
 
     def __call__(self, block: Any, rows: list[int], tried_RL: Tensor | None = None) -> Tensor:
         """Voters of the next forward over rows of a `carpool.diffusion.Block`, `[R, L]`; see `voters`."""

@@ -58,6 +58,23 @@ def check_fit(plan: Plan, num_experts: int, top_k: int, statistics: Container[st
         )
 
 
+def check_counts(policies: PolicyFile, num_experts: int, top_k: int, planes: Path | None = None) -> None:
+    """Refuse what the user gave by a model's configuration alone.
+
+    Args:
+        num_experts, top_k: as the configuration says.
+        planes: the checkpoint's own file of experts in planes.
+
+    Raises:
+        CarpoolError: a policy or files that do not fit.
+    """
+    policies.check_counts({"num_experts": num_experts, "top_k": top_k})
+    source = policies.statistics or planes
+    known = () if source is None else Statistics.names_in(source)
+    for plan in policies.plans:
+        check_fit(plan.for_serving(), num_experts, top_k, known, planes is not None)
+
+
 def prepare(layer: Layer, plan: Plan) -> dict[str, Tensor]:
     """What a plan needs of the layer's statistics, on the layer's device; checks the plan too.
 

@@ -101,8 +101,12 @@ def _initialized(original: Callable[..., Any], runner: Any, *args: Any, **kwargs
         from carpool.hosts.sglang.engine import check_engine
         from carpool.hosts.sglang.host import Host
 
-        check_engine(runner.server_args, settings)
-        Host.attach(runner, settings)
+        try:
+            check_engine(runner.server_args, settings)
+            Host.attach(runner, settings)
+        except CarpoolError as error:  # SGLang shows a traceback, and ends
+            log().error("carpool: %s", error)
+            raise
     return result
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from carpool.errors import CarpoolError
 from carpool.hosts.engine.control import Control
-from carpool.hosts.engine.host import Host
+from carpool.hosts.sglang.host import Host
 
 SWITCH = "carpool_enabled"
 
@@ -50,8 +50,7 @@ def attach(scheduler: Any, host: Host) -> None:
         return SetInternalStateReqOutput(updated=True)
 
     def rested(*args: Any, **kwargs: Any) -> Any:
-        if host.metrics is not None:
-            host.metrics.publish(now=True)
+        host.publish_all()
         return idle(*args, **kwargs)
 
     internal.get_internal_state, internal.set_internal_state = state, change

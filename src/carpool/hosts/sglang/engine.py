@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from carpool.errors import CarpoolError
+from carpool.hosts.engine.fitting import check_counts
 from carpool.hosts.engine.settings import Settings
 from carpool.plans.grammar import Plan
 from carpool.plans.policy_file import PolicyFile
 
+EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")  # names of their number in configurations
 TESTED = ("0.5.23",)  # versions whose seams were read and run
 REFUSED: tuple[tuple[Callable[[Any], Any], str], ...] = (  # what is set, and why no policy can run with it
     (lambda cfg: cfg.attn_dp_size > 1 or cfg.enable_dp_attention,
@@ -66,14 +68,20 @@ def check_engine(arguments: Any, settings: Settings) -> None:
 
     _check_version(settings)
     cfg = resolving_view(arguments)
-    for holds, sentence in REFUSED:
-        if holds(cfg):
-            raise CarpoolError(sentence)
+    check_arguments(cfg)
     check_files(cfg, settings.policies)
+    _check_model(arguments, settings.policies)
     for plan in settings.policies.plans:
         require_isolated(plan, settings, cfg)
         if plan.reads_depths:
             raise CarpoolError(f"{plan} reads experts at depths, which SGLang's kernels do not; serve it with vLLM")
+
+
+def check_arguments(cfg: Any) -> None:
+    """Raises CarpoolError for a server whose resolved arguments hold something of `REFUSED`."""
+    for holds, sentence in REFUSED:
+        if holds(cfg):
+            raise CarpoolError(sentence)
 
 
 def check_files(cfg: Any, policies: PolicyFile) -> None:
@@ -115,6 +123,17 @@ def require_isolated(plan: Plan, settings: Settings, cfg: Any) -> None:
                 f"{mode} results that do not depend on the batch, {plan.policy} makes them depend on it; use a "
                 "token-local policy or group by request"
             )
+
+
+def _check_model(arguments: Any, policies: PolicyFile) -> None:
+    """Raises CarpoolError for what does not fit by the model's configuration, before it is loaded."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
+    text = getattr(model_config_of(arguments), "hf_text_config", None)
+    experts = next((value for name in EXPERTS if (value := getattr(text, name, None))), None)
+    top_k = getattr(text, "num_experts_per_tok", None)
+    if experts and top_k:
+        check_counts(policies, int(experts), int(top_k))
 
 
 def check_seams() -> None:

@@ -41,6 +41,7 @@ class Host(host.Host):
 
         super().__init__(settings, _on_all_ranks)
         self.runner, self.cfg = runner, resolving_view(runner.server_args)
+        self._unpublished = False
 
     @classmethod
     def attach(cls, runner: Any, settings: Settings) -> Host:
@@ -111,7 +112,14 @@ class Host(host.Host):
             rows.clear()
         if self.metrics is not None:
             self.metrics.publish()
+            self._unpublished = True
         return result
+
+    def publish_all(self) -> None:
+        """The metrics of the last steps, once nothing runs any more; SGLang asks again and again then."""
+        if self.metrics is not None and self._unpublished:
+            self._unpublished = False
+            self.metrics.publish(now=True)
 
     def _requests(self, forward_batch: Any) -> Requests | None:
         assert self.step is not None

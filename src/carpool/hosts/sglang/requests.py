@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from carpool.errors import CarpoolError
 from carpool.hosts.engine.request_keys import check_request, mark_samples
 from carpool.hosts.sglang.arm import apply, around
-
-
-class RequestError(CarpoolError, ValueError):
-    """SGLang's server answers a `ValueError` with 400."""
 
 
 def follow_requests() -> None:
@@ -22,9 +17,6 @@ def follow_requests() -> None:
 
 def _verified(original: Callable[..., Any], parameters: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(parameters, *args, **kwargs)
-    try:
-        check_request(parameters)
-    except CarpoolError as error:
-        raise RequestError(str(error)) from None
+    check_request(parameters)  # its error is a `ValueError`, which SGLang's server answers with 400
     mark_samples(parameters)
     return result

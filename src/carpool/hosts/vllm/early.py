@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from carpool.artefacts.statistics import Statistics
 from carpool.errors import CarpoolError
-from carpool.hosts.engine.fitting import check_fit
+from carpool.hosts.engine.fitting import check_counts
 from carpool.hosts.engine.settings import Settings
 from carpool.hosts.vllm.known import REFUSED, REFUSED_ON_CPU
 from carpool.hosts.vllm.planes import planes_file
@@ -46,14 +45,8 @@ def check_configuration(model_config: Any, settings: Settings, on_cpu: bool) -> 
     cause = REFUSED.get(family) or (REFUSED_ON_CPU.get(family) if on_cpu else None)
     if cause and not settings.allow_untested_engine:
         raise CarpoolError(f"a model of the family {family} cannot be shared: {cause}; leave out the key 'carpool'")
-    if not experts or not top_k:
-        return
-    policies.check_counts({"num_experts": experts, "top_k": top_k})
-    planes = planes_file(model_config)
-    source = policies.statistics or planes
-    known = () if source is None else Statistics.names_in(source)
-    for plan in policies.plans:
-        check_fit(plan.for_serving(), experts, top_k, known, planes is not None)
+    if experts and top_k:
+        check_counts(policies, experts, top_k, planes_file(model_config))
 
 
 def _mentions_experts(text: Any) -> bool:
