@@ -37,18 +37,18 @@ def follow_denoising(cfg: Any, voters: TeamCold | None) -> None:
     Raises:
         CarpoolError: voters without anything that they could follow.
     """
-    if cfg.dllm_algorithm is None:
-        if voters is not None:
-            raise CarpoolError("voters are named, and this server denoises no blocks; leave out 'voters'")
-        return
-    around("sglang.srt.dllm.algorithm.base.DllmAlgorithm.run", _run)
+    algorithm = cfg.dllm_algorithm
+    if voters is not None and algorithm is None:
+        raise CarpoolError("voters are named, and this server denoises no blocks; leave out 'voters'")
+    if voters is not None and algorithm not in STEPS:
+        raise CarpoolError(
+            f"voters follow what a step predicted, which is known for {' and '.join(STEPS)}, not for {algorithm}; "
+            "leave out 'voters'"
+        )
+    if algorithm is not None:
+        around("sglang.srt.dllm.algorithm.base.DllmAlgorithm.run", _run)
     if voters is not None:
-        if cfg.dllm_algorithm not in STEPS:
-            raise CarpoolError(
-                f"voters follow what a step predicted, which is known for {' and '.join(STEPS)}, not for "
-                f"{cfg.dllm_algorithm}; leave out 'voters'"
-            )
-        around(f"sglang.srt.dllm.algorithm.{STEPS[cfg.dllm_algorithm]}.{cfg.dllm_algorithm}.step", _stepped)
+        around(f"sglang.srt.dllm.algorithm.{STEPS[algorithm]}.{algorithm}.step", _stepped)
 
 
 def _run(
