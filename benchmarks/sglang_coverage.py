@@ -3,8 +3,8 @@
     make .venv/sglang-ready
     PYTHONPATH=.venv/sglang .venv/bin/python benchmarks/sglang_coverage.py --only olmoe
 
-Tiny models with random weights in float32. Each runs under a budget, with a budget of all experts and switched off, whose
-tokens are compared with those of transformers; a few minutes a family.
+Tiny models with random weights in float32. Each runs under a budget, with a budget of all experts and switched off,
+whose tokens are compared with those of transformers; a few minutes a family.
 """
 
 from __future__ import annotations
