@@ -15,8 +15,8 @@ def blocks() -> list[Block]:
     if content is None:
         return []
     about = (
-        f"The block-diffusion model of `carpool-demo` (64 experts, 8 a token) served by SGLang {content['sglang']} on a "
-        f"CPU: {content['texts']} prompts of {content['prompt']} tokens, one at a time, a block of {content['block']} "
+        f"The block-diffusion model of `carpool-demo` (64 experts, 8 a token) served by SGLang {content['sglang']} on "
+        f"a CPU: {content['texts']} prompts of {content['prompt']} tokens, one by one, a block of {content['block']} "
         f"each, threshold {content['threshold']}. T is the distinct experts that a layer reads in a pass over a block, "
         "as in the paper's table; the last column counts prompts whose whole block comes out the same in both. "
         "`python benchmarks/sglang_diffusion.py`."
