@@ -25,7 +25,7 @@ from carpool.report.load import load
 from carpool.report.page import page
 
 VALID = [text for row in ROWS for text in row.texts(16, 4)]
-GUARDS = ["floor(0.3)", "min_batch(2)", "decode_only", "short_circuit", "protect([3, 7])"]
+GUARDS = ["floor(0.3)", "min_batch(2)", "decode_only", "short_circuit", "regret(0.1)", "protect([3, 7])"]
 ODD_NUMBERS = ["-1", "0", "1e999", "nan", "-0.0", "9" * 30, "9" * 5000, "1_0", "0x10", "1j", "True", "None", "1e-320"]
 ODD_WORDS = [
     "__import__('os')",
@@ -214,7 +214,7 @@ def fuzz_logits(rng: random.Random, folder: Path) -> bool:
     row = rng.choice(ROWS)
     rows, experts, top_k = rng.choice([1, 2, 5, 16]), rng.choice([4, 16, 60, 128]), rng.choice([1, 2, 4])
     text = " | ".join(
-        [rng.choice(row.texts(experts, top_k)), *rng.sample([*GUARDS[:4], "protect([1, 3])"], rng.randrange(4))]
+        [rng.choice(row.texts(experts, top_k)), *rng.sample([*GUARDS[:5], "protect([1, 3])"], rng.randrange(4))]
     )
     logits_NE = odd_logits(rng, rows, experts)
     generator = torch.Generator().manual_seed(rng.randrange(2**30))

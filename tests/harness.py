@@ -17,7 +17,10 @@ from carpool import Outcome, Plan, Routing, parse, route
 
 many_examples = settings(max_examples=60)  # of properties that are cheap to try; the others have the profile's number
 
-GUARDS = ("", " | floor(0.3)", " | min_batch(2) | short_circuit", " | decode_only | protect([1, 3]) | floor(0.1)")
+GUARDS = (
+    "", " | floor(0.3)", " | min_batch(2) | short_circuit", " | decode_only | protect([1, 3]) | floor(0.1)",
+    " | regret(0.05)", " | regret(0.1) | short_circuit | floor(0.6)",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from test_by_hand import P_NE
 
 from carpool import Batch, Outcome, Plan, RouteSpec, parse, route
 from carpool.plans.counters import Counters
-from carpool.plans.guards import Floor
+from carpool.plans.guards import Floor, Regret
 
 every_policy = pytest.mark.parametrize("row", ROWS, ids=repr)
 PARTS = ("", " | protect([0])", " | min_batch(2) | short_circuit", " | decode_only | protect([1, 3])", " | floor(0.9)")
@@ -57,6 +57,40 @@ def test_the_floor_holds_whatever_the_batch(row: Row, data: st.DataObject, tau: 
     if tau == 1 and sum(isinstance(guard, Floor) for guard in guards) == 1:
         assert torch.equal(outcome.allowed_NE, outcome.unfloored_NE)
         assert not outcome.overflow_SE.any()
+
+
+@every_policy
+@many_examples
+@given(data=st.data(), tau=st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]))
+def test_regret_bounds_the_routing_probability_that_a_row_loses(row: Row, data: st.DataObject, tau: float) -> None:
+    trial = data.draw(trials(row, guards=(*PARTS[:-1], " | floor(0.5)")))
+    trial = replace(trial, plan=Plan(trial.plan.policy, (Regret(tau), *trial.plan.guards)))
+    outcome, world = trial.run(), trial.world()
+    for index, ids in enumerate(outcome.routing.ids_NK.tolist()):
+        chance = [Fraction(weight) for weight in world.weights[index]]
+        lost = sum(chance[e] for e in world.native[index]) - sum(chance[e] for e in set(ids))
+        assert lost <= (Fraction(tau) + ROUNDING) * sum(chance)
+    if any(isinstance(guard, Floor) for guard in trial.plan.guards):
+        assert (outcome.displaced_N <= 0.5 + 1e-12).all()
+    elif tau == 1:
+        assert torch.equal(outcome.allowed_NE, outcome.unfloored_NE)
+
+
+def test_regret_by_hand() -> None:
+    """One expert a row; most of the batch wants 0. The others' best and what they would lose: 1 by 0.05, 1 by 0.401."""
+    p_NE = torch.tensor([[0.8, 0.1, 0.1], [0.9, 0.05, 0.05], [0.4, 0.45, 0.15], [0.299, 0.7, 0.001]])
+
+    def chosen(guards: str) -> list[int]:
+        plan = parse("xshare(1, warmup=0)" + guards)
+        return route(plan, RouteSpec(top_k=1), p_NE.log(), Batch.of(4)).routing.ids_NK.flatten().tolist()
+
+    assert chosen("") == [0, 0, 0, 0]
+    assert chosen(" | regret(0.06)") == [0, 0, 0, 1]
+    assert chosen(" | regret(0.04)") == [0, 0, 1, 1]
+    assert chosen(" | regret(0.41)") == [0, 0, 0, 0]
+    assert chosen(" | floor(0.99)") == [0, 0, 1, 1]
+    plan = parse("xshare(1, warmup=0) | regret(0.2) | floor(0.5)")
+    assert [guard.name for guard in plan.guards] == ["floor", "regret"]
 
 
 @every_policy

@@ -112,6 +112,9 @@ REFUSED = {
     "oea(4) | floor(-0.1)": "floor",
     "oea(4) | floor('0.3')": "floor",
     "oea(4) | floor(True)": "floor",
+    "oea(4) | regret(1.5)": "regret",
+    "oea(4) | regret(True)": "regret",
+    "oea(4) | regret()": "regret needs 'tau'",
     "oea(4) | decode_only(3)": "decode_only takes no parameters",
 }
 

@@ -236,6 +236,21 @@ def floor_adds(world: World, row: int, tau: float, allowed: set[int]) -> set[int
     return added
 
 
+def regret_adds(world: World, row: int, tau: float, allowed: set[int], *, fills: bool) -> set[int]:
+    """The row's heaviest displaced native experts, as few as leave it at most `tau` of routing probability short."""
+    chance = [Fraction(weight) for weight in world.weights[row]]
+    native = sorted(world.native[row], key=lambda e: -chance[e])
+    out = [e for e in native if e not in allowed]
+    others = [e for e in world.order(row) if e in allowed and e not in native] if fills else []
+
+    def short(back: int) -> Fraction:
+        missing = out[back:]
+        return sum(chance[e] for e in missing) - sum(chance[e] for e in others[: len(missing)])
+
+    bad = [back for back in range(len(out)) if short(back) > Fraction(tau) * sum(chance)]
+    return set(out[: max(bad) + 1]) if bad else set()
+
+
 @dataclass
 class Result:
     choices: list[Choice]
@@ -281,6 +296,9 @@ def run(world: World, twin: Twin, policy: Any, guards: tuple[Any, ...] = (), kin
         for guard in guards:
             if guard.name == "floor":
                 allowed |= floor_adds(world, row, float(guard.tau), allowed)
+        for guard in guards:
+            if guard.name == "regret":
+                allowed |= regret_adds(world, row, float(guard.tau), allowed, fills=twin.assign is backfill)
         lost = [expert for expert in world.native[row] if expert not in allowed]
         if lost:
             choices.append(twin.assign(world, row, policy, allowed, coreset))

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from carpool.errors import CarpoolError
-from carpool.plans.guards import GUARDS, Bits, DecodeOnly, Floor, Guard, MinBatch, ShortCircuit
+from carpool.plans.guards import GUARDS, Bits, Bound, DecodeOnly, Guard, MinBatch, Regret, ShortCircuit
 from carpool.policies import Policy, policies
 from carpool.policies.registry import policy_class
 from carpool.routing.spec import ALL_BITS
@@ -26,13 +26,13 @@ SHOWN = 200  # characters of a text that an error repeats
 
 @dataclass(frozen=True)
 class Plan:
-    """A policy with its guards, in the order they were written; a floor always acts last."""
+    """A policy with its guards, in the order they were written; bounds always act last, the floor first."""
 
     policy: Policy
     guards: tuple[Guard, ...] = ()
 
     def __post_init__(self) -> None:
-        ordered = sorted(self.guards, key=lambda guard: isinstance(guard, Floor))
+        ordered = sorted(self.guards, key=lambda guard: (isinstance(guard, Bound), isinstance(guard, Regret)))
         object.__setattr__(self, "guards", tuple(ordered))
 
     def check(self, num_experts: int, top_k: int) -> None:

@@ -163,7 +163,19 @@ class Bits(Guard):
 
 
 @dataclass(frozen=True)
-class Floor(Guard):
+class Bound(Guard):
+    """A guard that acts last and beats every budget: it gives single rows native experts back. In a plan the floor
+    acts before `regret`, which keeps the floor's bound since it only adds."""
+
+    def bound(
+        self, policy: Policy, inputs: Inputs, allowed_NE: Tensor, depth_GE: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What each row may use, bool `[N, E]`, and how deep its group reads, with what the bound gives back."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Floor(Bound):
     """No row loses more than a share `tau` of its native weight: a row that would gets its own best native experts
     back until it does not. The floor beats every budget; what it adds is counted.
 
@@ -187,7 +199,9 @@ class Floor(Guard):
             deep, f"floor(depth={self.depth!r}): give the bits below which a weight counts as lost, 1 to {ALL_BITS}"
         )
 
-    def bound(self, inputs: Inputs, allowed_NE: Tensor, depth_GE: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def bound(
+        self, policy: Policy, inputs: Inputs, allowed_NE: Tensor, depth_GE: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Adds the heaviest native experts that are displaced, or read too shallow, while more than `tau` would still
         be; a group reads as deep as the row that asks for most."""
         ids_NK = inputs.native_ids_NK.long()
@@ -210,6 +224,50 @@ class Floor(Guard):
         return allowed_NE | added_NE, depth_GE
 
 
+@dataclass(frozen=True)
+class Regret(Bound):
+    """A row moves only if it loses at most `tau` of routing probability: that of its native experts less that of those
+    it gets, over all experts 1. A row that would lose more gets its own best native experts back until it does not.
+
+    Meant for routing with few experts a row, whole models above all (`carpool.models`): with one expert a row, every
+    `floor` below 1 forbids any move, while a row between two equals loses nothing by going to the other.
+
+    What a policy puts in the place of an expert counts where that is the row's next best; where it is nothing, a
+    similar expert or a surrogate, it does not. `tau=0` lets a row move between equals only, `tau=1` never acts.
+    """
+
+    tau: float | Tensor
+
+    name = "regret"
+
+    def __post_init__(self) -> None:
+        good = isinstance(self.tau, Tensor) or (type(self.tau) in (int, float) and 0 <= self.tau <= 1)
+        require(good, f"regret({self.tau!r}): give the most routing probability a row may lose, 0 to 1")
+
+    def bound(
+        self, policy: Policy, inputs: Inputs, allowed_NE: Tensor, depth_GE: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        ids_NK, top_k = inputs.native_ids_NK.long(), inputs.top_k
+        chance_NE = inputs.weights_NE.double()
+        missing_NK = chance_NE.gather(-1, ids_NK) * ~allowed_NE.gather(-1, ids_NK)
+        heaviest = missing_NK.sort(dim=-1, descending=True, stable=True)
+        left_NK = heaviest.values.flip(-1).cumsum(-1).flip(-1)  # lost if this expert and all lighter ones stay out
+        if type(policy).assign is Policy.assign:
+            keys_NE = torch.where(allowed_NE & ~inputs.native_NE, inputs.preference_NE, -1)
+            next_best = keys_NE.topk(top_k, dim=-1)
+            gained_NK = (chance_NE.gather(-1, next_best.indices) * (next_best.values >= 0)).cumsum(-1)
+            # with the j heaviest back, as many next best ones come in as then are still missing
+            absent_N1 = (~allowed_NE.gather(-1, ids_NK)).sum(-1, keepdim=True)
+            places_NK = absent_N1 - 1 - torch.arange(top_k, device=ids_NK.device)
+            left_NK = left_NK - gained_NK.gather(-1, places_NK.clamp_min(0)) * (places_NK >= 0)
+        total_N1 = chance_NE.sum(-1, keepdim=True)
+        too_much_NK = torch.minimum(left_NK, total_N1) > self.tau * total_N1  # `minimum`: see `Floor`
+        # back comes all up to the last place at which too much would be lost
+        back_NK = (too_much_NK.int().flip(-1).cumsum(-1).flip(-1) > 0) & (heaviest.values > 0)
+        added_NE = torch.zeros_like(allowed_NE).scatter(-1, ids_NK.gather(-1, heaviest.indices), back_NK)
+        return allowed_NE | added_NE, depth_GE
+
+
 GUARDS: dict[str, type[Guard]] = {
-    guard.name: guard for guard in (DecodeOnly, MinBatch, Protect, ShortCircuit, Bits, Floor)
+    guard.name: guard for guard in (DecodeOnly, MinBatch, Protect, ShortCircuit, Bits, Floor, Regret)
 }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from carpool.plans.grammar import Plan
-from carpool.plans.guards import Floor
+from carpool.plans.guards import Bound
 from carpool.policies.base import Inputs, Policy
 from carpool.routing.batch import Batch
 from carpool.routing.lazy import lazy_property
@@ -29,10 +29,10 @@ class Outcome:
     Attributes:
         routing: for the experts module.
         inputs: what the policy saw, with the batch as the guards left it.
-        coreset_GE: the experts each group may use, free experts included; what the floor or a critical expert
+        coreset_GE: the experts each group may use, free experts included; what a bound or a critical expert
             adds for single rows is not.
         allowed_NE: the experts each row may use.
-        unfloored_NE: the same before the floor.
+        unfloored_NE: the same before the floor and `regret`.
         changed_N: rows whose routing differs from the native one.
         nonfinite_N: real rows with NaN or infinite logits; they kept their native routing.
         loss_E: share of a displaced pair's weight that calibration expects to be lost; None: all of it.
@@ -109,7 +109,7 @@ class Outcome:
 
     @lazy_property
     def overflow_SE(self) -> Tensor:
-        """Experts that a step reads only because of the floor, padding aside."""
+        """Experts that a step reads only because of the floor or `regret`, padding aside."""
         batch = self.inputs.batch
         if self.unfloored_NE is self.allowed_NE:
             return torch.zeros_like(self.union_SE)
@@ -185,14 +185,14 @@ def decide(
         coreset_GE = guard.coreset(plan.policy, inputs, coreset_GE)
     unfloored_NE = plan.policy.allowed(inputs, coreset_GE) | (batch.exempt_N.unsqueeze(-1) & inputs.native_NE)
     for guard in plan.guards:
-        if not isinstance(guard, Floor):
+        if not isinstance(guard, Bound):
             unfloored_NE = guard.allowed(plan.policy, inputs, unfloored_NE)
     for guard in plan.guards:
         depth_GE = guard.read_depth(inputs, depth_GE)
     allowed_NE = unfloored_NE
     for guard in plan.guards:
-        if isinstance(guard, Floor):
-            allowed_NE, depth_GE = guard.bound(inputs, allowed_NE, depth_GE)
+        if isinstance(guard, Bound):
+            allowed_NE, depth_GE = guard.bound(plan.policy, inputs, allowed_NE, depth_GE)
 
     changed_N = (inputs.native_NE & ~allowed_NE).any(-1)
     changed_N1 = changed_N.unsqueeze(-1)
