@@ -50,6 +50,7 @@ class Expert:
         context: tokens that prompt and answer may have together.
         answer_after: what stands before the answer proper, such as `</think>`; confidences look at what follows it.
         weight_bytes: of the model's weights, where they cannot be counted.
+        settings: further arguments of `from_pretrained` or `vllm.LLM`, such as `{dtype = "float32"}`.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Expert:
     context: int = 1024
     answer_after: str = ""
     weight_bytes: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         where = f"expert {self.name!r}"
@@ -85,7 +87,8 @@ class Expert:
     @property
     def weights(self) -> tuple[str, ...]:
         """What is loaded: experts with equal weights share one load."""
-        return self.engine, self.model, self.revision, self.url
+        settings = json.dumps(dict(self.settings), sort_keys=True) if self.settings else ""
+        return self.engine, self.model, self.revision, self.url, settings
 
     def put(self, question: str) -> str:
         """The question as this expert is asked it, before any chat template."""
@@ -188,7 +191,7 @@ def _expert(entry: Any, path: Path) -> Expert:
 
 
 def _kind(one: Any) -> type:
-    if one.name in ("stop", "template"):
+    if one.name in ("stop", "template", "settings"):
         return list if one.name == "stop" else dict
     return {"str": str, "int": int, "bool": bool}[one.type]
 

@@ -15,6 +15,8 @@ from carpool.artefacts.json_text import parse_json
 from carpool.errors import CarpoolError
 
 CUT_SHORT = "length"  # the finish of an answer that ran into its limit
+TOO_LONG = "too_long"  # and of a question that does not fit an expert's context
+UNFINISHED = (CUT_SHORT, TOO_LONG)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Answer:
     Attributes:
         id: of the question. asked: its hash. expert: its name. fingerprint: of the expert as it was then.
         text: what was written, or the choice. choice: its place; None where the answer was written.
-        finish: why it ended: `stop`, `length` or `choice`.
+        finish: why it ended: `stop`, `length`, `choice`, or `too_long` where the question does not fit.
         read, written: tokens.
         confidence: signals by name, each in [0, 1] (`models.confidence`).
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from carpool.models.pool import Pool
-from carpool.models.questions import CUT_SHORT, Answer, Answers, Question, normalised
+from carpool.models.questions import UNFINISHED, Answer, Answers, Question, normalised
 from carpool.models.recruit import Assignment
 
 
@@ -14,7 +14,7 @@ def vote(answers: Sequence[Answer], weights: Sequence[float]) -> Answer | None:
 
     Answers that were cut short have no say (their end, where the answer stands, is missing), unless all were.
     """
-    whole = [pair for pair in zip(answers, weights, strict=True) if pair[0].finish != CUT_SHORT]
+    whole = [pair for pair in zip(answers, weights, strict=True) if pair[0].finish not in UNFINISHED]
     counted: dict[object, float] = {}
     first: dict[object, Answer] = {}
     for one, weight in whole or list(zip(answers, weights, strict=True)):
