@@ -89,8 +89,21 @@ def test_a_signal_that_tells_is_used() -> None:
 
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_a_share_may_be_given_instead(share: float) -> None:
-    gate = Gate.calibrate(*items(2), max_strong=share)
+    gate = Gate.calibrate(*items(2), max_cost=share)
     assert 1 - gate.kept == pytest.approx(share, abs=0.01)
+
+
+def test_a_budget_may_count_tokens() -> None:
+    signals_NS, weak_N, strong_N = items(5)
+    tokens_N = torch.randint(5, 50, (400,), generator=torch.Generator().manual_seed(5))
+    gate = Gate.calibrate(signals_NS, weak_N, strong_N, max_cost=10, cost_N=tokens_N)
+    spent = float((tokens_N * ~gate.keep(signals_NS)).double().mean())
+    assert 9 < spent <= 10
+    fresh_NS, _, _ = items(6, 4000)
+    fresh_N = torch.randint(5, 50, (4000,), generator=torch.Generator().manual_seed(6))
+    assert float((fresh_N * ~gate.keep(fresh_NS)).double().mean()) == pytest.approx(10, abs=1.5)
+    with pytest.raises(CarpoolError, match="enough for every item"):
+        Gate.calibrate(signals_NS, weak_N, strong_N, max_cost=60, cost_N=tokens_N)
 
 
 @given(seed=st.integers(0, 99), signals=st.sampled_from([1, 3]))
@@ -119,7 +132,7 @@ def test_draws_follow_the_confidence() -> None:
 
 def test_what_does_not_tell_is_refused() -> None:
     signals_NS, weak_N, strong_N = items(4, signals=2)
-    with pytest.raises(CarpoolError, match="does not beat a random choice"):
+    with pytest.raises(CarpoolError, match="does not beat a random choice at equal cost"):
         Gate.calibrate(signals_NS[:, 1], weak_N, strong_N, max_loss=0.1)
     with pytest.raises(CarpoolError, match="use the strong one alone"):
         Gate.calibrate(signals_NS[:, 0], weak_N & False, strong_N | True, max_loss=0.0)
@@ -139,7 +152,7 @@ def test_chance_rarely_passes() -> None:
     for seed in range(tried):
         signals_NS, weak_N, strong_N = items(seed + 100, 120, signals=2)
         try:
-            Gate.calibrate(signals_NS[:, 1], weak_N, strong_N, max_strong=0.5)
+            Gate.calibrate(signals_NS[:, 1], weak_N, strong_N, max_cost=0.5)
         except CarpoolError:
             continue
         passed += 1

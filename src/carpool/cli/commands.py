@@ -8,6 +8,8 @@ from carpool.cli import (  # noqa: F401
     doctor,
     evaluate,
     lm_eval,
+    models,
+    models_cascade,
     policies,
     policy_files,
     report,

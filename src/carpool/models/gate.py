@@ -37,7 +37,7 @@ class Gate:
         cut: the score from which the weak answer stands.
         kept: share of the calibration items that stand.
         loss: share of right answers lost there against the strong model on all.
-        gain: share of right answers above a random choice of as many, on items that did not choose the cut.
+        gain: share of right answers above a random choice at equal cost, on items that did not choose the cut.
         error: standard error of `gain`.
     """
 
@@ -80,7 +80,8 @@ class Gate:
         strong_right_N: Tensor,
         *,
         max_loss: float = 0.01,
-        max_strong: float | None = None,
+        max_cost: float | None = None,
+        cost_N: Tensor | None = None,
         level: float = 0.95,
         seed: int = 0,
     ) -> Gate:
@@ -93,7 +94,8 @@ class Gate:
             signals_NS: of the weak answers, `[N, S]` or `[N]`.
             weak_right_N, strong_right_N: how good each answer is, bool or in [0, 1].
             max_loss: share of right answers that may be lost against the strong model on all items.
-            max_strong: instead of that, the largest share of items that are passed on.
+            max_cost: instead of that, the most that passing on may cost, as a mean over all items.
+            cost_N: of each strong answer, such as its tokens; default: 1, so that `max_cost` is a share of items.
             level: how sure it has to be that the gate beats random.
 
         Raises:
@@ -104,22 +106,29 @@ class Gate:
         items = len(signals_NS)
         if not (len(weak_N) == len(strong_N) == items) or items < FEWEST:
             raise CarpoolError(f"a gate is calibrated on {FEWEST} items or more with both answers; given: {items}")
-        for name, value in (("max_loss", max_loss), ("max_strong", max_strong), ("level", level)):
-            if value is not None and not 0 <= value <= 1:
+        for name, value in (("max_loss", max_loss), ("level", level)):
+            if not 0 <= value <= 1:
                 raise CarpoolError(f"{name}={value!r}: give a share, 0 to 1")
+        if max_cost is not None and not max_cost >= 0:
+            raise CarpoolError(f"max_cost={max_cost!r}: give a number, 0 or more")
+        costs_N = torch.ones_like(weak_N) if cost_N is None else cost_N.double()
         weights = _weights(signals_NS, weak_N >= strong_N)
         score_N = signals_NS @ torch.tensor(weights, dtype=torch.float64)
-        cut, kept_N = _cut(score_N, weak_N, strong_N, max_loss, max_strong)
+        cut, kept_N = _cut(score_N, strong_N - weak_N, costs_N, max_loss, max_cost)
         kept = float(kept_N.double().mean())
+        if kept == 0 and max_cost is not None:
+            raise CarpoolError(f"max_cost={max_cost} is enough for every item: use the strong model alone")
         if kept == 0:
             raise CarpoolError(f"no weak answer may stand at max_loss={max_loss}: use the strong one alone")
+        if kept == 1 and max_cost is not None:
+            raise CarpoolError(f"max_cost={max_cost} leaves all to the weak model; give a larger one or another signal")
         if kept == 1:
             raise CarpoolError("every answer of the weak model may stand: use it alone, without a gate")
-        gain_N = _held_out(score_N, weak_N, strong_N, max_loss, max_strong, seed)
+        gain_N = _held_out(score_N, strong_N - weak_N, costs_N, max_loss, max_cost, seed)
         gain, error = float(gain_N.mean()), float(gain_N.std()) / math.sqrt(items)
         if gain <= NormalDist().inv_cdf(level) * error:
             raise CarpoolError(
-                f"the gate does not beat a random choice of as many items ({gain:+.4f} of right answers, standard "
+                f"the gate does not beat a random choice at equal cost ({gain:+.4f} of right answers, standard "
                 f"error {error:.4f}, {items} items): give another signal or more items, or use one of the models alone"
             )
         scores, values = isotonic(score_N, (weak_N >= strong_N).double())
@@ -173,35 +182,41 @@ def isotonic(score_N: Tensor, target_N: Tensor) -> tuple[tuple[float, ...], tupl
 
 
 def _cut(
-    score_N: Tensor, weak_N: Tensor, strong_N: Tensor, max_loss: float, max_strong: float | None
+    score_N: Tensor, better_N: Tensor, cost_N: Tensor, max_loss: float, max_cost: float | None
 ) -> tuple[float, Tensor]:
-    """The score from which weak answers stand, and which do: the most that the limit allows."""
+    """The score from which weak answers stand, and which do: as many as a loss allows, as few as a cost allows.
+
+    Args:
+        better_N: how much better the strong answer is.
+    """
     order_N = score_N.argsort(descending=True, stable=True)
     ranked_N = score_N[order_N]
-    lost_N = (strong_N - weak_N)[order_N].cumsum(0) / len(score_N)
-    if max_strong is None:
-        allowed_N = lost_N <= max_loss + 1e-12
+    if max_cost is None:
+        allowed_N = better_N[order_N].cumsum(0) / len(score_N) <= max_loss + 1e-12
     else:
-        allowed_N = torch.arange(1, len(score_N) + 1) >= math.ceil((1 - max_strong) * len(score_N) - 1e-9)
+        allowed_N = (cost_N.sum() - cost_N[order_N].cumsum(0)) / len(score_N) <= max_cost + 1e-9
     last_N = torch.cat([ranked_N[1:] < ranked_N[:-1], torch.tensor([True])])  # items of one score stand or go together
     places = (allowed_N & last_N).nonzero().flatten()
+    if max_cost is not None and float(cost_N.mean()) <= max_cost:
+        places = places[:0]  # all may be passed on
     if not len(places):
         return math.inf, torch.zeros_like(score_N, dtype=torch.bool)
-    place = int(places[-1] if max_strong is None else places[0])
-    return float(ranked_N[place]), score_N >= ranked_N[place]
+    cut = float(ranked_N[places[-1] if max_cost is None else places[0]])
+    return cut, score_N >= cut
 
 
 def _held_out(
-    score_N: Tensor, weak_N: Tensor, strong_N: Tensor, max_loss: float, max_strong: float | None, seed: int
+    score_N: Tensor, better_N: Tensor, cost_N: Tensor, max_loss: float, max_cost: float | None, seed: int
 ) -> Tensor:
-    """Of each item what the gate adds over a random choice of as many, `[N]`; its cut is the other half's."""
+    """Of each item what the gate adds over a random choice at equal cost, `[N]`; its cut is the other half's."""
     fold_N = torch.randperm(len(score_N), generator=torch.Generator().manual_seed(seed)) % FOLDS
     gain_N = torch.zeros_like(score_N)
     for fold in range(FOLDS):
         here_N = fold_N == fold
-        cut, _ = _cut(score_N[~here_N], weak_N[~here_N], strong_N[~here_N], max_loss, max_strong)
-        kept_N = (score_N[here_N] >= cut).double()
-        gain_N[here_N] = (kept_N - kept_N.mean()) * (weak_N - strong_N)[here_N]
+        cut, _ = _cut(score_N[~here_N], better_N[~here_N], cost_N[~here_N], max_loss, max_cost)
+        passed_N = (score_N[here_N] < cut).double()
+        chance = (passed_N * cost_N[here_N]).sum() / cost_N[here_N].sum().clamp_min(1e-12)
+        gain_N[here_N] = (passed_N - chance) * better_N[here_N]
     return gain_N
 
 

@@ -21,7 +21,8 @@ def main() -> None:
         asked = json.loads(line)
         try:
             if "load" in asked:
-                engine, made = _load(_expert(asked["load"])), {"loaded": True}
+                engine = _load(_expert(asked["load"]))
+                made: dict[str, Any] = {"loaded": True}
             else:
                 made = {"answers": _answer(engine, _expert(asked["expert"]), asked["questions"])}
         except Exception as error:  # whatever an engine raises
