@@ -82,7 +82,7 @@ def test_a_cascade_of_equals_is_refused_and_its_answers_are_kept(folder: Path, m
         "c.jsonl",
     )
     said = run(folder, monkeypatch, *given, code=2)
-    assert said.startswith("carpool models cascade: ")
+    assert "carpool models cascade: every answer of the weak model may stand" in said
     assert "use it alone" in said
     assert len(Answers(folder / "c.jsonl").by_key) == 120
     assert not (folder / "gate.json").exists()
@@ -129,6 +129,7 @@ def test_an_expert_that_dies_in_mid_run(folder: Path, monkeypatch: pytest.Monkey
         (("answer", "pool.toml", "-q", "q.jsonl", "-o", "x.txt"), "a .jsonl file"),
         (("cascade", "pool.toml", "-q", "q.jsonl", "--weak", "a", "--strong", "z"), "no expert 'z' in the pool"),
         (("cascade", "pool.toml", "-q", "q.jsonl", "--weak", "a", "--strong", "b", "--gate", "q.jsonl"), "not JSON"),
+        (("cascade", "pool.toml", "-q", "q.jsonl", "--weak", "a", "--strong", "a"), "are both a"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(

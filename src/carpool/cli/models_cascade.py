@@ -22,6 +22,7 @@ from carpool.cli.models_common import (
     show_ledger,
 )
 from carpool.cli.table import say
+from carpool.errors import CarpoolError
 
 
 @command("models cascade", group)
@@ -55,9 +56,12 @@ def cascade(
     require_writable(target, ".json" if gate is None else ".jsonl")
     experts, asked, kept, ledger = open_pool(pool), open_questions(questions), open_answers(answers), Ledger()
     names = signal or ["margin"]
+    given = None if gate is None else Gate.load(gate)
+    if experts[weak] == experts[strong]:
+        raise CarpoolError(f"--weak and --strong are both {weak}; name two experts")
     console = Console()
     with opening(2 * len(asked)) as opened:
-        if gate is None:
+        if given is None:
             for name in (weak, strong):
                 ask_one(experts, name, asked, opened, kept, ledger)
             made = calibrate(
@@ -65,7 +69,7 @@ def cascade(
             )
             made.save(target)
         else:
-            found = run(experts, weak, strong, asked, Gate.load(gate), opened, kept, ledger, signals=names)
+            found = run(experts, weak, strong, asked, given, opened, kept, ledger, signals=names)
             write_text(target, answer_lines(asked, found.final))
     show_ledger(console, ledger)
     if gate is None:
