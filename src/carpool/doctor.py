@@ -149,7 +149,7 @@ def built(model: str | Path) -> Diagnosis:
     from carpool.hosts.transformers import find_layers
     from carpool.hosts.transformers.loading import auto_class
 
-    config = _config(model)
+    config = config_of(model)
     try:
         with torch.device("meta"):
             shell = auto_class(config).from_config(config)
@@ -205,7 +205,8 @@ def _planes(given: dict[str, Any]) -> float:
     return float(depths[-1]) + (16 / float(group) if group else 0.0)
 
 
-def _config(model: str | Path) -> Any:
+def config_of(model: str | Path) -> Any:
+    """Transformers' configuration of a model; raises what `diagnose` raises for what cannot be read."""
     from transformers import AutoConfig
 
     path = Path(model).expanduser()

@@ -17,6 +17,7 @@ from carpool.errors import CarpoolError
 
 if TYPE_CHECKING:
     from carpool.doctor import Diagnosis
+    from carpool.offloading.estimate import Estimate
 
 ESTIMATE = "* an upper estimate: as if tokens drew experts independently and evenly; `carpool evaluate` measures"
 
@@ -27,6 +28,10 @@ GPU_DRIVERS = ("/proc/driver/nvidia/version", "/dev/kfd")  # asking torch takes 
 def doctor(
     model: Annotated[str, typer.Argument(help="A model's folder, its config.json, or a name in the local cache.")],
     bandwidth: Annotated[float, typer.Option(help="Memory bandwidth in GB/s, for the time a step's reads take.")] = 0.0,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory for weights, such as 8GiB: will it fit, and how fast can it be at most?")
+    ] = None,
+    disk: Annotated[str, typer.Option(help="What the disk reads, for --memory.")] = "2GB/s",
     policy: Annotated[str | None, typer.Option(help="A policy text: how would vLLM run it on this model?")] = None,
     as_json: ShowJson = False,
 ) -> None:
@@ -38,8 +43,10 @@ def doctor(
     console = Console()
     found = diagnose(model)
     paths = {} if policy is None else found.paths(policy)
+    fits = None if memory is None else _estimates(model, memory, disk)
     if as_json:
-        typer.echo(json.dumps(_as_dict(found, bandwidth) | ({"paths": paths} if paths else {}), indent=1))
+        fit = {} if fits is None else {"fit": [asdict(one) for one in fits]}
+        typer.echo(json.dumps(_as_dict(found, bandwidth) | ({"paths": paths} if paths else {}) | fit, indent=1))
         return
     rule = found.rule
     console.print(
@@ -65,6 +72,8 @@ def doctor(
     print_table(console, columns, rows)
     say(console, f"{ESTIMATE}\n")
 
+    if fits is not None:
+        _print_fit(console, fits, f"{memory} of memory, a disk of {disk}")
     console.print("[bold]Policies to begin with[/]")
     suggestions = found.suggestions()
     wide = max(len(text) for text, _ in suggestions)
@@ -83,6 +92,34 @@ def doctor(
         console.print(f"\n[bold]A layer's routing in vLLM[/] under {policy}", highlight=False)
         for device, place in places.items():
             say(console, f"  {place}: {paths[device]}")
+
+
+def _estimates(model: str, memory: str, disk: str) -> list[Estimate]:
+    from carpool.fit import estimates
+    from carpool.offloading.amounts import bytes_of
+
+    return estimates(model, bytes_of(memory, "--memory"), bytes_of(disk, "--disk", speed=True))
+
+
+def _print_fit(console: Console, fits: list[Estimate], where: str) -> None:
+    """What fits, and what the disk allows one sequence where not all does."""
+    from carpool.fit import HIT_RATES
+
+    console.print(f"[bold]Will it fit?[/] {where}; {fits[0].rest / 1e9:.2f} GB are no experts", highlight=False)
+    columns = [Column("bits"), Column("GB of experts"), Column("resident, %", "share of the experts beside the rest")]
+    columns += [Column("GB a token", "of experts that one token reads", rank=1)]
+    columns += [Column(f"{100 * rate:.0f} % hits", "tokens a second at most", rank=2) for rate in HIT_RATES]
+    rows = []
+    for one in fits:
+        row = [f"{one.bits:g}", f"{one.all_experts / 1e9:.1f}", f"{100 * max(0.0, one.resident):.0f}"]
+        most = ["fits" if one.fits else f"{one.most(rate):.1f}" if one.runs else "no" for rate in HIT_RATES]
+        rows.append(Row([*row, f"{one.token / 1e9:.3f}", *most]))
+    print_table(console, columns, rows)
+    say(
+        console,
+        "tokens a second that the disk allows one sequence; a cache hits as often as it holds experts where routing "
+        "has no locality, and more often where it has: `carpool trace show`\n",
+    )
 
 
 def _as_dict(found: Diagnosis, bandwidth: float) -> dict[str, Any]:

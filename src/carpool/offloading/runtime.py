@@ -1,0 +1,112 @@
+"""A model's experts on disk, some of them in memory: what a layer needs is read, what nobody needs leaves.
+
+Shapes: `N` rows, `K` experts a row, `E` experts, `H` hidden size.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from carpool.errors import CarpoolError
+from carpool.kernels.experts.activation import Activation
+from carpool.offloading.layer_step import Foretell, LayerStep
+from carpool.offloading.memory import Memory
+from carpool.offloading.misses import Misses
+from carpool.offloading.residency import Residency, Totals
+from carpool.offloading.rules import Rule
+from carpool.offloading.store import Store
+
+
+class Offloaded:
+    """The experts of all layers; `read` computes one layer's. One forward runs at a time, others wait."""
+
+    def __init__(
+        self,
+        store: Store,
+        capacity: int,
+        rule: Rule,
+        misses: Misses,
+        activations: Sequence[Activation],
+        *,
+        threads: int = 4,
+        foretell: Foretell | None = None,
+        deepen: bool = False,
+    ) -> None:
+        """Raises CarpoolError: memory that does not hold one expert, or depths that are not stored."""
+        geometry = store.geometry
+        misses.check(geometry.depths)
+        least = geometry.read(0, geometry.deepest)
+        if capacity < least:
+            raise CarpoolError(f"memory for {capacity} bytes holds no expert, which takes {least}; give more")
+        self._residency = Residency(store, capacity, rule, threads)
+        units_LE2 = store.units_LE2
+        self._experts = [self.memory.experts(place, units_LE2[place], one) for place, one in enumerate(activations)]
+        self._misses, self._foretell, self._deepen = misses, foretell, deepen
+        self._lock, self._closed = threading.Lock(), False
+
+    @property
+    def store(self) -> Store:
+        return self._residency.store
+
+    @property
+    def memory(self) -> Memory:
+        return self._residency.memory
+
+    @property
+    def totals(self) -> Totals:
+        """What has happened."""
+        return self._residency.totals
+
+    @property
+    def resident_LE(self) -> Tensor:
+        """Bits of every expert that are in memory, int64."""
+        return self._residency.resident_LE
+
+    @property
+    def bytes_read(self) -> int:
+        """Of experts, all threads together."""
+        return sum(self._residency.readers.bytes_read)
+
+    def begin(self) -> None:
+        """Other requests run from here on."""
+        with self._lock:
+            self._residency.history.begin()
+
+    def settle(self) -> None:
+        """Wait for all that is being read."""
+        with self._lock:
+            while jobs := list(self._residency.jobs.values()):
+                self._residency.collect(self._residency.readers.wait(jobs))
+
+    def close(self) -> None:
+        """End the reading threads and close the file."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._residency.readers.close()
+                self.store.close()
+
+    def read(self, place: int, hidden_NH: Tensor, ids_NK: Tensor, weights_NK: Tensor, depth_NK: Tensor) -> Tensor:
+        """The weighted sum of a layer's experts' outputs, float32 `[N, H]`: bit for bit what they give where all are
+        resident, if misses are exact and all is read as deep as it is stored. An expert is computed as deep as it is
+        held.
+
+        Args:
+            place: of the layer. depth_NK: bits to read of a pair if its expert is not there; `ALL_BITS` for all.
+
+        Raises:
+            CarpoolError: the block was left, or the file can no longer be read.
+        """
+        with self._lock:
+            if self._closed:
+                raise CarpoolError("these experts are on disk; open them: with carpool.offload(model, memory=...)")
+            begun = time.perf_counter()
+            step = LayerStep(self._residency, self._misses, self._experts[place], place)
+            try:
+                return step.run(hidden_NH, ids_NK, weights_NK, depth_NK, self._foretell, self._deepen)
+            finally:
+                self.totals.computed += time.perf_counter() - begun
