@@ -59,6 +59,7 @@ requests = st.builds(
 )  # fmt: skip
 
 
+@settings(deadline=None, max_examples=30)
 @given(given_=requests, window=st.integers(1, 6))
 def test_srp_is_its_twin(given_: list[torch.Tensor], window: int) -> None:
     for layer in range(given_[0].shape[1]):
@@ -69,6 +70,7 @@ def test_srp_is_its_twin(given_: list[torch.Tensor], window: int) -> None:
         assert float(best.size_X) == pytest.approx(size, abs=1e-12)
 
 
+@settings(deadline=None, max_examples=30)
 @given(given_=requests, window=st.integers(1, 6))
 def test_the_best_threshold_follows_from_the_value(given_: list[torch.Tensor], window: int) -> None:
     """The smallest whole number from `m / 2` times SRP is as good as any (the paper's proof C.3)."""
@@ -92,6 +94,7 @@ def test_who_always_chooses_the_same_is_perfectly_consistent() -> None:
         consistency([same], E, 41)
 
 
+@settings(deadline=None, max_examples=25)
 @given(given_=requests, window=st.integers(1, 6), size=st.sampled_from([1.0, 1.5, 2.0]))
 def test_segment_caches_are_their_twin(given_: list[torch.Tensor], window: int, size: float) -> None:
     found_RL, uses_RL = segment_hits(given_, E, window, size)
@@ -149,7 +152,7 @@ def ranks(accesses: Accesses, known: Accesses) -> dict[str, tuple[Rule, twins.Ra
     }  # fmt: skip
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(given_=requests, batch=st.integers(1, 2), capacity=st.integers(1, 7), shared=st.booleans())
 def test_every_rule_is_its_twin(given_: list[torch.Tensor], batch: int, capacity: int, shared: bool) -> None:
     accesses = lockstep(given_, E, min(batch, len(given_)))
@@ -160,7 +163,7 @@ def test_every_rule_is_its_twin(given_: list[torch.Tensor], batch: int, capacity
         assert float(found.read_SL.sum()) == float(found.misses_SL.sum())
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(given_=requests, batch=st.integers(1, 2))
 def test_one_pass_says_what_every_size_would_have_hit(given_: list[torch.Tensor], batch: int) -> None:
     accesses = lockstep(given_, E, min(batch, len(given_)))
@@ -174,7 +177,7 @@ def test_one_pass_says_what_every_size_would_have_hit(given_: list[torch.Tensor]
             assert torch.equal(found_LE[:, capacity - 1], uses_L - missed_L), (name, capacity)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(given_=requests, capacity=st.integers(1, 6))
 def test_nothing_beats_belady(given_: list[torch.Tensor], capacity: int) -> None:
     accesses = lockstep(given_, E)
@@ -204,7 +207,7 @@ def test_requests_are_matched_by_the_layers_that_they_have_used() -> None:
 
 
 @given(given_=requests, capacity=st.integers(1, 5), shares=st.tuples(st.floats(0, 0.9), st.floats(0, 0.9)))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 def test_depths_are_read_as_rows_deserve_and_deepened(
     given_: list[torch.Tensor], capacity: int, shares: tuple[float, float]
 ) -> None:

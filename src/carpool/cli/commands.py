@@ -16,6 +16,7 @@ from carpool.cli import (  # noqa: F401
     sample_text,
     top,
     trace,
+    trace_show,
     tune,
 )
 from carpool.cli.app import app
