@@ -78,12 +78,12 @@ GEOMETRIES = {
 }  # fmt: skip
 
 
-def write_config(geometry: Geometry, layers: int, folder: Path) -> Path:
+def write_config(geometry: Geometry, layers: int, folder: Path, vocabulary: int = VOCABULARY) -> Path:
     """The configuration of a model without weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     given = geometry.config | {
-        "vocab_size": VOCABULARY, "hidden_size": geometry.hidden, "num_hidden_layers": layers,
+        "vocab_size": vocabulary, "hidden_size": geometry.hidden, "num_hidden_layers": layers,
         "num_experts_per_tok": geometry.top_k, "max_position_embeddings": 8192, "tie_word_embeddings": False,
     }  # fmt: skip
     if geometry.family == "gpt_oss":

@@ -26,10 +26,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 from engines import as_json, machine
+from random_planes import random_experts
 
 from carpool.kernels.experts import build
-from carpool.kernels.experts.activation import Activation
-from carpool.kernels.experts.layout import GAP, INPUTS, LINE, OUTPUTS, Experts, Lines
+from carpool.kernels.experts.layout import Experts
 from carpool.kernels.experts.operation import read_experts
 
 DEPTHS, GROUP = (2, 3, 4, 6, 8), 64
@@ -52,20 +52,6 @@ GEOMETRIES = {
     "qwen3-30b-a3b": Geometry(2048, 768, 128, 8), "olmoe-1b-7b": Geometry(2048, 1024, 64, 8),
     "gpt-oss-20b": Geometry(2880, 2880, 32, 4), "tiny": Geometry(128, 64, 16, 4),
 }  # fmt: skip
-
-
-def random_experts(layer: Geometry, generator: torch.Generator) -> Experts:
-    """Planes of random bits: what is computed does not hang on them, nor does its speed."""
-
-    def lines(rows: int, width: int) -> Lines:
-        blocks = -(-rows // OUTPUTS)
-        size = blocks * -(-width // INPUTS) * LINE + GAP
-        planes = torch.randint(0, 256, (layer.experts, DEPTHS[-1], size), dtype=torch.uint8, generator=generator)
-        scale = torch.rand(layer.experts, len(DEPTHS), blocks, -(-width // GROUP), OUTPUTS, generator=generator)
-        return Lines(planes, scale.half(), torch.full((layer.experts,), width**-0.5))
-
-    into, out = lines(2 * layer.inner, layer.hidden), lines(layer.hidden, layer.inner)
-    return Experts(into, out, DEPTHS, layer.inner, GROUP, Activation())
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +142,8 @@ def states(
 def cells(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A line for every number of threads and rows."""
     layer, generator = GEOMETRIES[name], torch.Generator().manual_seed(SEED)
-    experts, peers = random_experts(layer, generator), Peers.all(layer, generator)
+    stored = random_experts(layer.experts, layer.hidden, layer.inner, DEPTHS, GROUP, generator)
+    experts, peers = Experts.of(stored), Peers.all(layer, generator)
     stream = torch.randint(0, 1 << 60, (options.stream_mb << 17,), generator=generator)
     whole = 3 * layer.hidden * layer.inner
     for threads in options.threads:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from gpu_layer import SIZES, Layer, in_graph
+from random_planes import random_experts
 from torch import Tensor
 
-from carpool.experts.planes import Planes
 from carpool.experts.stored import StoredExperts
 from carpool.kernels.experts import on_device, reference
 from carpool.kernels.experts.layout import Experts
@@ -19,22 +19,10 @@ ROWS = (1, 4, 16, 64, 256)
 CHECKED = 8  # rows that are compared with plain torch
 
 
-def planes(experts: int, rows: int, width: int, device: torch.device, generator: torch.Generator) -> Planes:
-    """Random bits, whose products are of the size of their input."""
-    groups = -(-width // GROUP)
-    held = torch.randint(
-        0, 256, (DEPTHS[-1], experts, rows, -(-width // 8)), dtype=torch.uint8, generator=generator, device=device
-    )
-    scale = torch.rand(experts, rows, groups, generator=generator, device=device) + 0.5
-    scale_LERG = torch.stack([scale * 2.0**-depth for depth in DEPTHS]).half()
-    return Planes(held, scale_LERG, torch.full((experts,), 4 * width**-0.5, device=device), DEPTHS, width, GROUP)
-
-
 def stored(layer: Layer, device: torch.device) -> StoredExperts:
     """A layer's experts."""
     generator = torch.Generator(device).manual_seed(0)
-    into = planes(layer.experts, 2 * layer.intermediate, layer.hidden, device, generator)
-    return StoredExperts(into, planes(layer.experts, layer.hidden, layer.intermediate, device, generator))
+    return random_experts(layer.experts, layer.hidden, layer.intermediate, DEPTHS, GROUP, generator)
 
 
 def inputs(layer: Layer, rows: int, among: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

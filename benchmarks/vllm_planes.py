@@ -12,7 +12,6 @@ stock that the bytes of a whole step allow, attention and head included. Bits in
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -23,78 +22,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
-from engines import GEOMETRIES, Geometry, as_json, machine, read_bandwidth, set_environment, start, write_config
+from engines import GEOMETRIES, Geometry, as_json, machine, read_bandwidth, set_environment, start
+from random_planes import write_checkpoint
 
 DEPTHS, GROUP, SEED = (2, 3, 4, 6), 64, 0
 STOCK, WHOLE = "stock bf16", f"depth {DEPTHS[-1]}, no policy"
 PROMPT = 8
 
 
-def write_checkpoint(geometry: Geometry, layers: int, folder: Path) -> Path:
-    """Random weights in bf16, experts as random planes."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from carpool.artefacts.identity import ENTRIES, SAMPLES, fingerprint
-    from carpool.artefacts.statistics import Statistics
-    from carpool.experts.planes import Planes
-    from carpool.experts.stored import StoredExperts
-
-    write_config(geometry, layers, folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
-    generator = torch.Generator().manual_seed(SEED)
-
-    def random(shape: torch.Size) -> torch.Tensor:
-        return torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-
-    held = {
-        name: random(tensor.shape).bfloat16() for name, tensor in model.state_dict().items() if ".experts." not in name
-    }
-    save_file(held, folder / "model.safetensors", {"format": "pt"})
-
-    def planes(rows: int, width: int) -> Planes:
-        shape = (DEPTHS[-1], geometry.experts, rows, width // 8)
-        scale = torch.rand(len(DEPTHS), geometry.experts, rows, -(-width // GROUP), generator=generator) + 0.5
-        scale *= torch.tensor([2.0**-depth for depth in DEPTHS]).reshape(-1, 1, 1, 1)
-        unit = torch.full((geometry.experts,), 2 * width**-0.5)
-        bits = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        return Planes(bits, scale.half(), unit, DEPTHS, width, GROUP)
-
-    gates = [(index, held[f"model.layers.{index}.mlp.gate.weight"]) for index in range(layers)]
-    found = {}
-    for index in range(layers):
-        stored = StoredExperts(
-            planes(2 * geometry.intermediate, geometry.hidden), planes(geometry.hidden, geometry.intermediate)
-        )
-        samples = {name: torch.zeros(geometry.experts, ENTRIES).bfloat16() for name in SAMPLES}
-        sizes = stored.sizes[list(DEPTHS)]
-        depths = {
-            "depth_bytes": sizes.float(), "depth_energy": torch.ones(geometry.experts),
-            "depth_error": (4.0 ** -torch.tensor(DEPTHS)).unsqueeze(-1).repeat(1, geometry.experts),
-            "depth_use": torch.rand(7, 4, geometry.experts, generator=generator),
-        }  # fmt: skip
-        found[index] = stored.tensors() | samples | depths | {"coverage": torch.full((geometry.experts,), 1000)}
-    Statistics(
-        layers=found, fingerprint=fingerprint(gates), architecture="random", num_experts=geometry.experts,
-        top_k=geometry.top_k, hidden_size=geometry.hidden, tokens=1000 * geometry.experts // geometry.top_k, seed=SEED,
-        data=(), created="", carpool_version="", torch_version="",
-    ).save(folder / "experts.planes")  # fmt: skip
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "carpool", "file": "experts.planes", "depths": list(DEPTHS), "group_size": GROUP,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def planes_engine(folder: Path, geometry: Geometry, options: dict[str, Any]) -> Any:
-    """An `LLM` on the checkpoint, with a policy that can be changed."""
+def planes_engine(folder: Path, options: dict[str, Any], depth: int = DEPTHS[-1]) -> Any:
+    """An `LLM` on the checkpoint, with a policy that can be changed; `depth` is the deepest stored."""
     set_environment()
     from vllm import LLM
 
-    policy = f"depth(price=0, levels=[0, {DEPTHS[-1]}])"
+    policy = f"depth(price=0, levels=[0, {depth}])"
     return LLM(
         str(folder), skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True, seed=0, block_size=32,
         kv_cache_memory_bytes=1 << 30, enable_prefix_caching=False,
@@ -112,6 +53,22 @@ def took(llm: Any, prompts: list[dict[str, Any]], tokens: int) -> float:
     return time.perf_counter() - begin
 
 
+class Chosen:
+    """Seconds spent on choosing experts and depths, from the engine's own routing to what a layer's experts get."""
+
+    def __init__(self) -> None:
+        from carpool.hosts.vllm import router
+
+        self.seconds, self._routed = 0.0, router.routed
+        router.routed = self
+
+    def __call__(self, *given: Any) -> Any:
+        begin = time.perf_counter()
+        found = self._routed(*given)
+        self.seconds += time.perf_counter() - begin
+        return found
+
+
 def measure(engines: dict[str, Any], geometry: Geometry, batch: int, given: argparse.Namespace) -> dict[str, Any]:
     """One batch size: every state in turn, round by round."""
     import torch
@@ -125,6 +82,7 @@ def measure(engines: dict[str, Any], geometry: Geometry, batch: int, given: argp
         for depth in DEPTHS
     }
     seconds: dict[str, list[float]] = {state: [] for state in states}
+    chosen: dict[str, list[float]] = {state: [] for state in states}
     union = 0.0
     for turn in range(given.rounds + 1):
         for state, change in states.items():
@@ -132,16 +90,20 @@ def measure(engines: dict[str, Any], geometry: Geometry, batch: int, given: argp
             if change is not None:
                 planes.collective_rpc("carpool_set", kwargs=change)
                 planes.collective_rpc("carpool_report", kwargs={"reset": True})
+            engines["chosen"].seconds = 0.0
             first = took(llm, prompts, 1)
+            prompt, engines["chosen"].seconds = engines["chosen"].seconds, 0.0
             whole = took(llm, prompts, 1 + given.tokens)
             if turn:
                 seconds[state].append((whole - first) / given.tokens)
+                chosen[state].append((engines["chosen"].seconds - prompt) / given.tokens)
         [report] = planes.collective_rpc("carpool_report", kwargs={"reset": True})
         rows = report["layers"]
         union = sum(row["union"] for row in rows) / max(1, sum(row["steps"] for row in rows))
     return {"batch": batch, "distinct_experts": union, "step_ms": {
         state: {"median": 1e3 * statistics.median(times),
-                "quartiles": [1e3 * value for value in statistics.quantiles(times, n=4)[::2]]}
+                "quartiles": [1e3 * value for value in statistics.quantiles(times, n=4)[::2]],
+                "choosing": 1e3 * statistics.median(chosen[state])}
         for state, times in seconds.items()
     }}  # fmt: skip
 
@@ -180,8 +142,9 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="carpool-planes-"))
     limits = {"max_model_len": given.prompt + 64, "max_num_batched_tokens": max(given.prompt, 64), "max_num_seqs": 64}
     engines = {
-        "planes": planes_engine(write_checkpoint(geometry, layers, folder), geometry, limits),
+        "planes": planes_engine(write_checkpoint(geometry, layers, folder, DEPTHS, GROUP, SEED), limits),
         "stock": start(geometry, layers, "bfloat16", **limits),
+        "chosen": Chosen(),
     }
     worker = engines["planes"].llm_engine.model_executor.driver_worker.worker
     other = sum(
@@ -209,10 +172,10 @@ def main() -> None:
     import torch
 
     ids = torch.randint(3, 8000, (given.prompt,), generator=torch.Generator().manual_seed(SEED)).tolist()
-    times: dict[str, list[float]] = {name: [] for name in engines}
+    times: dict[str, list[float]] = {name: [] for name in ("planes", "stock")}
     for turn in range(4):
-        for name, llm in engines.items():
-            one = took(llm, [{"prompt_token_ids": ids}], 1)
+        for name in times:
+            one = took(engines[name], [{"prompt_token_ids": ids}], 1)
             if turn:
                 times[name].append(one)
     content["prompt"] = {"tokens": given.prompt} | {name: statistics.median(each) for name, each in times.items()}

@@ -2,10 +2,13 @@
 
     python benchmarks/vllm_serve.py --output docs/results/vllm-serve.json    # about nine minutes a repeat
     python benchmarks/vllm_serve.py --quick --output /tmp/quick.json
+    python benchmarks/vllm_serve.py --model MODEL --planes planes/ --dtype bfloat16 --policy "depth(bytes=0.2)" \
+        --output docs/results/vllm-serve-planes.json     # a model, and what `carpool compress -o planes/` made of it
 
 Random weights with the layer geometry of a real model are written once; then servers without and with the key
 `carpool` start in turn, `--repeats` times each, with vLLM's defaults (it compiles the model), and vLLM's own client
-measures them. Its results are kept as they are.
+measures them. Its results are kept as they are. With `--planes` a third server reads the planes as deep as they are
+stored, and the policy's reads them, too. `peak_memory_bytes` is the largest that a server and its engine were resident.
 """
 
 from __future__ import annotations
@@ -29,7 +32,15 @@ from engines import GEOMETRIES, VOCABULARY, Geometry, machine, set_environment, 
 from carpool.artefacts.files import write_text
 
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
-KEPT = ("output_throughput", "request_throughput", "mean_ttft_ms", "mean_tpot_ms", "p99_tpot_ms", "completed")
+KEPT = (
+    "output_throughput",
+    "request_throughput",
+    "mean_ttft_ms",
+    "mean_tpot_ms",
+    "p99_tpot_ms",
+    "completed",
+    "peak_memory_bytes",
+)
 STARTUP = 900  # seconds
 
 
@@ -50,13 +61,13 @@ def write_model(geometry: Geometry, layers: int, folder: Path) -> Path:
     return folder
 
 
-def bench(folder: Path, options: argparse.Namespace, policy: str | None, name: str) -> dict[str, Any]:
-    """Start a server, measure it, stop it."""
+def bench(model: Path, options: argparse.Namespace, policy: str | None, name: str, folder: Path) -> dict[str, Any]:
+    """Start a server, measure it, stop it; logs and results go to a folder."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        *VLLM, "serve", str(folder), "--served-model-name", "bench", "--port", str(port),
+        *VLLM, "serve", str(model), "--served-model-name", "bench", "--port", str(port),
         "--dtype", options.dtype, "--kv-cache-memory-bytes", str(1 << 29), "--max-model-len", "512",
         "--max-num-seqs", str(options.concurrency), "--block-size", "32", "--no-enable-prefix-caching",
     ]  # fmt: skip
@@ -70,20 +81,31 @@ def bench(folder: Path, options: argparse.Namespace, policy: str | None, name: s
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
             wait_for(port, server, folder / f"{name}.log")
-            client(folder, port, options, "warm-up", requests=options.concurrency)
-            result = client(folder, port, options, name, requests=options.requests)
-            result["carpool"] = metrics(port)
+            client(model, port, options, "warm-up", options.concurrency, folder)
+            result = client(model, port, options, name, options.requests, folder)
+            result |= {"carpool": metrics(port), "peak_memory_bytes": peak_memory(server.pid)}
         finally:
             server.send_signal(signal.SIGINT)
             server.wait(timeout=120)
     return result
 
 
-def client(folder: Path, port: int, options: argparse.Namespace, name: str, requests: int) -> dict[str, Any]:
+def peak_memory(process: int) -> int:
+    """Bytes that a process and all below it were resident at most, each at its own time."""
+    own = Path(f"/proc/{process}")
+    lines = (own / "status").read_text().splitlines()
+    held = sum(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+    below = {int(one) for children in own.glob("task/*/children") for one in children.read_text().split()}
+    return held + sum(map(peak_memory, below))
+
+
+def client(
+    model: Path, port: int, options: argparse.Namespace, name: str, requests: int, folder: Path
+) -> dict[str, Any]:
     """vLLM's own client; what it writes."""
     command = [
         *VLLM, "bench", "serve", "--backend", "openai", "--port", str(port), "--model", "bench",
-        "--tokenizer", str(folder), "--dataset-name", "random", "--random-input-len", "16",
+        "--tokenizer", str(model), "--dataset-name", "random", "--random-input-len", "16",
         "--random-output-len", str(options.tokens), "--num-prompts", str(requests), "--ignore-eos", "--seed", "0",
         "--max-concurrency", str(options.concurrency), "--save-result", "--result-dir", str(folder),
         "--result-filename", f"{name}.json", "--disable-tqdm",
@@ -121,13 +143,18 @@ def main() -> None:
         name: getattr(options, name)
         for name in ("geometry", "layers", "dtype", "policy", "concurrency", "threads", "eager")
     }
+    if options.model is not None:
+        about |= {"geometry": options.model.name, "layers": None}
     content: dict[str, Any] = {**about, "machine": machine(), "runs": []}
     with tempfile.TemporaryDirectory(prefix="carpool-serve-", dir=options.folder) as folder:
-        model = write_model(geometry, options.layers, Path(folder))
+        work = Path(folder)
+        model = options.model or write_model(geometry, options.layers, work)
+        states = [("stock", model, None), ("shared", options.planes or model, options.policy)]
+        if options.planes is not None:
+            states.insert(1, ("planes", options.planes, None))
         for repeat in range(options.repeats):
-            states = [("stock", None), ("shared", options.policy)]
-            for name, policy in states[:: 1 - 2 * (repeat % 2)]:  # who goes first changes
-                result = bench(model, options, policy, f"{name}-{repeat}")
+            for name, served, policy in states[:: 1 - 2 * (repeat % 2)]:  # who goes first changes
+                result = bench(served, options, policy, f"{name}-{repeat}", work)
                 failed = "" if result["completed"] == options.requests else "requests were lost"
                 if policy is not None and not result["carpool"].get("carpool_rows_changed_total"):
                     failed = "the policy changed no row"
@@ -143,8 +170,10 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         return {"failed": "; ".join(sorted({run["failed"] for run in runs if run["failed"]}))}
     made: dict[str, Any] = {
         state: {name: statistics.median(run["result"][name] for run in runs if run["state"] == state) for name in KEPT}
-        for state in ("stock", "shared")
+        for state in dict.fromkeys(run["state"] for run in runs)
     }
+    if "shared" not in made or "stock" not in made:
+        return made
     made["output_throughput_over_stock"] = made["shared"]["output_throughput"] / made["stock"]["output_throughput"]
     return made
 
@@ -153,6 +182,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="qwen3-30b-a3b")
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--model", type=Path, help="a checkpoint with a tokenizer, in place of random weights")
+    parser.add_argument("--planes", type=Path, help="the same model's folder of `carpool compress`")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--policy", default="xshare(budget=32)")
     parser.add_argument("--concurrency", type=int, default=16)

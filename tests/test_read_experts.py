@@ -20,7 +20,7 @@ from carpool.experts.planes import Planes
 from carpool.experts.stored import StoredExperts
 from carpool.kernels.experts import build, reference
 from carpool.kernels.experts.activation import Activation
-from carpool.kernels.experts.layout import INPUTS, Experts
+from carpool.kernels.experts.layout import GAP, INPUTS, Experts, Lines, to_lines
 from carpool.kernels.experts.operation import read_experts, reader
 from carpool.routing.spec import ALL_BITS
 
@@ -101,6 +101,17 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 
 needs_kernels = pytest.mark.skipif(not build.ready(), reason="no C++ compiler or ninja")
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", range(len(SHAPES)))
+def test_the_compiled_layout_is_the_plain_one(shape: int) -> None:
+    planes = stored(shape).into
+    rows = torch.randperm(planes.planes_DERB.shape[2], generator=torch.Generator().manual_seed(shape))
+    for order in (None, rows):
+        for expert, lines_DB in enumerate(Lines.of(planes, order).planes_EDB):
+            wanted = planes.planes_DERB[:, expert]
+            assert torch.equal(lines_DB[:, :-GAP], to_lines(wanted if order is None else wanted[:, order]))
 
 
 @needs_kernels

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from carpool import CarpoolError
+from carpool.artefacts.checksum import checksum_of
 from carpool.artefacts.files import atomic_path, read_safetensors, require_writable, write_text
 from carpool.artefacts.identity import ENTRIES, SAMPLES, Identity, Sample
-from carpool.artefacts.statistics import Statistics, _checksum
+from carpool.artefacts.statistics import Statistics
 from carpool.artefacts.tensor_checks import SIMILARITIES
 
 E, LAYERS = 6, (1, 4)
@@ -163,7 +164,7 @@ def write_raw(path, tensors=None, **metadata):
     good = statistics()
     tensors = {f"layers.{i}.{n}": t for i in LAYERS for n, t in good.layers[i].items()} | (tensors or {})
     entries = {k: v for k, v in (good._metadata() | metadata).items() if v is not None}
-    save_file(tensors, path, entries | {"checksum": _checksum(entries, tensors)})
+    save_file(tensors, path, entries | {"checksum": checksum_of(entries, tensors).hex})
 
 
 @pytest.mark.parametrize(
@@ -256,6 +257,19 @@ def test_a_flipped_bit_never_passes_for_other_numbers(tmp_path_factory, data):
         except CarpoolError:
             continue
         assert same(loaded, statistics())  # white space in the header
+
+
+def test_layers_one_at_a_time_are_those_of_the_whole_file(tmp_path):
+    path, many = tmp_path / "many.safetensors", (1, 2, 10, 11, 100)
+    whole = statistics(layers={index: layer(index) for index in many})
+    whole.save(path)
+    found = dict(Statistics.by_layer(path))
+    assert sorted(found) == list(many)
+    assert all(torch.equal(found[index][name], one) for index in many for name, one in whole.layers[index].items())
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CarpoolError, match="checksum differs"):
+        list(Statistics.by_layer(path))
 
 
 def test_checksum_covers_metadata(saved):

@@ -110,6 +110,18 @@ def test_pipeline_parallelism_takes_no_statistics(tmp_path: Path) -> None:
             check_engine(spread, settings)
 
 
+def test_planes_under_pipeline_parallelism_are_refused_in_a_sentence_of_their_own() -> None:
+    from carpool.hosts.vllm.engine import check_engine
+
+    settings, planes = Settings.of({"carpool": SHARING}), {"quant_method": "carpool", "file": "experts.planes"}
+    assert settings is not None
+    for stages in (1, 2):
+        config = engine_config(pipeline_parallel_size=stages)
+        config.model_config.hf_config = SimpleNamespace(quantization_config=planes)
+        with pytest.raises(CarpoolError, match="checkpoint in planes") if stages > 1 else nullcontext():
+            check_engine(config, settings)
+
+
 def test_a_diffusion_model_is_refused_before_vllm_refuses_it_in_its_own_words() -> None:
     from carpool.hosts.vllm import arm
 

@@ -2,6 +2,9 @@
 
 python benchmarks/expert_reading.py --output docs/results/expert-reading.json
 python benchmarks/vllm_planes.py --output docs/results/vllm-planes.json
+python benchmarks/whole_model.py --output docs/results/whole-model.json
+python benchmarks/kernel_kl.py planes/ --output docs/results/kernel-kl.json
+python benchmarks/llama_peer.py --output docs/results/llama-peer.json
 """
 
 from __future__ import annotations
@@ -14,12 +17,12 @@ PAGE = "docs/reading.md"
 
 
 def blocks() -> list[Block]:
-    found = []
-    if (content := load("expert-reading.json")) is not None:
-        found.append(Block(PAGE, "reading layer", layer(content)))
-    if (content := load("vllm-planes.json")) is not None:
-        found.append(Block(PAGE, "reading vllm", engine(content)))
-    return found
+    makers = {
+        "layer": ("expert-reading.json", layer), "vllm": ("vllm-planes.json", engine),
+        "whole": ("whole-model.json", whole), "kl": ("kernel-kl.json", kernel_kl), "llama": ("llama-peer.json", peer),
+    }  # fmt: skip
+    found = {name: (load(file), make) for name, (file, make) in makers.items()}
+    return [Block(PAGE, f"reading {name}", make(content)) for name, (content, make) in found.items() if content]
 
 
 def layer(content: dict[str, Any]) -> str:
@@ -77,3 +80,61 @@ def engine(content: dict[str, Any]) -> str:
         f"{prompt['planes']:.2f} s ({prompt['stock'] / prompt['planes']:.2f} of stock's speed).\n"
     )
     return head + table + tail
+
+
+def whole(content: dict[str, Any]) -> str:
+    """What both hosts take for a whole model."""
+    machine = content["machine"]
+    head = (
+        f"{content['geometry']}: {content['layers']} layers, vocabulary {content['vocabulary']:,}, "
+        f"{content['bits_stored']:.2f} bits stored an expert weight: {content['planes_gib']:.1f} GiB of planes and "
+        f"{content['weights_gib']:.1f} GiB of other weights in bf16. {machine['cpu']}, {machine['date']}, seed "
+        f"{content['seed']}; one run.\n\n"
+    )
+    lines = [
+        [host["host"], str(host["threads"]), f"{host['load_s']:.0f} s", f"{host['peak_anonymous_gib']:.1f} GiB", state]
+        + [f"{cell['tokens_s']:.2f}" for cell in cells]
+        for host in content["hosts"]
+        for state, cells in host["states"].items()
+    ]
+    batches = [cell["batch"] for cell in next(iter(content["hosts"][0]["states"].values()))]
+    columns = ["host", ">threads", ">loaded in", ">peak memory", "experts", *(f">tokens/s, batch {b}" for b in batches)]
+    return head + rows(
+        columns, [[*line[:4], f"`{line[4]}`" if "(" in line[4] else line[4], *line[5:]] for line in lines]
+    )
+
+
+def kernel_kl(content: dict[str, Any]) -> str:
+    """KL with the kernels beside KL in plain torch."""
+    given = content["arguments"]
+    head = (
+        f"Reference model, batch {given['batch']}, {given['batches']} batches of held-out text, seed {given['seed']}, "
+        f"{content['instructions'].upper()}; nats a token [95 %].\n\n"
+    )
+
+    def shown(one: dict[str, Any]) -> str:
+        between = "" if one["low"] is None else f" [{one['low']:.4f}, {one['high']:.4f}]"
+        return f"{one['kl']:.4f}{between}"
+
+    lines = [
+        [f"`{row['plan']}`", f"{row['bits']:.2f}", *(shown(row[name]) for name in ("plain", "kernels", "apart"))]
+        for row in content["rows"]
+    ]
+    return head + rows(["plan", ">bits", ">plain torch", ">kernels", ">kernels from plain torch"], lines)
+
+
+def peer(content: dict[str, Any]) -> str:
+    """llama.cpp beside vLLM on planes."""
+    machine, cells = content["machine"], content["cells"]
+    head = (
+        f"{content['geometry']}, {content['layers']} layers with random weights, llama-cpp-python "
+        f"{content['llama_cpp_python']}, {machine['cpu']}, {content['threads']} threads ({machine['date']}, seed "
+        f"{content['seed']}, medians of {content['rounds']} interleaved rounds of {content['steps']} steps). "
+        "Milliseconds a step, in brackets tokens a second.\n\n"
+    )
+    lines = [
+        [state, f"{found['bits']:.2f}"]
+        + [f"{cell['states'][state]['step_ms']:.1f} ({cell['states'][state]['tokens_s']:.0f})" for cell in cells]
+        for state, found in cells[0]["states"].items()
+    ]
+    return head + rows(["experts", ">bits", *(f">batch {cell['batch']}" for cell in cells)], lines)

@@ -6,17 +6,18 @@ higher is more similar, an expert with itself is 1. See `docs/statistics.md`.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from carpool.artefacts.files import atomic_path, read_safetensors, safetensors_names
-from carpool.artefacts.identity import SAMPLES, Identity, Sample, differs, tensor_bytes
+from carpool.artefacts.checksum import Checksum, checksum_of
+from carpool.artefacts.files import atomic_path, opened_safetensors, read_safetensors, safetensors_names
+from carpool.artefacts.identity import SAMPLES, Identity, Sample, differs
 from carpool.artefacts.json_text import parse_json
 from carpool.artefacts.tensor_checks import AGAIN, check_layer
 from carpool.errors import CarpoolError
@@ -170,7 +171,7 @@ class Statistics:
             for name, tensor in layer.items()
         }
         metadata = self._metadata()
-        metadata["checksum"] = _checksum(metadata, tensors)
+        metadata["checksum"] = checksum_of(metadata, tensors).hex
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata)
 
@@ -200,8 +201,8 @@ class Statistics:
             raise CarpoolError(f"{path}: {error}") from None
         checksum = metadata.pop("checksum", "")
         left = bool(leave) and any(name.startswith(leave) for name in cls.names_in(path))
-        if not left and checksum != _checksum(metadata, tensors):
-            raise CarpoolError(f"{path} is damaged: its checksum differs; {AGAIN} or fetch the file anew")
+        if not left:
+            checksum_of(metadata, tensors).check(checksum, path, AGAIN)
         return stats
 
     @staticmethod
@@ -225,6 +226,25 @@ class Statistics:
         if not found:
             raise CarpoolError(f"{path} holds no {names[0]}* of layer {layer_index}; {AGAIN}")
         return {_name(key): tensor for key, tensor in found.items()}
+
+    @staticmethod
+    def by_layer(path: str | Path) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """A file's layers with all their tensors, one in memory at a time; the checksum is known after the last one.
+
+        Raises:
+            CarpoolError: missing, no safetensors file, damaged, or no file of carpool's.
+        """
+        with opened_safetensors(path) as file:
+            metadata = dict(file.metadata() or {})
+            expected, found = metadata.pop("checksum", ""), Checksum(metadata)
+            for _, names in groupby(sorted(file.keys()), lambda key: key.split(".", 2)[:2]):
+                layer = {}
+                for name in names:
+                    layer[name] = file.get_tensor(name).clone()
+                    found.add(name, layer[name])
+                [(index, tensors)] = _by_layer(layer).items()
+                yield index, tensors
+        found.check(expected, path, AGAIN)
 
     def _metadata(self) -> dict[str, str]:
         values = {f.name: json.dumps(getattr(self, f.name)) for f in fields(self) if f.metadata.get("json", True)}
@@ -262,14 +282,6 @@ def _parse(cls: type[Statistics], metadata: Mapping[str, str]) -> dict[str, Any]
         raise CarpoolError(f"the entry 'data' must list names and sha256 of files; {AGAIN}")
     parsed["data"] = tuple(map(tuple, parsed["data"]))
     return parsed
-
-
-def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensor_bytes(tensors[name]))
-    return digest.hexdigest()
 
 
 def _few(indices: Sequence[int]) -> str:

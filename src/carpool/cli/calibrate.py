@@ -73,7 +73,7 @@ def calibrate(options: Options) -> None:
     windows = token_sequences(
         documents, opened.tokenizer, options.tokens, options.sequence, options.seed, options.surrogates is not None
     )
-    stats = measure(opened.weights(), windows, options, data)
+    stats = measure(opened.weights(usual=True), windows, options, data)
     stats.save(options.output)
     show(console, stats, windows, options)
     console.print(f"wrote {options.output}", highlight=False, markup=False, soft_wrap=True)

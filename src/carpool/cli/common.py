@@ -155,12 +155,13 @@ def named_statistics(plans: Sequence[AnyPlan], stats: Path | None, opened: Opene
             its own file names any, and none that come with a model can be this one's.
     """
     from carpool.artefacts.statistics import Statistics
+    from carpool.experts.stored import NAMES
     from carpool.hosts.transformers.plans import missing_statistics
 
     if stats is not None:
         return Statistics.load(stats)
     if opened.planes is not None:
-        return Statistics.load(opened.planes)
+        return Statistics.load(opened.planes, leave=NAMES if opened.in_planes else ())
     for plan in plans:
         needy = plan.required_stats() and getattr(plan, "statistics", None) is None
         if needy and may_be_shipped(opened) is None:
@@ -200,7 +201,7 @@ def model_facts(loaded: Any, name: str | None) -> dict[str, Any]:
     layers = find_layers(loaded)
     shares = shares_stored(loaded, layers)
     if min(shares) < 1:  # what is read is what the checkpoint stores, whatever the weights became in memory
-        sizes = [sum(2 * one.numel() for one in layer.experts.parameters()) / layer.num_experts for layer in layers]
+        sizes = [2 * layer.expert_numbers for layer in layers]
         expert_bytes = sum(size * share for size, share in zip(sizes, shares, strict=True)) / len(layers)
     return {
         "name": "reference model" if name is None else Path(name).name,

@@ -87,7 +87,7 @@ def compress(options: Options) -> None:
     opened = open_model(options.model)
     output.check(opened, options.group)
     windows = token_sequences(documents, opened.tokenizer, options.tokens, options.sequence, options.seed, True)
-    model = opened.weights()
+    model = opened.weights(usual=True)
     stats, kept = make(model, windows, depths, options, data, output.centre)
     show(console, stats, depths)
     recorded = {name: getattr(options, name) for name in RECORDED}

@@ -59,7 +59,7 @@ def write_pruned(
     from carpool.hosts.transformers import find_layers, load_model
     from carpool.hosts.transformers import fingerprint as of_model
 
-    model = opened.weights("auto")
+    model = opened.weights("auto", usual=True)
     layers = find_layers(model)
     some = kept(_statistics(model, layers, windows, method, keep), method, keep)
     with new_folder(output) as folder:

@@ -82,6 +82,7 @@ def prepare(console: Console, options: Options) -> Prepared:
     from carpool.calibrate import token_sequences
     from carpool.evaluate.sequences import Cut
     from carpool.evaluate.study import describe_layers
+    from carpool.experts.stored import NAMES
     from carpool.hosts.transformers import find_layers, identity
     from carpool.plans.grammar import PLANES
     from carpool.tune import bounded, measurable, on_planes
@@ -116,11 +117,12 @@ def prepare(console: Console, options: Options) -> Prepared:
     if needy and statistics is None:
         statistics = made = _calibrate(model, cut() if windows is None else windows, options, data)
     depths: tuple[int, ...] = ()
+    own = NAMES if opened.in_planes and statistics == opened.planes else ()
     if statistics is not None:
         if made is None:
-            loaded = Statistics.load(statistics)
+            loaded = Statistics.load(statistics, own)
             warn_of_same_text(console, [one.plan for one in families], loaded, paths)
-        known = Statistics.load(statistics).for_layer(opened.layers[0].index)
+        known = Statistics.load(statistics, own).for_layer(opened.layers[0].index)
         families = bounded(families if options.policy else measurable(families, known), known)
         depths = tuple(known[PLANES][3:].tolist()) if PLANES in known else ()
         if depths and not options.policy:

@@ -56,9 +56,13 @@ class StoredExperts:
         return self.bytes_stored / self._whole
 
     @property
+    def numbers(self) -> int:
+        """Weights of one expert."""
+        return self.into.planes_DERB.shape[2] * self.into.width + self.into.width * self.out.width
+
+    @property
     def _whole(self) -> int:
-        rows = self.into.planes_DERB.shape[2]
-        return 2 * (rows * self.into.width + self.into.width * self.out.width)
+        return 2 * self.numbers
 
     @lazy_property
     def sizes(self) -> Tensor:

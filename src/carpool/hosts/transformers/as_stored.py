@@ -13,12 +13,13 @@ from carpool.artefacts.json_text import read_json
 from carpool.artefacts.model_source import folder_of
 from carpool.artefacts.statistics import Statistics
 from carpool.artefacts.weights import Weights
-from carpool.experts.stored import MATRICES, StoredExperts
+from carpool.experts.stored import MATRICES, NAMES, StoredExperts
 from carpool.hosts.transformers.layers import MoELayer, find_layers, identity
 
 
 def planes_of(model: Any) -> Path | None:
-    """The file with the experts of a loaded model, by where it was loaded from; None where they are usual weights."""
+    """The file with the experts of a loaded model, by where it was loaded from; None where its folder has usual
+    weights."""
     folder = _folder(model)
     return None if folder is None else planes_in(_configuration(folder), folder)
 
@@ -29,14 +30,16 @@ def fill(model: Any, path: Path) -> None:
     Raises:
         CarpoolError: the file is another model's, or damaged.
     """
-    stats, layers = Statistics.load(path), find_layers(model)
-    for layer in layers:
-        stored = StoredExperts.of(stats.for_layer(layer.index), layer.weight_EH.device)
-        held = dict(layer.experts.named_parameters())
+    stats, layers = Statistics.load(path, leave=NAMES), {layer.index: layer for layer in find_layers(model)}
+    for index, tensors in Statistics.by_layer(path):
+        if index not in layers:
+            continue
+        layer = layers[index]
+        stored, held = StoredExperts.of(tensors, layer.weight_EH.device), dict(layer.experts.named_parameters())
         with torch.no_grad():
             for name, weight in stored.weights(layer.experts, stored.depths[-1]).items():
                 held[name].copy_(weight)
-    stats.check(identity(layers))
+    stats.check(identity(list(layers.values())))
 
 
 def matrices(model: Any) -> set[str]:
@@ -52,6 +55,9 @@ def matrices(model: Any) -> set[str]:
 def shares_stored(model: Any, layers: Sequence[MoELayer]) -> list[float]:
     """What the experts take in the checkpoint over what they would in 16 bits, by layer; 1 where it is not quantised,
     whatever the model computes in."""
+    in_planes = [layer.planes for layer in layers if layer.planes is not None]
+    if len(in_planes) == len(layers):
+        return [float(one.sizes[one.depths[-1]]) for one in in_planes]
     folder = _folder(model)
     config = {} if folder is None else _configuration(folder)
     if folder is None or not config.get("quantization_config"):

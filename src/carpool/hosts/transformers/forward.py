@@ -107,11 +107,11 @@ class Forward:
             prepared.plan, layer.spec, logits_NE, batch, native=native, stats=prepared.stats, hidden_NH=hidden_NH
         )
         self._seen.add(position)
-        if prepared.surrogates is not None or prepared.stored is not None:
+        if prepared.surrogates is not None or prepared.plan.reads_depths:
             self._left[position] = outcome.routing
         if not self._again:
             self.tally.add(position, batch, outcome)
-            if prepared.stored is not None:
+            if prepared.plan.reads_depths:
                 self.tally.add_bytes(position, outcome, batch, prepared.sizes)
             if terms.observe is not None:
                 terms.observe(position, batch, outcome)
@@ -120,6 +120,15 @@ class Forward:
         slots[weights] = outcome.routing.weights_NK.reshape(output[weights].shape)
         slots[ids] = outcome.routing.ids_NK.reshape(output[ids].shape)
         return tuple(slots)
+
+    def depths(self, position: int) -> Tensor | None:
+        """How deep a layer's experts, if they are in planes, read each pair, `[N, K]`; None for all that is stored."""
+        routing, prepared = self._left.get(position), self.terms.prepared[position]
+        if routing is None or self.terms.layers[position].planes is None:
+            return None
+        if prepared.surrogates is None:
+            del self._left[position]
+        return routing.depth_NK
 
     def supplement(self, position: int, args: tuple[Any, ...], output: Any) -> Any:
         """What a layer's experts give with each pair at its depth, and with the surrogates' output added; `args[0]` is

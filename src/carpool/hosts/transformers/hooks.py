@@ -48,6 +48,7 @@ class Attachment:
         self._handles: list[RemovableHandle] = []
         for position, layer in enumerate(layers):
             self._handles.append(layer.router.register_forward_hook(_Reroute(self, position)))
+            self._handles.append(layer.experts.register_forward_pre_hook(_Deepen(self, position), with_kwargs=True))
             self._handles.append(layer.experts.register_forward_hook(_Supplement(self, position), with_kwargs=True))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -183,16 +184,32 @@ class _Reroute(_Hook):
         return forward.reroute(self.position, args, output)
 
 
-class _Supplement(_Hook):
+class _OfExperts(_Hook):
     def __init__(self, attachment: Attachment, position: int) -> None:
         super().__init__(attachment)
         self.position = position
 
+    @property
+    def forward(self) -> Forward | None:
+        """Of the router that ran before these experts."""
+        here = self.attachment.here
+        return here.calls[-1].forward if here.calls else here.loose
+
+
+class _Deepen(_OfExperts):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.idle:
+            return None
+        forward = self.forward
+        depth_NK = None if forward is None else forward.depths(self.position)
+        return None if depth_NK is None else (args, {**kwargs, "depth_NK": depth_NK})
+
+
+class _Supplement(_OfExperts):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self.idle:
             return output
-        here = self.attachment.here
-        forward = here.calls[-1].forward if here.calls else here.loose
+        forward = self.forward
         return output if forward is None else forward.supplement(self.position, (*args, *kwargs.values()), output)
 
 

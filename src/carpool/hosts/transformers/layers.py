@@ -15,6 +15,7 @@ from carpool.artefacts.identity import fingerprint as of_routers
 from carpool.errors import CarpoolError
 from carpool.hosts.transformers.families import Rule, rule_of
 from carpool.hosts.transformers.offload import weight
+from carpool.hosts.transformers.planes import PlanesExperts
 from carpool.hosts.transformers.refused import refuse
 from carpool.routing.spec import RouteSpec, Routing
 
@@ -57,6 +58,8 @@ class MoELayer:
 
     def sample(self) -> Sample:
         """Of the experts' weights, in the order that all hosts take it in."""
+        if self.planes is not None:
+            return self.planes.sample
         into, out = (weight(self.experts, name) for name in ("gate_up_proj", "down_proj"))
         into = weight(self.experts, "up_proj") if into is None else into
         if out is None or out.dim() != 3:
@@ -69,6 +72,17 @@ class MoELayer:
         if into is None or into.dim() != 3 or into.shape[1] not in (width, 2 * width):
             return Sample(hidden=f"{type(self.experts).__name__} with packed weights of {out.dtype}")
         return sample(self.index, Held(into, out, width))
+
+    @property
+    def planes(self) -> PlanesExperts | None:
+        """Its experts, where they are planes."""
+        return self.experts if isinstance(self.experts, PlanesExperts) else None
+
+    @property
+    def expert_numbers(self) -> float:
+        """Weights and biases of one expert."""
+        held = sum(one.numel() for one in self.experts.parameters()) / self.num_experts
+        return held if self.planes is None else held + self.planes.numbers
 
     def unpack(self, output: object) -> tuple[int, int, int]:
         """Places of logits, weights and ids in the router's output; families differ in their order.
@@ -182,6 +196,7 @@ def weight_bytes(model: PreTrainedModel) -> tuple[float, float]:
     head = getattr(model.get_output_embeddings(), "weight", None)
     beside = [one for one in model.parameters() if id(one) not in routed and (one is not embeddings or one is head)]
     each = [size(layer.experts.parameters()) / layer.num_experts for layer in layers]
+    each = [size + (layer.planes.expert_bytes if layer.planes else 0) for size, layer in zip(each, layers, strict=True)]
     return sum(each) / len(each), float(size(beside))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from carpool.artefacts.model_source import folder_of, source_of
 from carpool.errors import CarpoolError
 from carpool.hosts.transformers.as_stored import fill, matrices
 from carpool.hosts.transformers.layers import MoELayer, find_layers
+from carpool.hosts.transformers.planes import activation_of
 
 PLAIN = {torch.float32, torch.bfloat16, torch.float16}
 
@@ -55,8 +57,17 @@ class Opened:
         held = given if isinstance(given, dict) else vars(given or object)
         return str(held.get("quant_method", "")) if given else ""
 
-    def weights(self, dtype: torch.dtype | str | None = None, device_map: Any = None) -> Any:
+    @property
+    def in_planes(self) -> bool:
+        """Whether its experts stay planes in memory: kernels, or plain torch, read them there. Those of a family with
+        an activation that no kernel knows become usual weights, at the deepest depth."""
+        return self.planes is not None and all(activation_of(layer.experts) for layer in self.layers)
+
+    def weights(self, dtype: torch.dtype | str | None = None, device_map: Any = None, *, usual: bool = False) -> Any:
         """The model in evaluation mode; arguments as of `load_model`.
+
+        Args:
+            usual: experts in planes become usual weights, for what looks at weights.
 
         Raises:
             CarpoolError: no weights, or weights that do not fit.
@@ -64,20 +75,26 @@ class Opened:
         source = self._source
         if dtype is None:
             dtype = torch.float32 if device_map is None else "auto"
-        given = {"config": self._config, "dtype": dtype, "device_map": device_map, "output_loading_info": True}
+        config, filled = self._config, self.planes if usual or not self.in_planes else None
+        if self.planes is not None and filled is None:
+            import carpool.hosts.transformers.quantizer  # noqa: F401  # which transformers finds by the method's name
+
+            config = copy.deepcopy(config)
+            config.quantization_config = {"quant_method": METHOD, "file": self.planes.name}
+        given = {"config": config, "dtype": dtype, "device_map": device_map, "output_loading_info": True}
         if self.planes is not None:
             given["variant"] = METHOD
         kind = auto_class(self._config)
-        with _quiet() if self.planes else nullcontext():  # which says that the experts are not in the usual file
+        with _quiet() if filled else nullcontext():  # which says that the experts are not in the usual file
             model, info = _try(source, "weights", lambda: kind.from_pretrained(source, **given, **self._where))
-        missing = set(map(str, info.get("missing_keys", ()))) - (matrices(model) if self.planes else set())
+        missing = set(map(str, info.get("missing_keys", ()))) - (matrices(model) if filled else set())
         lacking = sorted(missing) + sorted(map(str, info.get("mismatched_keys", ())))
         if lacking:
             raise CarpoolError(
                 f"{source}: the weights lack {lacking[0]} and {len(lacking) - 1} more; download them again"
             )
-        if self.planes is not None:
-            fill(model, self.planes)
+        if filled is not None:
+            fill(model, filled)
         if self.quantised and isinstance(dtype, torch.dtype) and {one.dtype for one in model.parameters()} <= PLAIN:
             for parameter in model.parameters():  # what transformers has dequantised keeps the checkpoint's
                 parameter.data = parameter.data.to(dtype)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from carpool.errors import CarpoolError
-from carpool.experts.stored import StoredExperts
+from carpool.experts.stored import NAMES, StoredExperts
 from carpool.experts.surrogates import Surrogates
 from carpool.hosts.transformers.layers import MoELayer, identity
+from carpool.hosts.transformers.planes import PlanesExperts
 from carpool.plans.grammar import Plan
 from carpool.plans.policy_file import PolicyFile
 from carpool.routing.spec import ALL_BITS
@@ -31,7 +32,8 @@ class Prepared(NamedTuple):
         plan: the layer's. stats: what it made of the statistics.
         native: bytes of an expert as the checkpoint stores it, over those in 16 bits; 1 where it is not quantised.
         sizes: what reading an expert at a depth takes over what stock reads for it, float64 `[17]` by depth.
-        surrogates: if the plan leaves pairs to some. stored: experts in planes, if the plan reads them at depths.
+        surrogates: if the plan leaves pairs to some. stored: experts in planes beside those of the model, if the plan
+            reads them at depths; those in planes themselves are read in their place.
     """
 
     plan: Plan
@@ -72,7 +74,8 @@ def prepare(
     from carpool.artefacts.statistics import made_by
 
     model = identity(layers)
-    loaded = _load(policies, model, stats, own)
+    in_planes = all(layer.planes is not None for layer in layers)
+    loaded = _load(policies, model, stats, own, NAMES if in_planes else ())
     prepared: list[Prepared] = []
     for layer, plan, share in zip(layers, plans, native, strict=True):
         tensors = loaded.for_layer(layer.index)
@@ -86,12 +89,18 @@ def prepare(
         device = layer.weight_EH.device
         given = plan.prepare({name: tensor.to(device) for name, tensor in tensors.items()})
         surrogates = Surrogates.of(tensors, device) if plan.policy.surrogates else None
-        stored = StoredExperts.of(tensors, device) if plan.reads_depths else None
-        prepared.append(Prepared(plan, given, share, _sizes(stored, share), surrogates, stored))
+        if not plan.reads_depths:
+            prepared.append(Prepared(plan, given, share, _sizes(None, share), surrogates))
+        elif layer.planes is not None:
+            layer.planes.check_depths(StoredExperts.depths_in(tensors), plan)
+            prepared.append(Prepared(plan, given, share, _sizes(layer.planes, share), surrogates))
+        else:
+            stored = StoredExperts.of(tensors, device)
+            prepared.append(Prepared(plan, given, share, _sizes(stored, share), surrogates, stored))
     return prepared
 
 
-def _sizes(stored: StoredExperts | None, native: float) -> Tensor:
+def _sizes(stored: StoredExperts | PlanesExperts | None, native: float) -> Tensor:
     found = torch.zeros(ALL_BITS + 1, dtype=torch.float64, device="cpu")
     if stored is not None:
         found = stored.sizes / native
@@ -110,7 +119,13 @@ def missing_statistics(plan: Plan | PolicyFile) -> CarpoolError:
     )
 
 
-def _load(policies: PolicyFile, model: Identity, stats: str | Path | Statistics | None, own: Path | None) -> Statistics:
+def _load(
+    policies: PolicyFile,
+    model: Identity,
+    stats: str | Path | Statistics | None,
+    own: Path | None,
+    leave: tuple[str, ...],
+) -> Statistics:
     from carpool.artefacts.shipped import shipped_with
     from carpool.artefacts.statistics import Statistics
 
@@ -119,7 +134,7 @@ def _load(policies: PolicyFile, model: Identity, stats: str | Path | Statistics 
         source = own or shipped_with(model)
     if source is None:
         raise missing_statistics(policies)
-    loaded = source if isinstance(source, Statistics) else Statistics.load(source)
+    loaded = source if isinstance(source, Statistics) else Statistics.load(source, leave)
     if caveat := loaded.check(model):
         _warn_once(caveat)
     return loaded

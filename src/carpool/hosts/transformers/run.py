@@ -167,8 +167,7 @@ class Run:
         """Of one expert of every layer, as the checkpoint stores it; at most two a number, or a model held in fp32
         would make its surrogates look small."""
         return [
-            prepared.native * sum(p.numel() * min(p.element_size(), 2) for p in layer.experts.parameters())
-            / layer.num_experts
+            prepared.native * 2 * layer.expert_numbers
             for layer, prepared in zip(self.layers, self._terms.prepared, strict=True)
         ]  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from carpool.artefacts.checkpoint import planes_settings
 from carpool.errors import CarpoolError
 from carpool.hosts.engine.settings import Settings
 from carpool.hosts.vllm.early import check_configuration
@@ -47,14 +48,20 @@ def check_files(config: Any, policies: PolicyFile) -> None:
     """Refuse files where nobody could tell that they are of the model that runs.
 
     Raises:
-        CarpoolError: statistics or a policy file with adapters, or under pipeline parallelism.
+        CarpoolError: statistics or a policy file with adapters, or they or planes under pipeline parallelism.
     """
     if getattr(config, "lora_config", None) is not None and (policies.statistics or policies.model):
         raise CarpoolError(
             "adapters (LoRA) make other weights of those that statistics and policy files were made for; leave out "
             "--enable-lora, or give a policy that needs none"
         )
-    if config.parallel_config.pipeline_parallel_size > 1 and (policies.statistics or policies.model or policies.layers):
+    staged = config.parallel_config.pipeline_parallel_size > 1
+    if staged and planes_settings(getattr(config.model_config, "hf_config", None)) is not None:
+        raise CarpoolError(
+            "with pipeline parallelism no stage sees all layers of a checkpoint in planes, whose file describes all of "
+            "them; use tensor parallelism"
+        )
+    if staged and (policies.statistics or policies.model or policies.layers):
         raise CarpoolError(
             "with pipeline parallelism no stage sees all layers, so statistics and policy files cannot be checked "
             "against the model; give a policy that needs none, or use tensor parallelism"

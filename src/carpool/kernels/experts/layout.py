@@ -58,12 +58,10 @@ class Lines:
             )
         stored_DERB, scale_LERG = planes.planes_DERB, planes.scale_LERG
         D, E, R, _ = stored_DERB.shape
-        blocks_out, blocks_in = -(-R // OUTPUTS), -(-planes.width // INPUTS)
-        lines_EDB = torch.zeros(
-            E, D, blocks_out * blocks_in * LINE + GAP, dtype=torch.uint8, device=planes.unit_E.device
-        )
+        blocks = -(-R // OUTPUTS) * -(-planes.width // INPUTS)
+        lines_EDB = torch.zeros(E, D, blocks * LINE + GAP, dtype=torch.uint8, device=planes.unit_E.device)
         for expert in range(E):  # one at a time: what is made on the way is as large as what is made
-            lines_EDB[expert, :, :-GAP] = _lines(_ordered(stored_DERB[:, expert], rows), blocks_in)
+            _fill(lines_EDB[expert], stored_DERB[:, expert], rows)
         scale_LERG = pad(_ordered(scale_LERG, rows), (0, 0, 0, -R % OUTPUTS))
         scale_ELOG = scale_LERG.unflatten(2, (-1, OUTPUTS)).permute(1, 0, 2, 4, 3).contiguous()
         if bias_ER is not None:
@@ -77,9 +75,18 @@ def _ordered(tensor: Tensor, rows: Tensor | None) -> Tensor:
     return tensor if rows is None else tensor.index_select(-2, rows)
 
 
-def _lines(plane_DRB: Tensor, blocks_in: int) -> Tensor:
-    """Planes of one matrix, eight inputs a byte, as lines `[D, bytes]`."""
+def _fill(lines_DB: Tensor, plane_DRB: Tensor, rows: Tensor | None) -> None:
+    """Write the planes of one matrix as lines: by the kernels' own loop where it is compiled, thirty times as fast."""
+    if lines_DB.device.type == "cpu" and hasattr(torch.ops.carpool, "to_lines"):
+        torch.ops.carpool.to_lines(plane_DRB, rows, lines_DB)
+    else:
+        lines_DB[:, :-GAP] = to_lines(_ordered(plane_DRB, rows))
+
+
+def to_lines(plane_DRB: Tensor) -> Tensor:
+    """Planes of one matrix, eight inputs a byte, as lines `[D, bytes]`, in plain torch."""
     _, R, B = plane_DRB.shape
+    blocks_in = -(-B * 8 // INPUTS)
     padded = pad(plane_DRB, (0, blocks_in * INPUTS // 8 - B, 0, -R % OUTPUTS))
     padded = padded.unflatten(1, (-1, OUTPUTS)).unflatten(-1, (blocks_in, 4))  # [D, O, 16, blocks in, 4 bytes]
     place_4 = torch.arange(4, dtype=torch.uint8, device=plane_DRB.device)

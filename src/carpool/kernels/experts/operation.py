@@ -17,14 +17,16 @@ from carpool.kernels.experts.layout import INPUTS, Experts
 Reader = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # hidden_NH, ids_NK, weights_NK, depth_NK
 
 
-def reader(stored: StoredExperts, activation: Activation | None = None) -> Reader:
+def reader(stored: StoredExperts, activation: Activation | None = None, *, kernels: bool = True) -> Reader:
     """What reads a layer's experts on the device that they are on: kernels, or plain torch where there are none.
 
     The experts are laid out anew for the kernels; nothing of what was given is kept then.
+
+    Args:
+        kernels: where there are some; otherwise plain torch anyway.
     """
     device = stored.into.unit_E.device.type
-    kernels = device == "cuda" or (device == "cpu" and stored.into.group % INPUTS == 0 and build.ready())
-    if kernels:
+    if kernels and (device == "cuda" or (device == "cpu" and stored.into.group % INPUTS == 0 and build.ready())):
         return partial(read_experts, experts=Experts.of(stored, activation))
     return partial(reference.read_experts, stored=stored, activation=activation)
 
