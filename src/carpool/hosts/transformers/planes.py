@@ -103,7 +103,8 @@ def activation_of(experts: nn.Module) -> Activation | None:
     """What stands between the projections of transformers' experts, found by trying; None for what no kernel knows."""
     gate = getattr(experts, "_apply_gate", None)
     matrices = [one for name, one in experts.named_parameters() if name not in BIASES]
-    if gate is None or not getattr(experts, "has_gate", False) or len(matrices) != 2 or any(one.dim() != 3 for one in matrices):
+    two = len(matrices) == 2 and all(one.dim() == 3 for one in matrices)
+    if gate is None or not getattr(experts, "has_gate", False) or not two:
         return None
     with torch.device("cpu"):  # where the experts are a shell on the meta device
         wide = 8 * torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
