@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from carpool.errors import CarpoolError
     from carpool.hosts.transformers import share
+    from carpool.models.fusion import fuse
     from carpool.plans.grammar import Plan, parse
     from carpool.plans.pipeline import Outcome, route
     from carpool.plans.policy_file import PolicyFile
@@ -32,6 +33,7 @@ __all__ = [
     "PolicyFile",
     "RouteSpec",
     "Routing",
+    "fuse",
     "parse",
     "route",
     "share",
@@ -41,6 +43,7 @@ __all__ = [
 _HOMES = {
     "carpool.errors": ("CarpoolError",),
     "carpool.hosts.transformers": ("share",),
+    "carpool.models.fusion": ("fuse",),
     "carpool.plans.grammar": ("Plan", "parse"),
     "carpool.plans.pipeline": ("Outcome", "route"),
     "carpool.plans.policy_file": ("PolicyFile",),
