@@ -3,9 +3,10 @@
     python benchmarks/expert_bytes.py make FOLDER --text train/*.jsonl       # about 20 minutes: every quantiser's file
     python benchmarks/expert_bytes.py measure FOLDER --text heldout/*.jsonl --output docs/results/expert-bytes.json
 
-`--model` takes another model than the reference model, in a FOLDER and a file of results of its own. `--files` and
-`--methods` choose some: of batch 64 those are measured that come within twice the best one's bytes at batch 16, the
-controls, and a row of each paper.
+`--model` takes another model than the reference model, in a FOLDER and a file of results of its own. `--files`,
+`--methods` and `--plans` choose some: of batch 64 those are measured that come within twice the best one's bytes at
+batch 16, at settings near the KL asked for, the controls, and a row of each paper. Results are kept in FOLDER, so that
+several calls may share the work; `--kept` measures nothing and writes what all of them found.
 
 Everything is measured on the same batches of held-out text, and each method's curve of log KL over bytes is read where
 it crosses 0.02, 0.01, 0.003 and 0.001 nats. Of the alternatives the best one at every KL is taken after the fact, on
@@ -22,11 +23,13 @@ import pickle
 import re
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from expert_methods import BITS, CONTROLS, GROUPS, NESTED, OURS, SHIPPED, Method, methods, only, uniform
 
 from carpool.artefacts.files import atomic_path, sha256_file, write_text
 from carpool.artefacts.statistics import Statistics
@@ -40,67 +43,8 @@ from carpool.evaluate.study import Settings, sequences_for, study
 from carpool.plans.grammar import parse
 from carpool.routing.batch import Grouping
 
-BITS, GROUPS = (2, 3, 4, 5, 6), (32, 64, 128)
-NESTED, SHIPPED = "nested-64", "shipped"
 TARGETS = (0.02, 0.01, 0.003, 0.001)  # nats a token
-OURS = "depth"
-CONTROLS = ("random on 4 bits", "depth, all levels {2, 4}", "depth, equal energies", "static, by lost energy")
-FEWER = {3: (0.12, 0.135, 0.15, 0.17, 0.19), 4: (0.12, 0.15, 0.17, 0.19, 0.22, 0.25), 5: (0.15, 0.19, 0.22, 0.25, 0.28)}
 BATCHES = 10
-K = 8  # experts a token of the reference model
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method at several settings: which file of experts it reads, and its plan."""
-
-    name: str
-    settings: tuple[tuple[str, str], ...]
-
-
-def uniform(bits: int, group: int) -> str:
-    return f"uniform-{bits}-{group}"
-
-
-def fewer(bits: int) -> str:
-    return f"depth, up to {bits} bits"
-
-
-def methods() -> list[Method]:
-    shares = (0.12, 0.135, 0.15, 0.17, 0.19, 0.22, 0.25, 0.28, 0.32)
-
-    def on(bits: int, policy: str, budgets: tuple[int, ...], more: str = "") -> tuple[tuple[str, str], ...]:
-        file, cap = (SHIPPED, "") if bits == 16 else (uniform(bits, 64), f" | bits({bits})")
-        return tuple((file, f"{policy}(budget={budget}{more}){cap}") for budget in budgets)
-
-    squared = ", warmup=0, utility='squared'"
-    nested = {
-        OURS: [f"depth(bytes={share})" for share in shares],
-        "depth, equal energies": [f"depth(bytes={share}, energy='equal')" for share in shares[2:8]],
-        "depth, all levels {2, 4}": [f"depth(bytes={share}, levels=[2, 4])" for share in (0.17, 0.19, 0.22, 0.25)],
-        **{  # what a file stores that ends at fewer bits
-            fewer(bits): [f"depth(bytes={share}, levels={[0, *range(2, bits + 1)]})" for share in of]
-            for bits, of in FEWER.items()
-        },
-        "static, by lost energy": [f"bit_plan(bits={bits}, alpha=0, beta=0)" for bits in (2.25, 2.5, 3, 3.5, 4, 4.5)],
-        "MC's bit plan": [f"bit_plan(bits={bits})" for bits in (2.25, 2.5, 3, 3.5, 4, 4.5)],
-        "MC's bit plan, as released": [f"bit_plan(bits={bits}, gamma=1.0)" for bits in (2.5, 3, 3.5, 4)],
-        "HOBBIT": [f"hobbit({high}, {low})" for high, low in ((3, 2), (4, 2), (4, 3), (5, 4), (6, 5))],
-        "HOBBIT, nothing left out": [
-            f"hobbit({high}, {low}, second=1.0)" for high, low in ((3, 2), (4, 2), (4, 3), (5, 3), (6, 4))
-        ],
-    }
-    return [
-        *(Method(f"uniform, groups of {group}", tuple((uniform(bits, group), f"topk(k={K}) | bits({bits})")
-                                                      for bits in BITS)) for group in GROUPS),
-        *(Method(name, tuple((NESTED, plan) for plan in plans)) for name, plans in nested.items()),
-        Method("XShare on 3 bits", on(3, "xshare", (30, 36, 44, 52, 58), squared)),
-        Method("XShare on 4 bits", on(4, "xshare", (22, 28, 36, 44, 52, 58), squared)),
-        Method("XShare on 5 bits", on(5, "xshare", (36, 44, 52, 58), squared)),
-        Method("XShare on 16 bits", on(16, "xshare", (10, 16, 26, 36), squared)),
-        Method("surrogates on 16 bits", on(16, "surrogate", (10, 20, 30))),
-        Method("random on 4 bits", on(4, "random", (36, 44, 52))),
-    ]  # fmt: skip
 
 
 def make(folder: Path, model: str | None, texts: list[Path], tokens: int, only: str) -> None:
@@ -175,6 +119,10 @@ def kept(folder: Path, texts: list[Path], batch: int, sequence: int, file: str, 
     return folder / "measured" / f"{hashlib.sha256(repr(depends).encode()).hexdigest()[:32]}.pickle"
 
 
+def measured(folder: Path, texts: list[Path], batch: int, sequence: int, file: str, plan: str) -> bool:
+    return kept(folder, texts, batch, sequence, file, plan).exists()
+
+
 def points(results: list[Result], stock: Result) -> Points:
     sums = [(one.measured.layers["bytes"].sum(1), one.measured.kl_M, one.measured.tokens_M) for one in results]
     return Points.of(sums, stock.measured.layers["bytes"].sum(1))
@@ -236,6 +184,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--sequence", type=int, default=64)
     parser.add_argument("--methods", default=".*", help="pattern of the methods' names; default: all")
+    parser.add_argument("--plans", default=".*", help="pattern of the settings' plans; default: all")
+    parser.add_argument("--kept", action="store_true", help="only the settings that earlier calls have measured")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.what == "make":
@@ -245,10 +195,18 @@ def main() -> None:
         parser.error("--output is missing")
     content = json.loads(options.output.read_text()) if options.output.exists() else {}
     cells: dict[str, Any] = content.get("cells", {})
-    chosen = [method for method in methods() if re.search(options.methods, method.name)]
+    wanted = [
+        only(method, lambda _, plan: bool(re.search(options.plans, plan)))
+        for method in methods()
+        if re.search(options.methods, method.name)
+    ]
     loaded = load(options.model, None)
     sizes = {path.stem: stored(path) for path in sorted(options.folder.glob("*.safetensors"))}
     for batch in options.batch:
+        chosen = [method for method in wanted if method.settings]
+        if options.kept:
+            known = partial(measured, options.folder, options.text, batch, options.sequence)
+            chosen = [one for method in chosen if (one := only(method, known)).settings]
         plans = sum(len(method.settings) for method in chosen) + len({file for m in chosen for file, _ in m.settings})
         with progress(f"batch {batch}", batch * BATCHES * options.sequence * plans) as advance:
             found = measure(loaded, options.folder, options.text, batch, options.sequence, chosen, advance)
@@ -266,7 +224,7 @@ def main() -> None:
         content = {
             **provenance(), "texts": text_facts(options.text),
             "model": model_facts(loaded[0], options.model) | trained(options.model),
-            "arguments": {"sequence": options.sequence, "batches": BATCHES, "seed": 0, "tokens": options.tokens},
+            "arguments": {"batches": BATCHES, "seed": 0, "tokens": options.tokens},
             "stored": sizes,
             "cells": dict(sorted(cells.items(), key=lambda cell: int(cell[0]))),
         }  # fmt: skip

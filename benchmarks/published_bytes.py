@@ -65,7 +65,7 @@ def rows() -> list[Row]:
         *each("uniform, given text", (GIVEN,), *(f"topk(k=8) | bits({bits})" for bits in (2, 3, 4))),
         *each("uniform, own text", (OWN,), *(f"topk(k=8) | bits({bits})" for bits in (2, 3, 4))),
         *each("constants (MoNE)", (CONSTANTS,), *(f"surrogate(budget={budget})" for budget in (20, 30, 40))),
-        *each("nothing in their place", (CONSTANTS,), *(f"surrogate(budget={b}, least=2)" for b in (20, 30, 40))),
+        *each("other experts in their place", (CONSTANTS,), *(f"surrogate(budget={b}, least=2)" for b in (20, 30, 40))),
     ]
 
 

@@ -20,7 +20,8 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     import expert_bytes
 
     yield expert_bytes
-    sys.modules.pop("expert_bytes")
+    for name in ("expert_bytes", "expert_methods"):
+        sys.modules.pop(name)
 
 
 def curve(*points: tuple[float, float]) -> Points:
@@ -80,6 +81,14 @@ def test_what_was_measured_is_found_again_and_nothing_else(benchmark: ModuleType
 
 
 def test_shallower_files_are_no_alternatives_to_the_deep_one(benchmark: ModuleType) -> None:
+    from expert_methods import FEWER, fewer
+
     names = [method.name for method in benchmark.methods()]
-    assert {benchmark.fewer(bits) for bits in benchmark.FEWER} <= set(names)
-    assert all(benchmark.fewer(bits).startswith(benchmark.OURS) for bits in benchmark.FEWER)
+    assert {fewer(bits) for bits in FEWER} <= set(names)
+    assert all(fewer(bits).startswith(benchmark.OURS) for bits in FEWER)
+
+
+def test_some_settings_of_a_method_can_be_measured(benchmark: ModuleType) -> None:
+    method = benchmark.Method("a", (("x", "one"), ("y", "two"), ("y", "three")))
+    assert benchmark.only(method, lambda file, plan: file == "y" and "w" in plan).settings == (("y", "two"),)
+    assert benchmark.only(method, lambda file, plan: False) == benchmark.Method("a", ())

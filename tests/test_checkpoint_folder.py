@@ -10,7 +10,7 @@ import pytest
 from carpool import CarpoolError
 from carpool.artefacts.checkpoint import RECIPE, Recipe, new_folder, require_new_folder
 
-MADE = Recipe("reap", {"keep": 4}, "abc", "Model", [("a.jsonl", "00")], {"kl": 0.5}, "2026-01-01", "0.1")
+MADE = Recipe("reap", {"keep": 4}, "abc", "Model", [("a.jsonl", "00")], {"kl": 0.5})
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:

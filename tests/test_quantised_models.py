@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lockstep_tools import noise
 from safetensors.torch import load_file, save_file
 from test_compressed_checkpoints import logits, made
 from test_transformers_loading import refusal, save
 from tiny_models import tiny_model, tokens
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 import carpool
 from carpool.artefacts.statistics import Statistics
@@ -21,10 +26,12 @@ from carpool.artefacts.weights import ExpertTensor
 from carpool.calibrate import calibrate
 from carpool.calibrate.compress import compress
 from carpool.calibrate.run import signed
+from carpool.cli.commands import app
 from carpool.cli.common import model_facts
 from carpool.experts.stored import StoredExperts
 from carpool.hosts.transformers import find_layers, load_model, open_model
 from carpool.hosts.transformers.as_stored import shares_stored
+from carpool.plans.policy_file import PolicyFile
 
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 BLOCK = 16
@@ -148,3 +155,26 @@ def test_what_transformers_cannot_load_is_one_sentence(method: str, said: str, t
     message = refusal(folder)
     assert said in message
     assert str(folder) in message
+
+
+def test_commands_take_it(quantised: tuple[str, Path], tmp_path: Path) -> None:
+    """From text to planes, an evaluation with them and a policy file, as a user would."""
+    _, source = quantised
+    folder = shutil.copytree(source, tmp_path / "model")
+    words = Tokenizer(models.WordLevel({str(number): number for number in range(64)}, unk_token="1"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", unk_token="1").save_pretrained(folder)
+    text, planes, result, policy = (tmp_path / name for name in ("a.jsonl", "e.safetensors", "r.json", "policy.json"))
+    text.write_text("".join(json.dumps({"text": noise("a", 60, seed).text}) + "\n" for seed in range(24)))
+    short = ["--batch", "2", "--sequence", "8", "--prefill", "4", "--stats", planes]
+    depth = ["--policy", "depth(bytes=0.2)"]
+    for name, given in {
+        "compress": ["--method", "round", "--group", 16, "--depths", "2,3", "--sequence", 16, "-o", planes],
+        "evaluate": [*short, *depth, "--policy", "topk(k=2) | bits(2)", "--batches", 10, "--json", result],
+        "tune": [*short, "--max-kl", 1, "--also-batch", "1", "--tokens", 80, "-o", policy],
+    }.items():
+        done = CliRunner().invoke(app, [name, str(folder), "--text", str(text), *map(str, given)])
+        assert done.exit_code == 0, done.output
+    assert PolicyFile.load(policy).model["num_experts"] == 8
+    deep, alone = json.loads(result.read_text())["results"][1:]
+    assert 0 < deep["bytes_share"]["value"] < alone["bytes_share"]["value"] * 2

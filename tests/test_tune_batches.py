@@ -92,14 +92,25 @@ def test_the_line_between_two_numbers_of_bits(kls: list[float], kl: float) -> No
         assert found is None
 
 
-def test_quantisation_alone_and_sharing_on_it_are_searched() -> None:
-    alone, *shared = on_planes((2, 3, 4, 6), 8)
-    assert alone.values(64, 8) == [2, 3, 4, 6]
-    assert str(alone.at(3)) == "topk(k=8) | bits(3)"
+def test_quantisation_alone_and_what_chooses_bits_and_sharing_on_it_are_searched() -> None:
+    alone, plan, pairs, *shared = on_planes((2, 3, 4, 6), 8)
+    assert [str(alone.at(step)) for step in alone.values(64, 8)] == [
+        f"topk(k=8) | bits({bits})" for bits in (2, 3, 4, 6)
+    ]
     assert alone.name == "topk(k=8) | bits"
+    bits = [plan.at(step).policy.bits for step in plan.values(64, 8)]
+    assert bits == [2 + step / 4 for step in range(17)]
+    assert plan.name == "bit_plan, by lost energy"
+    assert [str(pairs.at(step)) for step in pairs.values(64, 8)] == [
+        f"hobbit(high={high}, low={low}, second=1.0)" for high, low in ((3, 2), (4, 2), (4, 3), (6, 3), (6, 4))
+    ]
     assert [str(one.at(20)) for one in shared] == [
         f"xshare(budget=20, utility='squared') | bits({bits})" for bits in (3, 4)
     ]
+
+
+def test_what_one_depth_cannot_do_is_not_searched() -> None:
+    assert [one.name for one in on_planes((4,), 8)] == ["topk(k=8) | bits"]
 
 
 @pytest.mark.parametrize("text", ["x", "1,-4", "0", "1;4", "99999"])

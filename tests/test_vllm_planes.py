@@ -13,11 +13,12 @@ import pytest
 import torch
 import vllm_models as tiny
 
+from carpool import CarpoolError, parse
 from carpool.artefacts.statistics import Statistics
 from carpool.calibrate.compress import compress
 from carpool.calibrate.run import signed
 from carpool.cli.compress_output import PLANES_FILE, Output
-from carpool.experts.stored import StoredExperts
+from carpool.experts.stored import SHAPE, StoredExperts
 from carpool.hosts.transformers import find_layers, open_model
 from carpool.routing.spec import ALL_BITS
 
@@ -151,6 +152,28 @@ def test_bytes_are_counted_as_they_are_read() -> None:
 def test_whole_weights_cannot_be_read_at_depths() -> None:
     with pytest.raises(Exception, match="holds them as whole weights; make one that does not with `carpool compress"):
         tiny.engine(tiny.qwen3(), {"policy": POLICY, "isolation": "batch", "stats": str(folder() / PLANES_FILE)})
+
+
+def test_depths_that_are_not_served_are_refused_before_serving() -> None:
+    """A guard's, and those of statistics of other experts; what names fewer depths is served."""
+    from carpool.hosts.engine.fitting import prepare
+
+    layer = tiny.host(reading()).layers[0]
+    with pytest.raises(CarpoolError, match=r"bits\(5\): the experts are stored at \[2, 3, 4\] bits"):
+        prepare(layer, parse("topk(k=4) | bits(5)"))
+    own = layer.statistics
+    try:
+        layer.statistics = {**own, SHAPE: torch.tensor([32, 64, 32, 2, 3, 4, 6])}
+        with pytest.raises(
+            CarpoolError, match=r"of experts at \[2, 3, 4, 6\] bits, and the checkpoint's are stored at \[2, 3, 4\]"
+        ):
+            prepare(layer, parse("hobbit(6, 2)"))
+        layer.statistics = {SHAPE: torch.tensor([32, 64, 32, 2, 3])}
+        prepare(layer, parse("hobbit(3, 2)"))
+        layer.statistics = {}
+        assert int(prepare(layer, parse("topk(k=4) | bits(3) | floor(0.1)"))["deepest"]) == 3
+    finally:
+        layer.statistics = own
 
 
 def test_buffers_begin_at_all_that_is_stored() -> None:

@@ -153,14 +153,22 @@ def _basis(content: dict[str, Any]) -> str:
     given, model = content["arguments"], content["model"]
     trained = f", trained on {model['trained_on'] / 1e6:.1f} M tokens" if "trained_on" in model else ""
     name = "Reference model" if model["name"] == "reference model" else f"{model['architecture']}{trained}"
-    sizes = {cell["sequence"] for cell in content["cells"].values()}
-    assert sizes == {given["sequence"]}
     return (
         f"{name} ({model['experts']} experts, {model['top_k']} a token), {given['batches']} batches of "
-        f"independent held-out documents a size, sequences of {given['sequence']} tokens of which 32 are prompt, seed "
+        f"independent held-out documents a size, {_lengths(content['cells'])} of which 32 are prompt, seed "
         f"{given['seed']}. Bytes of experts that a step reads, scales included, over what stock reads in 16 bits; 95 % "
         "intervals of the ratio over batches. The best other method is picked at every KL on the same text.\n\n"
     )
+
+
+def _lengths(cells: dict[str, Any]) -> str:
+    """`sequences of 64 tokens (of 40 at batch 64)`."""
+    common, *others = sorted({cell["sequence"] for cell in cells.values()}, reverse=True)
+    said = [
+        f"of {length} at batch {', '.join(batch for batch, cell in cells.items() if cell['sequence'] == length)}"
+        for length in others
+    ]
+    return f"sequences of {common} tokens" + f" ({'; '.join(said)})" * bool(said)
 
 
 def _verdict(content: dict[str, Any]) -> str:

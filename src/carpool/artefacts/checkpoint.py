@@ -14,6 +14,7 @@ from typing import Any
 
 from carpool.artefacts.files import require_folder_around, write_text
 from carpool.artefacts.json_text import read_json
+from carpool.artefacts.origin import now, version
 from carpool.errors import CarpoolError
 
 RECIPE = "recipe.json"
@@ -39,9 +40,9 @@ class Recipe:
     architecture: str
     data: Sequence[tuple[str, str]]
     errors: Mapping[str, Any]
-    created: str
-    carpool_version: str
     sizes: Mapping[str, Any] = field(default_factory=dict)
+    created: str = field(default_factory=now)
+    carpool_version: str = field(default_factory=version)
 
     def save(self, folder: Path) -> None:
         """Write `recipe.json` into a folder."""

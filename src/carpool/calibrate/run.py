@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from carpool.artefacts.identity import SAMPLES, fingerprint
+from carpool.artefacts.origin import now, version
 from carpool.artefacts.statistics import Statistics
 from carpool.calibrate.capture import Collector, Experts, Layer, Routed, Seen, calm, capture
 from carpool.calibrate.easy_ep import EasyEP
@@ -119,8 +119,6 @@ def signed(
     data: Sequence[tuple[str, str]],
 ) -> Statistics:
     """What was measured in every layer, with whose it is and where it is from."""
-    import carpool
-
     return Statistics(
         layers=measured,
         fingerprint=fingerprint((layer.index, layer.weight_EH) for layer in layers),
@@ -131,8 +129,8 @@ def signed(
         tokens=tokens,
         seed=seed,
         data=tuple(data),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        carpool_version=carpool.__version__,
+        created=now(),
+        carpool_version=version(),
         torch_version=torch.__version__,
     )
 

@@ -133,7 +133,7 @@ class Output:
                     str(depth): {str(index): float(lost(tensors)[place]) for index, tensors in stats.layers.items()}
                     for place, depth in enumerate(depths)
                 }},
-                created=stats.created, carpool_version=stats.carpool_version, sizes=sizes,
+                sizes=sizes,
             ).save(folder)  # fmt: skip
 
 

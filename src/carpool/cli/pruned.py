@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +51,6 @@ def write_pruned(
     settings: dict[str, Any],
 ) -> None:
     """Choose the experts, write the checkpoint with its recipe, and measure it as stock transformers loads it."""
-    import carpool
     from carpool.artefacts.checkpoint import Recipe, new_folder
     from carpool.calibrate.pruning import errors, kept
     from carpool.experts.pruned import pruned
@@ -70,10 +68,7 @@ def write_pruned(
         found = errors(model, made, windows.ids_BT[windows.held_B])
         parameters = {"keep": keep, "of": layers[0].num_experts, **settings,
                       "kept": {str(index): kept_P.tolist() for index, kept_P in some.items()}}  # fmt: skip
-        Recipe(
-            method, parameters, of_model(model), type(model).__name__, data, found,
-            datetime.now(UTC).isoformat(timespec="seconds"), carpool.__version__,
-        ).save(folder)  # fmt: skip
+        Recipe(method, parameters, of_model(model), type(model).__name__, data, found).save(folder)
     say(
         console,
         f"kept {keep} of {layers[0].num_experts} experts in {len(layers)} layers; on {found['tokens']:,} tokens of "

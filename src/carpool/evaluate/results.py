@@ -7,12 +7,12 @@ import platform
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import carpool
 from carpool.artefacts.files import sha256_file, write_text
+from carpool.artefacts.origin import now, version
 from carpool.evaluate.details import Details
 from carpool.evaluate.intervals import FEWEST, LEVEL, METHOD
 from carpool.evaluate.metrics import Result
@@ -27,9 +27,9 @@ def provenance() -> dict[str, Any]:
     import transformers
 
     return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": now(),
         "versions": {
-            "carpool": carpool.__version__,
+            "carpool": version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),

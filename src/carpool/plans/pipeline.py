@@ -137,7 +137,7 @@ def route(
         batch: who the rows are.
         native: the host's own routing; recomputed from the logits if not given. Rows that the plan leaves
             unchanged get exactly these ids and weights back.
-        stats: this layer's statistics, as `plan.policy.prepare` returned them.
+        stats: this layer's statistics, as `plan.prepare` returned them.
         hidden_NH: the router's input, for policies that ask for it.
     """
     scores_NE, weights_NE = scored(spec, logits_NE)

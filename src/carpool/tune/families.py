@@ -9,12 +9,12 @@ from torch import Tensor
 
 from carpool.errors import CarpoolError
 from carpool.plans.grammar import Plan, parse
-from carpool.plans.guards import Bits
 from carpool.policies.registry import policies, policy_class
 
 KNOBS = ("bytes", "budget", "size", "k0", "top", "k")
 LEAST_BYTES = 8  # hundredths of stock's bytes; below, no depth is worth looking at
 SHARED_BITS = 4  # beyond, quantised experts lose so little that sharing them costs more than fewer bits
+QUARTER = 4  # steps of a bit, in a plan of bits
 DEFAULT = ("depth", "surrogate", "base", "xshare(budget=1, utility='squared')", "xshare", "des_vote", "lynx")
 
 
@@ -25,34 +25,35 @@ class Family:
     Attributes:
         plan: with any value of the knob. knob: the parameter that is searched.
         least, most: smallest and largest share of bytes, in hundredths, as far as statistics say.
-        offered: bits at which experts are stored, where the guard `bits` is searched.
+        ladder: in place of a knob, the plans to choose from, from the one that reads least; `title` is its name then.
     """
 
     plan: Plan
     knob: str
     least: int = LEAST_BYTES
     most: int | None = None
-    offered: tuple[int, ...] = ()
+    ladder: tuple[Plan, ...] = ()
+    title: str = ""
 
     def at(self, value: int) -> Plan:
         """The plan with a value of its knob."""
-        if self.knob == "bits":
-            return Plan(self.plan.policy, (Bits(value),))
+        if self.ladder:
+            return self.ladder[value]
         given = value / 100 if self.knob == "bytes" else value
         return Plan(replace(self.plan.policy, **{self.knob: given}), self.plan.guards)
 
     @property
     def name(self) -> str:
         """The plan without its knob."""
-        if self.knob == "bits":
-            return f"{self.plan.policy} | bits"
+        if self.ladder:
+            return self.title
         given = f"{self.knob}={getattr(self.plan.policy, self.knob)!r}"
         return str(self.plan).replace(f"({given})", "").replace(f"{given}, ", "").replace(f", {given}", "")
 
     def values(self, num_experts: int, top_k: int) -> list[int]:
         """Values that the policy accepts for `E` experts, `K` a token, ascending."""
-        if self.knob == "bits":
-            return list(self.offered)
+        if self.ladder:
+            return list(range(len(self.ladder)))
         if self.knob == "bytes":
             return list(range(self.least, (self.most or 0) + 1))
         found = []
@@ -75,10 +76,21 @@ def uniform(bits: int, top_k: int) -> Plan:
 
 
 def on_planes(depths: Sequence[int], top_k: int) -> list[Family]:
-    """What to search beside `depth` where experts are stored at these depths: quantisation alone, and sharing on it."""
-    alone = Family(uniform(depths[-1], top_k), "bits", offered=tuple(depths))
+    """What to search beside `depth` where experts are stored at these depths, ascending: quantisation alone, MC's plan
+    by lost energy (it loses less than with MC's own powers wherever we measured both), HOBBIT's rule, and sharing."""
+    steps = range(QUARTER * depths[0], QUARTER * depths[-1] + 1)
+    plans = [parse(f"bit_plan(bits={step / QUARTER}, alpha=0, beta=0)") for step in steps]
+    pairs = [(high, low) for place, high in enumerate(depths) for low in depths[max(place - 2, 0) : place]]
+    rules = [parse(f"hobbit({high}, {low}, second=1.0)") for high, low in pairs]
+    found = [_ladder(f"topk(k={top_k}) | bits", [uniform(depth, top_k) for depth in depths])]
+    if len(depths) > 1:
+        found += [_ladder("bit_plan, by lost energy", plans), _ladder("hobbit", rules)]
     inner = [depth for depth in depths[1:] if depth <= SHARED_BITS]
-    return [alone, *(family(f"xshare(budget=1, utility='squared') | bits({depth})") for depth in inner)]
+    return found + [family(f"xshare(budget=1, utility='squared') | bits({depth})") for depth in inner]
+
+
+def _ladder(title: str, plans: Sequence[Plan]) -> Family:
+    return Family(plans[0], "", ladder=tuple(plans), title=title)
 
 
 def measurable(families: Sequence[Family], statistics: Collection[str]) -> list[Family]:

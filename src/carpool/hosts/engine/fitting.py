@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from carpool.artefacts.identity import Identity, fingerprint
 from carpool.artefacts.statistics import Statistics, made_by
 from carpool.errors import CarpoolError
-from carpool.experts.stored import NAMES
+from carpool.experts.stored import NAMES, SHAPE, StoredExperts
 from carpool.hosts.engine.layer import Layer
 from carpool.hosts.engine.log import log
 from carpool.plans.grammar import Plan
@@ -75,6 +75,23 @@ def check_counts(policies: PolicyFile, num_experts: int, top_k: int, planes: Pat
         check_fit(plan.for_serving(), num_experts, top_k, known, planes is not None)
 
 
+def as_served(statistics: Mapping[str, Tensor], stored: tuple[int, ...]) -> dict[str, Tensor]:
+    """A layer's statistics with the depths at which its experts are served; as they are where these are no planes.
+
+    Raises:
+        CarpoolError: the statistics are of experts with depths that are not served.
+    """
+    if not stored:
+        return dict(statistics)
+    found = StoredExperts.depths_in(statistics) if SHAPE in statistics else stored
+    if not set(found) <= set(stored):
+        raise CarpoolError(
+            f"the statistics are of experts at {list(found)} bits, and the checkpoint's are stored at {list(stored)}: "
+            "leave the file of statistics out (the checkpoint brings its own), or serve the checkpoint that it is of"
+        )
+    return {SHAPE: torch.tensor([0, 0, 0, *stored])} | dict(statistics)
+
+
 def prepare(layer: Layer, plan: Plan) -> dict[str, Tensor]:
     """What a plan needs of the layer's statistics, on the layer's device; checks the plan too.
 
@@ -82,8 +99,10 @@ def prepare(layer: Layer, plan: Plan) -> dict[str, Tensor]:
         CarpoolError: the plan does not fit the layer, or needs statistics that were not loaded or facts that an
             engine does not give.
     """
-    check_fit(plan, layer.num_experts, layer.spec.top_k, layer.statistics, bool(layer.experts.depths))
-    stats = {name: tensor.to(layer.device) for name, tensor in plan.policy.prepare(layer.statistics).items()}
+    stored = layer.experts.depths
+    check_fit(plan, layer.num_experts, layer.spec.top_k, layer.statistics, bool(stored))
+    given = plan.prepare(as_served(layer.statistics, stored))
+    stats = {name: tensor.to(layer.device) for name, tensor in given.items()}
     _rehearse(layer, plan, stats)
     if plan.policy.surrogates and layer.resident is None:
         if layer.stand_ins is None:
