@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_experts import write_expert
 from typer.testing import CliRunner
 
@@ -153,3 +154,39 @@ def test_check_says_what_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert "no server answers at http://127.0.0.1:9/v1" in said
     assert "there is no folder ./none" in said
     assert "no, s, x would have to run in transformers" in said
+
+
+def test_a_pool_is_fused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import save_file
+
+    write_expert(folder / "r", 5, ends=False)
+    text = (folder / "pool.toml").read_text()
+    router = '\n[[expert]]\nname = "r"\nengine = "transformers"\nmodel = "r"\nmax_tokens = 6\n'
+    (folder / "fusion.toml").write_text(text + router)
+    (folder / "short.jsonl").write_text('{"question": "so"}\n{"question": "and so on"}\n{"question": "no"}\n')
+    save_file({"router_head": torch.randn(2, 16, generator=torch.Generator().manual_seed(0))}, folder / "h.safetensors")
+    given = ("fuse", "fusion.toml", "-q", "short.jsonl", "--router", "r", "--head", "h.safetensors", "-a", "f.jsonl")
+    said = run(folder, monkeypatch, *given, "--batch", "2")
+    assert "18 tokens in 12 steps" in said
+    assert "3 answers in f.jsonl, 3 of them new" in said
+    kept = Answers(folder / "f.jsonl")
+    assert all(one.written == 6 and one.finish == "length" for one in kept.by_key.values())
+    assert "0 of them new" in run(folder, monkeypatch, *given)
+    assert "has other weights or settings" in run(folder, monkeypatch, *given, "--plan", "xshare(1, warmup=0)", code=2)
+    said = run(
+        folder,
+        monkeypatch,
+        "fuse",
+        "fusion.toml",
+        "-q",
+        "short.jsonl",
+        "--router",
+        "q",
+        "--head",
+        "h.safetensors",
+        code=2,
+    )
+    assert "no expert 'q' in the pool" in said
+    (folder / "r" / "tokenizer.json").write_text((folder / "r" / "tokenizer.json").read_text() + " ")
+    said = run(folder, monkeypatch, *given[:-1], "g.jsonl", code=2)
+    assert "carpool models fuse: this pool cannot be fused: the experts differ in tokenizer or vocabulary" in said

@@ -10,6 +10,7 @@ from carpool.cli import (  # noqa: F401
     lm_eval,
     models,
     models_cascade,
+    models_fuse,
     policies,
     policy_files,
     report,

@@ -21,6 +21,11 @@ ROWS = 32  # of a forward pass
 @contextmanager
 def loaded(expert: Expert) -> Iterator[InTransformers]:
     """The model and its tokenizer; freed at the block's end. Raises CarpoolError where it cannot be loaded."""
+    yield InTransformers(*load(expert))
+
+
+def load(expert: Expert) -> tuple[Any, Any]:
+    """Model and tokenizer. Raises CarpoolError where they cannot be loaded."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
@@ -35,7 +40,7 @@ def loaded(expert: Expert) -> Iterator[InTransformers]:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CarpoolError(f"{expert.name}: {expert.model} does not load ({said[:300]})") from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    yield InTransformers(model.eval().to(device), tokenizer)
+    return model.eval().to(device), tokenizer
 
 
 class InTransformers:
@@ -126,11 +131,14 @@ class InTransformers:
         width = max(map(len, rows))
         ids_CT = torch.tensor([ids + [self.pad] * (width - len(ids)) for ids in rows], device=self.model.device)
         mask_CT = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in rows], device=self.model.device)
-        logits_CTV: Tensor = self.model(input_ids=ids_CT, attention_mask=mask_CT).logits
-        told_CT = logits_CTV[:, :-1].float().log_softmax(-1).gather(-1, ids_CT[:, 1:].unsqueeze(-1)).squeeze(-1)
+        own = [[start >= len(put) for start, _ in offsets] for offsets in told["offset_mapping"]]
+        first = max(1, min((one.index(True) for one in own if True in one), default=width))
+        kept = torch.arange(first - 1, width - 1, device=self.model.device)  # the head is costly: not for the prompt
+        logits_CTV: Tensor = self.model(input_ids=ids_CT, attention_mask=mask_CT, logits_to_keep=kept).logits
+        told_CT = logits_CTV.float().log_softmax(-1).gather(-1, ids_CT[:, first:].unsqueeze(-1)).squeeze(-1)
         logprobs = [
-            [value for value, (start, _) in zip(values, offsets[1:], strict=False) if start >= len(put)]
-            for values, offsets in zip(told_CT.tolist(), told["offset_mapping"], strict=True)
+            [value for value, counted in zip(values, one[first:], strict=False) if counted]
+            for values, one in zip(told_CT.tolist(), own, strict=True)
         ]
         return chosen(expert, question, logprobs, sum(map(len, rows)))
 

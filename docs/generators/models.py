@@ -1,0 +1,91 @@
+"""The tables of docs/models.md.
+
+python benchmarks/models_recruit.py WORK CORPUS --output docs/results/models-recruit.json
+python benchmarks/models_fusion.py WORK CORPUS --experts prose python math --output docs/results/models-fusion.json
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from generators import Block, load, rows
+
+PAGE = "docs/models.md"
+
+
+def blocks() -> list[Block]:
+    recruit, fusion = load("models-recruit.json"), load("models-fusion.json")
+    made = []
+    if recruit is not None:
+        made += [Block(PAGE, "recruiting", recruiting(recruit)), Block(PAGE, "cascades", cascades(recruit))]
+    if fusion is not None:
+        made.append(Block(PAGE, "fusion", fused(fusion)))
+    return made
+
+
+def recruiting(content: dict[str, Any]) -> str:
+    lines = []
+    for one in content["rows"]:
+        rule = one["rule"] if one["rule"] in ("kNN", "oracle", "the item's domain") else f"`{one['rule']}`"
+        lines.append([
+            rule, str(one["recruits"]), f"{one['right']:.1%} ± {one['half_width']:.1%}",
+            f"{one['gain']:+.1%} ± {one['gain_half_width']:.1%}", str(one["experts_used"]), str(one["loads_grouped"]),
+            f"{one['bytes_grouped'] / 1e6:.0f}", str(one["loads_one_by_one"]), f"{one['bytes_one_by_one'] / 1e6:.0f}",
+        ])  # fmt: skip
+    heads = [
+        "rule", ">experts an item", ">right", ">above the best single one", ">models used", ">loads, grouped", ">MB",
+        ">loads, item by item", ">MB",
+    ]  # fmt: skip
+    head = (
+        f"{content['items']} items ({content['what']}, chance {content['chance']:.0%}), profiles of "
+        f"{content['profile_items']} items from other documents with {content['skills']} skills; ± is a 95 % interval "
+        f"over items. The best single expert is `{content['best']}`.\n\n"
+    )
+    return head + rows(heads, lines)
+
+
+def cascades(content: dict[str, Any]) -> str:
+    ends, *found = content["cascade"]
+    lines = []
+    for one in found:
+        names = " + ".join(one["signals"])
+        if "refused" in one:
+            lines.append([names, f"{one['share_asked_for']:.0%}", "refused: no better than chance", "", "", ""])
+            continue
+        lines.append([
+            names, f"{one['share_asked_for']:.0%}", f"{one['passed_on']:.0%}",
+            f"{one['right']:.1%} ± {one['half_width']:.1%}", f"{one['random']:.1%}", f"{one['oracle']:.1%}",
+        ])  # fmt: skip
+    heads = ["signal", ">share to pass on", ">passed on", ">right", ">random, equal cost", ">oracle, equal cost"]
+    weak, strong = ends["weak"], ends["strong"]
+    head = (
+        f"The base alone: {weak['right']:.1%} ± {weak['half_width']:.1%}; the expert that `top1` names, always: "
+        f"{strong['right']:.1%} ± {strong['half_width']:.1%}.\n\n"
+    )
+    return head + rows(heads, lines)
+
+
+def fused(content: dict[str, Any]) -> str:
+    sides = [content[name] for name in ("one domain", "spliced")]
+    lines = []
+    for one, other in zip(*(side["rows"] for side in sides), strict=True):
+        name, *plan = one["row"].split(", ", 1)
+        cost = [f"{one['switches_a_token']:.2f}", f"{one['late_tokens_a_token']:.2f}", f"{one['experts_a_step']:.2f}"]
+        lines.append([
+            name + "".join(f", `{text}`" for text in plan),
+            *(text for side in (one, other) for text in (
+                f"{side['accuracy']:.1%}", f"{side['against_router_alone']:+.1%} ± {side['against_half_width']:.1%}",
+                f"{side['nats']:.3f}",
+            )),
+            *(cost if "switches_a_token" in one else [""] * 3),
+        ])  # fmt: skip
+    heads = ["row", ">accuracy", ">above the router alone", ">nats a token", ">spliced: accuracy",
+             ">above the router alone", ">nats a token", ">switches a token", ">late tokens a token",
+             ">experts a step"]  # fmt: skip
+    head = (
+        f"{sides[0]['windows']} windows of {content['length']} tokens each; nats at each row's best temperature. Two "
+        f"experts' best tokens differ at {sides[0]['informative']:.0%} of the positions. Costs are of windows of one "
+        f"domain, {content['texts_a_step']} texts a step; late tokens are read by an expert because others were chosen "
+        "when they came.\n\n"
+    )
+    return head + rows(heads, lines)
