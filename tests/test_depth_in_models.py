@@ -74,6 +74,23 @@ def test_at_one_depth_it_is_the_quantised_model(compressed: tuple[Any, Statistic
     assert not torch.allclose(found, logits(model, ids), atol=1e-4)
 
 
+def test_experts_whose_output_nobody_takes_see_one_row(compressed: tuple[Any, Statistics]) -> None:
+    model, stats = compressed
+    k, experts = model.config.num_experts_per_tok, find_layers(model)[0].experts
+    seen: list[int] = []
+
+    def count(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append(len((*args, *kwargs.values())[0]))
+
+    for plan, first in ((f"topk(k={k}) | bits(2)", 1), (f"topk(k={k})", 15)):
+        seen.clear()
+        with carpool.share(model, plan, stats=stats, exempt_prefill=False, group="request"):
+            handle = experts.register_forward_pre_hook(count, with_kwargs=True)  # after ours
+            logits(model, tokens(3, 5))
+            handle.remove()
+        assert seen[0] == first
+
+
 def test_prompts_are_stock_bit_for_bit_and_so_is_the_model_afterwards(compressed: tuple[Any, Statistics]) -> None:
     model, stats = compressed
     ids = tokens(2, 10)

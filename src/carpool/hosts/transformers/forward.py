@@ -17,7 +17,7 @@ from carpool.hosts.transformers.router_check import check
 from carpool.plans.counters import Counters, LayerReport
 from carpool.plans.pipeline import Outcome, route
 from carpool.routing.batch import Batch
-from carpool.routing.spec import Routing
+from carpool.routing.spec import ALL_BITS, Routing
 
 Observer = Callable[[int, Batch, Outcome], None]
 
@@ -86,6 +86,7 @@ class Forward:
         self._again = False
         self._seen: set[int] = set()
         self._left: dict[int, Routing] = {}  # by layer, what the next call of its experts does not do itself
+        self._whole: dict[int, Tensor] = {}  # by layer, the input of experts that were called with one row
 
     def again(self) -> Forward:
         """The same rows, computed a second time: what is decided is the same, and is not counted again."""
@@ -121,14 +122,26 @@ class Forward:
         slots[ids] = outcome.routing.ids_NK.reshape(output[ids].shape)
         return tuple(slots)
 
-    def depths(self, position: int) -> Tensor | None:
-        """How deep a layer's experts, if they are in planes, read each pair, `[N, K]`; None for all that is stored."""
+    def before(self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """What a layer's experts are called with in place of their arguments: those in planes with the depth of every
+        pair; those beside planes with one row, for its shape, where planes give all that is needed. None: as it is."""
         routing, prepared = self._left.get(position), self.terms.prepared[position]
-        if routing is None or self.terms.layers[position].planes is None:
+        if routing is None or routing.depth_NK is None:
             return None
-        if prepared.surrogates is None:
-            del self._left[position]
-        return routing.depth_NK
+        if self.terms.layers[position].planes is not None:
+            if prepared.surrogates is None:
+                del self._left[position]
+            return args, {**kwargs, "depth_NK": routing.depth_NK}
+        given = (*args, *kwargs.values())
+        flat = all(isinstance(one, Tensor) and one.dim() == 2 and len(one) == len(given[0]) for one in given)
+        read_NK = routing.weights_NK != 0
+        shallow = (read_NK & (routing.depth_NK < ALL_BITS)).any(-1).all() & ~(
+            read_NK & (routing.depth_NK == ALL_BITS)
+        ).any()
+        if not flat or not shallow:
+            return None
+        self._whole[position] = given[0]
+        return tuple(one[:1] for one in args), {name: one[:1] for name, one in kwargs.items()}
 
     def supplement(self, position: int, args: tuple[Any, ...], output: Any) -> Any:
         """What a layer's experts give with each pair at its depth, and with the surrogates' output added; `args[0]` is
@@ -138,6 +151,9 @@ class Forward:
             return output
         layer, hidden, prepared = self.terms.layers[position], args[0], self.terms.prepared[position]
         surrogates, stored = prepared.surrogates, prepared.stored
+        if position in self._whole and isinstance(output, Tensor):
+            hidden = self._whole.pop(position)
+            output = output.new_zeros(len(hidden), *output.shape[1:])  # of rows that take nothing from it
         if not isinstance(output, Tensor) or output.shape != hidden.shape:
             raise CarpoolError(
                 f"{layer.name}: its experts do not return one sum a row, which could be computed at a depth or with "

@@ -48,7 +48,7 @@ class Attachment:
         self._handles: list[RemovableHandle] = []
         for position, layer in enumerate(layers):
             self._handles.append(layer.router.register_forward_hook(_Reroute(self, position)))
-            self._handles.append(layer.experts.register_forward_pre_hook(_Deepen(self, position), with_kwargs=True))
+            self._handles.append(layer.experts.register_forward_pre_hook(_Before(self, position), with_kwargs=True))
             self._handles.append(layer.experts.register_forward_hook(_Supplement(self, position), with_kwargs=True))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -196,13 +196,10 @@ class _OfExperts(_Hook):
         return here.calls[-1].forward if here.calls else here.loose
 
 
-class _Deepen(_OfExperts):
+class _Before(_OfExperts):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.idle:
-            return None
-        forward = self.forward
-        depth_NK = None if forward is None else forward.depths(self.position)
-        return None if depth_NK is None else (args, {**kwargs, "depth_NK": depth_NK})
+        forward = None if self.idle else self.forward
+        return None if forward is None else forward.before(self.position, args, kwargs)
 
 
 class _Supplement(_OfExperts):
