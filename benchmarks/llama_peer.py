@@ -1,6 +1,6 @@
 """llama.cpp beside vLLM on planes: decoding in one process, at nearly equal bits of an expert's weights.
 
-    pip install --target peers --no-deps llama-cpp-python gguf      # builds llama.cpp for this processor
+    pip install --target peers --no-deps llama-cpp-python gguf diskcache      # builds llama.cpp for this processor
     PYTHONPATH=peers python benchmarks/llama_peer.py --output docs/results/llama-peer.json
 
 A few layers of Qwen3-30B-A3B with random weights. Routers, attention and head are the same numbers in both (bf16 in
@@ -117,7 +117,8 @@ class Llama:
     def __init__(self, path: Path, threads: int) -> None:
         from llama_cpp import llama_cpp as api
 
-        self.api = api
+        self.api, self._quiet = api, api.llama_log_callback(lambda level, text, data: None)
+        api.llama_log_set(self._quiet, None)
         api.llama_backend_init()
         self.model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
         how = api.llama_context_default_params()
