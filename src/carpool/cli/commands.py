@@ -11,6 +11,7 @@ from carpool.cli import (  # noqa: F401
     models,
     models_cascade,
     models_fuse,
+    place,
     policies,
     policy_files,
     report,

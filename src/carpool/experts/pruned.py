@@ -71,7 +71,7 @@ def pruned(layers: Sequence[Layer], kept: Mapping[int, Tensor], config: Any) -> 
     so that saving it writes one; it cannot be run meanwhile, as its modules keep their own numbers.
 
     Args:
-        kept: by layer index the experts `[P]` in ascending order, the same number in every layer.
+        kept: by layer index the experts `[P]` in the order that they are to have, the same number in every layer.
         config: of the model.
     """
     before: list[tuple[nn.Module, str, Tensor]] = []
