@@ -271,6 +271,7 @@ def spread(model: Any) -> Any:
     from transformers.distributed import DistributedConfig
 
     model.config.distributed_config = DistributedConfig(tp_size=2, ep_size=2)
+    model.ep_plan = {"model.layers.*.mlp.gate": "ep_router", "model.layers.*.mlp.experts": "moe_tp_experts"}
     return model
 
 
@@ -509,7 +510,7 @@ CALLERS = (
         mode=lambda: torch.device("meta"),
     ),
     Caller(
-        "expert parallelism (`DistributedConfig(ep_size=2)`)", "not the other processes' rows", "refused",
+        "expert parallelism by router masks (`ep_router`)", "not what the others' experts are asked for", "refused",
         lambda world: None, refused="spread over 2 processes", make=spread,
     ),
 )  # fmt: skip

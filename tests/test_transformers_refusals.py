@@ -72,10 +72,11 @@ def test_statistics_are_used_and_checked(model: Any) -> None:
         pass
 
 
-def test_expert_parallelism_is_refused(model: Any) -> None:
+def test_expert_parallelism_by_masks_is_refused(model: Any) -> None:
     from transformers.distributed import DistributedConfig
 
     model.config.distributed_config = DistributedConfig(tp_size=2, ep_size=2)
+    model.ep_plan = {"model.layers.*.mlp.gate": "ep_router", "model.layers.*.mlp.experts": "moe_tp_experts"}
     with pytest.raises(CarpoolError, match=r"spread over 2 processes \(DistributedConfig\).*without expert"):
         attach(model)
 

@@ -26,7 +26,8 @@ class XShareExpertParallel(Policy):
         warmup: each voter's best `warmup` experts are always kept. They count towards the cap of their device and
             may exceed it: the peak is `max(cap, warm-up experts of the device)`. 0 makes the cap strict.
 
-    Needs: `Batch.device_E`, the device of each expert, which no engine says yet: set the batch of the run yourself.
+    Needs: `Batch.device_E`, the device of each expert. In transformers a model that is loaded with expert parallelism
+    says it; elsewhere set the batch of the run yourself.
 
     Reading of the paper: the warm-up counts towards the budget, as in XShare without devices; a global budget that
     always goes to the least loaded device reaches the same set.

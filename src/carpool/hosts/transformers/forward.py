@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -195,7 +195,10 @@ class Forward:
                 f"{layer.name} routes {len(logits_NE)} rows, but the batch has {len(self.batch.group_N)}; "
                 "set run.batch to the rows this layer sees"
             )
-        return on_device(self.batch, logits_NE.device)
+        batch, device_E = on_device(self.batch, logits_NE.device), layer.device_E
+        if device_E is None or batch.device_E is not None:
+            return batch
+        return replace(batch, device_E=device_E.to(logits_NE.device))
 
 
 def never_fired(layers: list[MoELayer], where: str, else_: str = "") -> CarpoolError:

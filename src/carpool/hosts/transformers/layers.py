@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from carpool.artefacts.identity import Held, Identity, Sample, sample
 from carpool.artefacts.identity import fingerprint as of_routers
 from carpool.errors import CarpoolError
+from carpool.hosts.transformers.expert_parallel import device_of, whole
 from carpool.hosts.transformers.families import Rule, rule_of
 from carpool.hosts.transformers.offload import weight
 from carpool.hosts.transformers.planes import PlanesExperts
@@ -53,8 +55,13 @@ class MoELayer:
             if parameter.ndim == 2 and parameter.shape[0] == self.num_experts:
                 held = weight(self.router, name)
                 assert held is not None
-                return held
+                return whole(held)
         raise CarpoolError(f"{self.name}: {type(self.router).__name__} has no weight of {self.num_experts} experts")
+
+    @property
+    def device_E(self) -> Tensor | None:
+        """The rank that holds each expert; None where they are all in this process."""
+        return device_of(self.experts, self.num_experts)
 
     def sample(self) -> Sample:
         """Of the experts' weights, in the order that all hosts take it in."""
@@ -110,7 +117,10 @@ class MoELayer:
     def route(self, hidden_NH: Tensor) -> tuple[Tensor, Routing]:
         """Logits `[N, E]` and native routing of rows, by the router alone."""
         given = [weight(self.block, name) for name in self.rule.arguments]
-        return self.routed(self.router(hidden_NH.unsqueeze(0) if self.rule.unflattened else hidden_NH, *given))
+        hidden = hidden_NH.unsqueeze(0) if self.rule.unflattened else hidden_NH
+        held = dict(self.router.named_parameters())
+        state = {name: found for name, one in held.items() if (found := whole(one)) is not one}
+        return self.routed(torch.func.functional_call(self.router, state, (hidden, *given)))
 
     def routed(self, output: tuple) -> tuple[Tensor, Routing]:
         """Logits `[N, E]` and native routing in the router's output."""

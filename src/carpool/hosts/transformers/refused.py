@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from carpool.errors import CarpoolError
+from carpool.hosts.transformers.expert_parallel import ranks_of, require_dispatch
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,17 @@ def refuse(model: nn.Module) -> None:
 
 
 def refuse_spread(model: nn.Module, parts: Sequence[tuple[str, nn.Module]]) -> None:
-    """Raises CarpoolError where other processes hold some of the experts, or of a router's rows.
+    """Raises CarpoolError where other processes hold some of the experts, or of a router's rows, unless tokens are sent
+    to them after the router chose.
 
     Args:
         parts: routers and experts modules, each with the name of its layer.
     """
     from torch.distributed.tensor import DTensor
 
+    require_dispatch(model)
+    if ranks_of(model) > 1:
+        return
     for where, part in parts:
         for name, parameter in part.named_parameters():
             if isinstance(parameter, DTensor) and any(place.is_shard(0) for place in parameter.placements):
@@ -67,9 +71,3 @@ def refuse_spread(model: nn.Module, parts: Sequence[tuple[str, nn.Module]]) -> N
                     f"{where}: {name} of its {type(part).__name__} is spread over {parameter.device_mesh.size()} "
                     "processes, whose rows and experts Carpool does not see; load the model without expert parallelism"
                 )
-    distributed: Any = getattr(getattr(model, "config", None), "distributed_config", None)
-    if getattr(distributed, "ep_size", None) not in (None, 1):
-        raise CarpoolError(
-            f"this model's experts are spread over {distributed.ep_size} processes (DistributedConfig), whose rows and "
-            "experts Carpool does not see; load it without expert parallelism"
-        )

@@ -39,8 +39,8 @@ def require_plan(config: Any) -> type | None:
 
 
 def use_plan(config: Any) -> None:
-    """In a worker, before its model is loaded: vLLM's policy becomes the plan, if its configuration names one; raises as
-    `require_plan`."""
+    """In a worker, before its model is loaded: vLLM's policy becomes the plan, if its configuration names one;
+    raises as `require_plan`."""
     policy = require_plan(config)
     if policy is not None:
         from vllm.distributed.eplb.policy import EPLB_POLICIES
