@@ -1,6 +1,7 @@
 """The tables of docs/models.md.
 
 python benchmarks/models_recruit.py WORK CORPUS --output docs/results/models-recruit.json
+python benchmarks/models_modes.py WORK --output docs/results/models-modes.json
 python benchmarks/models_fusion.py WORK CORPUS --experts prose python math --output docs/results/models-fusion.json
 """
 
@@ -14,13 +15,39 @@ PAGE = "docs/models.md"
 
 
 def blocks() -> list[Block]:
-    recruit, fusion = load("models-recruit.json"), load("models-fusion.json")
+    recruit, fusion, modes = (load(f"models-{name}.json") for name in ("recruit", "fusion", "modes"))
     made = []
     if recruit is not None:
         made += [Block(PAGE, "recruiting", recruiting(recruit)), Block(PAGE, "cascades", cascades(recruit))]
     if fusion is not None:
         made.append(Block(PAGE, "fusion", fused(fusion)))
+    if modes is not None:
+        made.append(Block(PAGE, "modes", by_mode(modes)))
     return made
+
+
+def by_mode(content: dict[str, Any]) -> str:
+    lines = []
+    for one in content["rows"]:
+        budget = f"{one['budget']:g}" if "budget" in one else ""
+        if "refused" in one:
+            lines.append([one["selector"], budget, "refused: no better than chance", *[""] * 6])
+            continue
+        spent = f"{one['slow_tokens']:.2f} ± {one['slow_tokens_half_width']:.2f}" if budget else ""
+        lines.append([
+            one["selector"], budget, spent, f"{one['tokens']:.2f}", f"{one['right']:.1%} ± {one['half_width']:.1%}",
+            f"{one['random']:.1%}", f"{one['oracle']:.1%}", f"{one['slow_of_long_easy']:.0%}",
+            f"{one['slow_of_short_hard']:.0%}",
+        ])  # fmt: skip
+    heads = [
+        "selector", ">budget of slow tokens", ">spent", ">tokens in all", ">right", ">random, equal tokens",
+        ">oracle, equal tokens", ">slow: long easy", ">slow: short hard",
+    ]  # fmt: skip
+    head = (
+        f"{content['items']} sums, calibrated on {content['calibrated_on']} others; tokens are means over all items, ± is a "
+        "95 % interval over items.\n\n"
+    )
+    return head + rows(heads, lines)
 
 
 def recruiting(content: dict[str, Any]) -> str:
