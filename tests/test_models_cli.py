@@ -65,6 +65,8 @@ def test_from_check_to_answers(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert [one["id"] for one in voted] == [str(n) for n in range(60)]
         assert {one["answer"] for one in voted} <= {0, 1, 2}
         assert "no model was loaded" in run(folder, monkeypatch, *given), "all of it was there"
+        run(folder, monkeypatch, *given, "--aggregator", "b")
+        assert len([1 for key in Answers(folder / name).by_key if key[0].endswith("#combined")]) == 60
 
 
 def test_a_cascade_of_equals_is_refused_and_its_answers_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

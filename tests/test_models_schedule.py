@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from model_pools import Counting, pool_of
+from model_pools import Counting, answered, pool_of
 
 from carpool import CarpoolError
+from carpool.models.aggregate import aggregate, choose, combined, trials
 from carpool.models.ledger import Ledger, loads_grouped, loads_one_by_one
 from carpool.models.pool import Expert, Pool
 from carpool.models.questions import Answer, Answers, Question
@@ -135,3 +138,43 @@ def test_votes() -> None:
     list(answer(POOL, QUESTIONS[:2], assigned([[0, 0, 1], [2, 2, 2]]), Counting(), answers, Ledger()))
     found = votes(POOL, QUESTIONS[:3], assigned([[0, 0, 1], [2, 2, 2], [1, 1, 1]]), answers)
     assert [one and one.expert for one in found] == ["a", "c", None]
+
+
+class Judge(Counting):
+    """As an aggregator `b` finds the right answer wherever it is told, `a` takes the first it is told."""
+
+    def answer(self, expert: Expert, questions: Sequence[Question]) -> list[Answer]:
+        made = []
+        for one, plain in zip(questions, super().answer(expert, questions), strict=True):
+            told = [line.partition(": ")[2] for line in one.question.split("\n\n") if line.startswith("Answer ")]
+            text = "yes" if expert.name == "b" and "yes" in told else told[0]
+            made.append(dataclasses.replace(plain, text=text))
+        return made
+
+
+def test_an_aggregator_is_chosen_on_one_right_and_two_wrong_answers() -> None:
+    pool = pool_of("a", "b", "c", "d")
+    questions = [Question(str(n), "?", answer="yes") for n in range(40)]
+    rights = {name: [n % 4 == place for n in range(40)] for place, name in enumerate("abcd")}
+    rights["a"][0] = rights["b"][0] = rights["c"][0] = rights["d"][0] = True  # nobody is wrong: no item
+    answers = answered(pool, questions, rights)
+    assert len(trials(pool, questions, answers)) == 39
+    found = choose(pool, questions, answers, Judge(), Ledger())
+    assert next(iter(found)) == "b"
+    assert found["b"] == 1
+    assert 0.1 < found["a"] < 0.6
+    everybody = assigned([[0, 1, 2, 3]] * 40)
+    judge, ledger = Judge(), Ledger()
+    final = aggregate(pool, "b", questions, everybody, answers, judge, ledger)
+    assert [one.text for one in final] == ["yes"] * 40
+    assert [one.id for one in final] == [one.id for one in questions]
+    assert ledger.loads == 1
+    aggregate(pool, "b", questions, everybody, answers, judge, ledger)
+    assert ledger.loads == 1, "its answers are kept"
+    with pytest.raises(CarpoolError, match="no question has a right and two wrong"):
+        choose(pool, questions[:1], answers, judge, ledger)
+
+
+def test_answers_that_were_cut_short_are_not_read_out() -> None:
+    made = combined(Question("1", "how much?"), [said("4"), said("5 is", "length")])
+    assert made.question == "how much?\n\nAnswer 1: 4\n\nFinal answer:"

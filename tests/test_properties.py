@@ -13,7 +13,7 @@ from policies_under_test import ROWS, Row
 from strategies import Case, logits_of
 
 from carpool import Outcome, Plan, RouteSpec, parse
-from carpool.plans.guards import Floor
+from carpool.plans.guards import Floor, Regret
 from carpool.policies import Policy, policies
 
 every_policy = pytest.mark.parametrize("row", ROWS, ids=repr)
@@ -259,7 +259,7 @@ def test_knobs_may_be_tensors(row: Row, data: st.DataObject) -> None:
             value = int(value * experts)
         if value is not None:
             knobs[name] = as_knob(value)
-    guards = tuple(Floor(as_knob(g.tau)) if isinstance(g, Floor) else g for g in trial.plan.guards)
+    guards = tuple(replace(g, tau=as_knob(g.tau)) if isinstance(g, Floor | Regret) else g for g in trial.plan.guards)
     tensors = Plan(replace(policy, **knobs), guards)
     assert_same(trial.run().routing, trial.run(plan=tensors).routing)
 

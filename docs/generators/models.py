@@ -44,8 +44,8 @@ def by_mode(content: dict[str, Any]) -> str:
         ">oracle, equal tokens", ">slow: long easy", ">slow: short hard",
     ]  # fmt: skip
     head = (
-        f"{content['items']} sums, calibrated on {content['calibrated_on']} others; tokens are means over all items, ± is a "
-        "95 % interval over items.\n\n"
+        f"{content['items']} sums, calibrated on {content['calibrated_on']} others; tokens are means over all items, ± "
+        "is a 95 % interval over items.\n\n"
     )
     return head + rows(heads, lines)
 

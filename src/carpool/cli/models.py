@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -23,12 +23,16 @@ from carpool.cli.models_common import (
     open_answers,
     open_pool,
     open_questions,
+    opening,
     show_ledger,
     show_orders,
 )
 from carpool.cli.options import ShowJson
 from carpool.cli.table import Column, Row, print_table, say
 from carpool.errors import CarpoolError
+
+if TYPE_CHECKING:
+    from carpool.models.questions import Answer
 
 ProfileFile = Annotated[Path, typer.Option("--profile", "-p", help="Made by `carpool models profile`.")]
 
@@ -110,11 +114,15 @@ def answer(
     ] = "paper",
     recruits: Annotated[int, typer.Option(help="Experts of a question.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    aggregator: Annotated[
+        str | None, typer.Option(help="Expert that reads all recruits' answers and decides; default: a vote.")
+    ] = None,
     answers: AnswerFile = Path("answers.jsonl"),
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Voted answers to write (.jsonl).")] = None,
 ) -> None:
     """Answer a batch: recruit experts for each question, load each model once, vote."""
     from carpool.artefacts.files import require_writable, write_text
+    from carpool.models.aggregate import aggregate
     from carpool.models.profile import Profile
     from carpool.models.questions import is_right
     from carpool.models.recruit import recruit
@@ -125,10 +133,15 @@ def answer(
     experts, asked, kept = open_pool(pool), open_questions(questions), open_answers(answers)
     known = Profile.load(profile)
     known.require_current(experts)
+    if aggregator is not None:
+        experts.index(aggregator)
     assignment = recruit(plan, known, asked, recruits=recruits, seed=seed)
     rows = [assignment.asked(row) for row in range(len(asked))]
     ledger = ask_all(experts, asked, rows, kept)
-    final = votes(experts, asked, assignment, kept)
+    final: list[Answer | None] = votes(experts, asked, assignment, kept)
+    if aggregator is not None:
+        with opening(len(asked)) as opened:
+            final = [*aggregate(experts, aggregator, asked, assignment, kept, opened, ledger)]
     console = Console()
     show_ledger(console, ledger)
     show_orders(console, [[experts.experts[index] for index in row] for row in rows])
