@@ -12,7 +12,7 @@ from pathlib import Path
 
 from carpool.models.questions import Question
 
-PROMPT, CHOICE = 240, 60  # characters
+PROMPT, CHOICE = 240, 40  # characters
 CHOICES = 4
 SKILLS = 6  # words of an item
 
@@ -33,16 +33,23 @@ def items(corpus: Path, domains: Sequence[str], count: int, seed: int) -> list[Q
         domain = domains[place % len(domains)]
         texts = [text for text in documents_of(corpus, domain, seed) if len(text) > 2 * (PROMPT + CHOICE)]
         text = rng.choice(texts)
-        start = rng.randrange(len(text) - PROMPT - CHOICE)
+        cut = at_a_word(text, rng, PROMPT)
         answer = rng.randrange(CHOICES)
         choices = []
         for choice in range(CHOICES):
-            other = rng.choice(texts)
-            begin = rng.randrange(len(other) - CHOICE)
-            choices.append(text[start + PROMPT :][:CHOICE] if choice == answer else other[begin : begin + CHOICE])
-        words = tuple(sorted(set(re.findall(r"[^\W\d_]{2,}", text[start : start + PROMPT].lower()))))
-        made.append(Question(f"{domain}-{seed}-{place}", text[start : start + PROMPT], tuple(choices), answer, words))
+            other = text if choice == answer else rng.choice(texts)
+            begin = cut if choice == answer else at_a_word(other, rng, 0)
+            choices.append(other[begin : begin + CHOICE])
+        told = text[cut - PROMPT : cut]
+        words = tuple(sorted(set(re.findall(r"[^\W\d_]{2,}", told.lower()))))
+        made.append(Question(f"{domain}-{seed}-{place}", told, tuple(choices), answer, words))
     return made
+
+
+def at_a_word(text: str, rng: random.Random, least: int) -> int:
+    """A place before a word, with `least` characters before it and a choice's after it; any place if there is none."""
+    places = [place for place in range(least, len(text) - CHOICE) if text[place] == " " and text[place + 1].isalnum()]
+    return rng.choice(places) if places else rng.randrange(least, len(text) - CHOICE)
 
 
 _cache: dict[tuple[Path, str], list[str]] = {}

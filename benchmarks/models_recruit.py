@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("corpus", type=Path)
-    parser.add_argument("--items", type=int, default=240)
+    parser.add_argument("--items", type=int, default=300)
     parser.add_argument("--answers", type=Path, default=None, help="keep answers here (a second run asks nobody)")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
