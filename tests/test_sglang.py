@@ -141,10 +141,8 @@ import json, sys
 import vllm_models
 from pathlib import Path
 folder, prompts, count, policy = json.loads(sys.argv[1])
-vllm_models.set_environment()
-from vllm import LLM, SamplingParams
-llm = LLM(folder, skip_tokenizer_init=True, dtype="float32", max_model_len=128, enforce_eager=True,
-          max_num_seqs=8, additional_config={"carpool": policy})
+llm = vllm_models.engine(Path(folder), policy)
+from vllm import SamplingParams
 parameters = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
 made = llm.generate([{"prompt_token_ids": one} for one in prompts], parameters, use_tqdm=False)
 report = llm.collective_rpc("carpool_report")[0]
@@ -159,11 +157,13 @@ def test_both_engines_choose_the_same(shared: Any, model: Path) -> None:
     tokens = tiny.greedy(shared, PROMPTS, COUNT)
     keys = ("calls", "rows_changed", "natural_union", "union")
     layers = [[layer[key] for key in keys] for layer in tiny.report(shared)["layers"]]
-    path = [part for part in os.environ["PYTHONPATH"].split(os.pathsep) if not (Path(part) / "triton").exists()]
+    parts = os.environ["PYTHONPATH"].split(os.pathsep)
+    path = [part for part in parts if not any((Path(part) / name).exists() for name in ("triton", "torchvision"))]
     given = json.dumps([str(model), PROMPTS, COUNT, POLICY])
     done = subprocess.run(
         [sys.executable, "-c", IN_VLLM, given], capture_output=True, text=True, check=False,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([*path, str(Path(__file__).parent)])},
     )  # fmt: skip
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND")] or [done.stderr[-2000:]]
-    assert json.loads(line.removeprefix("FOUND ")) == [tokens, layers]
+    found = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert found, done.stderr[-2000:]
+    assert json.loads(found[0].removeprefix("FOUND ")) == [tokens, layers]

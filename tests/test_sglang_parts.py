@@ -140,6 +140,15 @@ def test_the_radix_cache_takes_prompts_only(denoises: bool, up_to: int, expected
     assert seen == [expected]
 
 
+def test_a_block_is_the_group_where_blocks_are_denoised() -> None:
+    given = json.dumps({"carpool": {"policy": "des_vote(size=8)"}})
+    found = settings_of(SimpleNamespace(json_model_override_args=given, dllm_algorithm="LowConfidence"))
+    assert found is not None
+    assert found.group.kind == "request"
+    with pytest.raises(CarpoolError, match="lets the rows of all requests"):
+        settings_of(SimpleNamespace(json_model_override_args=given, dllm_algorithm=None))
+
+
 def test_the_configuration_is_a_key_among_others() -> None:
     assert settings_of(SimpleNamespace(json_model_override_args='{"rope_theta": 1}')) is None
     assert settings_of(SimpleNamespace(json_model_override_args="{")) is None, "SGLang says so itself"

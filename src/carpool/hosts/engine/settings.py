@@ -69,13 +69,16 @@ class Settings:
         )
 
     @classmethod
-    def of(cls, found: Any, where: str = "additional_config", takes: Mapping[str, type] = TYPES) -> Settings | None:
+    def of(
+        cls, found: Any, where: str = "additional_config", takes: Mapping[str, type] = TYPES, group: str | None = None
+    ) -> Settings | None:
         """The settings, or None if there is no key `carpool`.
 
         Args:
             found: the engine's object.
             where: the user writes it.
             takes: keys and their types.
+            group: where the user names none; None: as wide as the isolation.
 
         Raises:
             CarpoolError: unknown keys, wrong types, neither or both of `policy` and `file`, a policy that cannot be
@@ -97,7 +100,7 @@ class Settings:
         policies, isolation = _policies(given), _isolation(given)
         voters = TeamCold.parse(given["voters"]) if "voters" in given else None
         untested = given.get("allow_untested_engine", False)
-        settings = cls(policies, _grouping(given), isolation, untested, given.get("compile"), voters)
+        settings = cls(policies, _grouping(given, group), isolation, untested, given.get("compile"), voters)
         settings.require_isolation(policies.plan.policy)
         return settings
 
@@ -118,9 +121,9 @@ def _isolation(given: dict[str, Any]) -> str:
     return isolation
 
 
-def _grouping(given: dict[str, Any]) -> Grouping:
+def _grouping(given: dict[str, Any], group: str | None) -> Grouping:
     # without a word about either, the methods' own grouping, so that it is refused and not silently inert
-    return grouping(given.get("group", given.get("isolation", "batch")))
+    return grouping(given.get("group", group or given.get("isolation", "batch")))
 
 
 def policy_of(text: str) -> Plan:

@@ -8,6 +8,7 @@ from typing import Any
 from carpool.hosts.engine.near_keys import warn
 from carpool.hosts.engine.settings import KEY, TYPES, Settings
 
+DENOISES = "dllm_algorithm"
 TAKES = TYPES | {"voters": str}
 PLACE = "json_model_override_args"  # an argument of the server, and the only one that takes an object of any keys
 
@@ -28,4 +29,5 @@ def settings_of(arguments: Any) -> Settings | None:
         return None  # SGLang says so itself
     if isinstance(found, dict):
         warn(found, (KEY,), PLACE, once=True)
-    return Settings.of(found, PLACE, TAKES)
+    # where blocks are denoised, a request is one block of a pass, which is what the methods group by
+    return Settings.of(found, PLACE, TAKES, None if getattr(arguments, DENOISES, None) is None else "request")
