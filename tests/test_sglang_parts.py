@@ -62,6 +62,10 @@ def test_what_has_no_requests_has_no_rows() -> None:
     assert follow.requests_of(SimpleNamespace(forward_mode=Mode("decode"), input_ids=torch.zeros(4))) is None
     assert follow.requests_of(forwarded("idle", 0, 0)) is None
     assert denoising.requests_of(SimpleNamespace(), settings()) is None
+    unknown = blocks([[1, 9]])
+    del unknown.carpool_algorithm
+    with pytest.raises(CarpoolError, match="past SGLang's DllmAlgorithm"):
+        denoising.requests_of(unknown, settings())
 
 
 def settings(**given: Any) -> Settings:

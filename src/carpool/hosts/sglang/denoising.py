@@ -71,10 +71,16 @@ def _stepped(
 
 
 def requests_of(forward_batch: Any, settings: Settings) -> Requests | None:
-    """The requests of a batch of blocks; None where it has none."""
+    """The requests of a batch of blocks; None where it has none.
+
+    Raises:
+        CarpoolError: the algorithm that denoises them was not followed, so nobody knows what a mask is.
+    """
     marked, algorithm = getattr(forward_batch, MARK, []), getattr(forward_batch, ALGORITHM, None)
-    if not marked or algorithm is None:
+    if not marked:
         return None
+    if algorithm is None:
+        raise CarpoolError("blocks are denoised past SGLang's DllmAlgorithm.run, so no policy can follow them")
     masked_RL = forward_batch.input_ids.view(len(marked), algorithm.block_size) == algorithm.mask_id
     if forward_batch.dllm_prompt_mask is not None:  # a prompt may hold the mask token itself
         masked_RL &= ~forward_batch.dllm_prompt_mask.view_as(masked_RL)
