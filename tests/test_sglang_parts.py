@@ -168,6 +168,7 @@ PLAIN = {
     "enable_hierarchical_cache": False, "enable_streaming_session": False, "enable_session_radix_cache": False,
     "enable_torch_compile": False, "enable_amd_monokernel": False, "enable_nvidia_megakernel": False,
     "elastic_ep_backend": None, "is_embedding": False, "device": "cpu", "speculative_algorithm": None,
+    "dllm_algorithm": None,
 }  # fmt: skip
 
 
@@ -182,7 +183,7 @@ PLAIN = {
         ({"enable_hierarchical_cache": True}, "cache outside"), ({"enable_streaming_session": True}, "sessions"),
         ({"enable_torch_compile": True}, "torch.compile"), ({"enable_nvidia_megakernel": True}, "monokernel"),
         ({"elastic_ep_backend": "mooncake"}, "elastic"), ({"is_embedding": True}, "embedding"),
-        ({"speculative_algorithm": "EAGLE"}, "only GPUs"),
+        ({"speculative_algorithm": "EAGLE"}, "only GPUs"), ({"dllm_algorithm": "Gemma4Renoise"}, "no mask token"),
     ],
 )  # fmt: skip
 def test_set_ups_that_are_not_followed_are_refused(given: dict[str, Any], message: str) -> None:

@@ -48,6 +48,9 @@ REFUSED: tuple[tuple[Callable[[Any], Any], str], ...] = (  # what is set, and wh
      "elastic expert parallelism is not followed; leave out --elastic-ep-backend"),
     (lambda cfg: cfg.is_embedding,
      "an embedding model only reads prompts, and these keep their native routing: there is nothing to share"),
+    (lambda cfg: cfg.dllm_algorithm == "Gemma4Renoise",
+     "DiffusionGemma has no mask token by which its passes could be told apart here; share it in transformers with "
+     "carpool.share"),
     (lambda cfg: cfg.device == "cpu" and cfg.speculative_algorithm,
      "speculative decoding in SGLang needs operations that only GPUs have; leave out --speculative-algorithm"),
 )  # fmt: skip
