@@ -19,6 +19,7 @@ from carpool.kernels.experts.layout import Experts
 from carpool.kernels.experts.operation import read_experts
 from carpool.offloading import store as store_module
 from carpool.offloading.accesses import above, lockstep, shares
+from carpool.offloading.cache import Scope
 from carpool.offloading.geometry import Geometry
 from carpool.offloading.misses import Misses
 from carpool.offloading.rules import Lfu, Lru, Rule
@@ -45,7 +46,7 @@ def layers() -> list[Experts]:
 @pytest.fixture
 def path(tmp_path: Path, layers: list[Experts]) -> Path:
     made = tmp_path / "experts.offload"
-    write_store(made, Geometry((0, 1, 4), E, H, I, 32, DEPTHS), "abc", layers)
+    write_store(made, Geometry((0, 1, 4), E, H, I, 32, DEPTHS), "abc", enumerate(layers))
     return made
 
 
@@ -54,6 +55,7 @@ ONE = Geometry((0,), E, H, I, 32, DEPTHS).read(0, 6)
 
 def open_(path: Path, experts: float, rule: Rule | None = None, on_miss: str = "exact", **given: object) -> Offloaded:
     misses, capacity = Misses.parse(on_miss), int(experts * ONE)
+    given = {"scope": "model", **given}
     return Offloaded(Store(path), capacity, rule or Lru(), misses, [Activation()] * L, **given)  # type: ignore[arg-type]
 
 
@@ -71,11 +73,15 @@ def whole(ids_NK: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rows", [1, 7])
-@pytest.mark.parametrize("experts", [1.5, 4, 8, 40])
-def test_exact_is_the_same_bits_as_resident(path: Path, layers: list[Experts], rows: int, experts: float) -> None:
+@pytest.mark.parametrize(
+    ("experts", "scope"), [(1.5, "model"), (8, "model"), (4, "layer"), (12, "layer"), (40, "layer")]
+)
+def test_exact_is_the_same_bits_as_resident(
+    path: Path, layers: list[Experts], rows: int, experts: float, scope: str
+) -> None:
     """With a memory for less than a token's experts, for some layers, and for all."""
     foretold = torch.arange(6)
-    opened = open_(path, experts, foretell=lambda place, hidden_NH: foretold.tolist())
+    opened = open_(path, experts, foretell=lambda place, hidden_NH: foretold.tolist(), scope=scope)
     try:
         for place, hidden_NH, ids_NK, weights_NK in steps(6, rows):
             weights_NK[0, 0] = 0
@@ -89,14 +95,14 @@ def test_exact_is_the_same_bits_as_resident(path: Path, layers: list[Experts], r
 
 
 @pytest.mark.parametrize("rule", [Lru(), Lfu()])
-@pytest.mark.parametrize("capacity", [4, 9, 20])
-def test_the_runtime_misses_what_the_simulator_says(path: Path, rule: Rule, capacity: int) -> None:
-    opened, rows = open_(path, capacity, rule), list(steps(12))
+@pytest.mark.parametrize(("capacity", "scope"), [(4, "model"), (9, "model"), (9, "layer"), (15, "layer")])
+def test_the_runtime_misses_what_the_simulator_says(path: Path, rule: Rule, capacity: int, scope: Scope) -> None:
+    opened, rows = open_(path, capacity, rule, scope=scope), list(steps(12))
     for place, hidden_NH, ids_NK, weights_NK in rows:
         opened.read(place, hidden_NH, ids_NK, weights_NK, whole(ids_NK))
     opened.close()
     accesses = lockstep([torch.stack([ids_NK[0] for _, _, ids_NK, _ in rows]).reshape(12, L, K)], E)
-    found = simulate(accesses, rule, capacity, scope="model")
+    found = simulate(accesses, rule, capacity if scope == "model" else capacity // L, scope=scope)
     assert opened.totals.uses == int(found.uses_SL.sum())
     assert opened.totals.uses - opened.totals.hits == int(found.misses_SL.sum())
     assert opened.bytes_read == ONE * int(found.misses_SL.sum())
@@ -137,6 +143,21 @@ def test_no_row_reads_more_of_its_weight_shallow_than_the_floor(text: str) -> No
         least_N = torch.where((wanted_NK == 6) & (held_NK < 6), share_NK, torch.inf).amin(-1)
         raised_N = least_N.isfinite()
         assert bool(((shallow_N + least_N)[raised_N] > misses.tau - 1e-6).all())
+
+
+def test_what_weighs_least_is_left_out_unless_it_is_there(path: Path, layers: list[Experts]) -> None:
+    opened = open_(path, 40, on_miss="depth([6, 0], [0.5])")
+    hidden_NH, ids_NK = torch.randn(1, H, generator=torch.Generator().manual_seed(4)), torch.tensor([[1, 4, 7]])
+    weights_NK, left_NK = torch.tensor([[0.4, 0.2, 0.4]]), torch.tensor([[0.5, 0.0, 0.5]])
+    for wanted_NK in (left_NK, left_NK):
+        made_NH = opened.read(0, hidden_NH, ids_NK, weights_NK, whole(ids_NK))
+        want_NH = read_experts(hidden_NH, ids_NK, wanted_NK, whole(ids_NK), layers[0])
+        torch.testing.assert_close(made_NH, want_NH)
+    assert opened.resident_LE[0, [1, 4, 7]].tolist() == [6, 0, 6]
+    opened.read(0, hidden_NH, torch.tensor([[4, 1, 7]]), torch.tensor([[0.8, 0.1, 0.1]]), whole(ids_NK))
+    made_NH = opened.read(0, hidden_NH, ids_NK, weights_NK, whole(ids_NK))
+    assert torch.equal(made_NH, read_experts(hidden_NH, ids_NK, weights_NK, whole(ids_NK), layers[0]))
+    opened.close()
 
 
 def test_what_was_read_shallow_is_deepened_when_nothing_else_is_read(path: Path, layers: list[Experts]) -> None:
@@ -213,7 +234,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, layers: list[Experts], monke
 
     monkeypatch.setattr(store_module.os, "posix_fallocate", full)
     with pytest.raises(CarpoolError, match=r"cannot write .*: No space left on device"):
-        write_store(tmp_path / "x.offload", Geometry((0, 1, 4), E, H, I, 32, DEPTHS), "", layers)
+        write_store(tmp_path / "x.offload", Geometry((0, 1, 4), E, H, I, 32, DEPTHS), "", enumerate(layers))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -244,11 +265,22 @@ def test_reads_that_are_interrupted_go_on(path: Path, layers: list[Experts], mon
 
 
 def test_what_cannot_be_is_refused(path: Path) -> None:
-    with pytest.raises(CarpoolError, match="holds no expert, which takes"):
+    with pytest.raises(CarpoolError, match="a model holds no expert, which takes"):
         open_(path, 0.5)
+    with pytest.raises(CarpoolError, match="a layer holds no expert, which takes"):
+        open_(path, 2.9, scope="layer")
     with pytest.raises(CarpoolError, match=r"stored at .2, 3, 6. bits, not at 4"):
         open_(path, 40, on_miss="depth(4)")
-    for text in ("depth", "depth()", "depth(3, 2)", "exact | floor", "depth([2, 3], [0.5])", "depth(3) | floor(2)"):
+    for text in (
+        "depth",
+        "depth()",
+        "depth(3, 2)",
+        "exact | floor",
+        "depth([2, 3], [0.5])",
+        "depth(3) | floor(2)",
+        "depth(0)",
+        "depth([])",
+    ):
         with pytest.raises(CarpoolError, match="on_miss="):
             Misses.parse(text)
     opened = open_(path, 40)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from carpool.errors import CarpoolError
     from carpool.hosts.transformers import share
+    from carpool.hosts.transformers.offloaded import offload
     from carpool.models.fusion import fuse
     from carpool.plans.grammar import Plan, parse
     from carpool.plans.pipeline import Outcome, route
@@ -34,6 +35,7 @@ __all__ = [
     "RouteSpec",
     "Routing",
     "fuse",
+    "offload",
     "parse",
     "route",
     "share",
@@ -44,6 +46,7 @@ _HOMES = {
     "carpool.errors": ("CarpoolError",),
     "carpool.hosts.transformers": ("share",),
     "carpool.models.fusion": ("fuse",),
+    "carpool.hosts.transformers.offloaded": ("offload",),
     "carpool.plans.grammar": ("Plan", "parse"),
     "carpool.plans.pipeline": ("Outcome", "route"),
     "carpool.plans.policy_file": ("PolicyFile",),

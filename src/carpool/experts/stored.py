@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -103,6 +103,21 @@ class StoredExperts:
         for name, width in zip(NAMES, widths, strict=True):
             held = {key.removeprefix(f"{name}_"): value for key, value in tensors.items() if key.startswith(f"{name}_")}
             parts.append(Planes.from_tensors(held, tuple(numbers[3:]), width, group, centre).to(device))
+        return cls(*parts)
+
+    @classmethod
+    def hollow(cls, tensors: Mapping[str, Tensor], shapes: Sequence[tuple[int, ...]]) -> StoredExperts:
+        """Of the same sizes as in a layer's statistics, of whose planes none is there.
+
+        Args:
+            shapes: of both matrices, `[E, R, I]`.
+        """
+        group, _, _, *depths = tensors[SHAPE].tolist()
+        parts = []
+        for E, R, width in shapes:
+            bits = torch.zeros((), dtype=torch.uint8).expand(depths[-1], E, R, -(-width // 8))
+            scales = torch.zeros((), dtype=torch.float16).expand(len(depths), E, R, -(-width // group))
+            parts.append(Planes(bits, scales, torch.zeros(E), tuple(depths), width, group))
         return cls(*parts)
 
     @staticmethod

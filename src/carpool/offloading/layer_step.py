@@ -54,14 +54,14 @@ class LayerStep:
         self.hidden_NH, self.ids_NK = hidden_NH.float(), ids_NK.long()
         self._want(weights_NK.float(), depth_NK.long())
         ready = self._sort_out()
-        self._victims = residency.victims() if self.missing or foretell is not None else iter(())
+        self._victims = residency.victims(self.place) if self.missing or deepen else iter(())
         self._submit()
         if foretell is not None and not self.missing and self.place + 1 < residency.history.layers:
             self._fetch_ahead([int(one) for one in foretell(self.place, self.hidden_NH)])
         if not self.missing and not self.waiting:
             result_NH = self._whole()
         else:
-            self.made_NKH = torch.zeros(*self.ids_NK.shape, self.hidden_NH.shape[-1])
+            self.made_NKH = self.hidden_NH.new_zeros(*self.ids_NK.shape, self.hidden_NH.shape[-1])
             self._compute(ready)
             while self.missing or self.waiting:
                 if self.waiting:
@@ -77,18 +77,26 @@ class LayerStep:
     def _want(self, weights_NK: Tensor, depth_NK: Tensor) -> None:
         """How deep each expert is wanted, `wanted_E`; pairs that nobody wants lose their weight."""
         residency, geometry = self.residency, self.residency.geometry
-        offered = torch.tensor([0, *(geometry.offered(bits) for bits in range(1, ALL_BITS + 1))])
+        offered = depth_NK.new_tensor([0, *(geometry.offered(bits) for bits in range(1, ALL_BITS + 1))])
         most_NK = offered[depth_NK]
         self.weights_NK = torch.where(most_NK == 0, 0.0, weights_NK)
         held_NK = residency.resident_LE[self.place][self.ids_NK]
         wanted_NK = self.misses.wanted(self.weights_NK, held_NK, most_NK)
-        self.wanted_E = torch.zeros(geometry.experts, dtype=torch.int64)
+        self.wanted_E = depth_NK.new_zeros(geometry.experts)
         self.wanted_E.scatter_reduce_(0, self.ids_NK.flatten(), wanted_NK.flatten(), "amax")
+        self._leave_out()
         self.needed = self.wanted_E.nonzero().flatten().tolist()
         self.protected = {(self.place, expert) for expert in self.needed}
         history = residency.history
         step = history.step + (self.place <= history.layer or history.step < 0)
         history.observe(step, self.place, self.wanted_E > 0, self.wanted_E == self.deepest)
+
+    def _leave_out(self) -> None:
+        """Pairs whose expert nobody reads lose their weight to the others of their row."""
+        left_NK = torch.where(self.wanted_E[self.ids_NK] == 0, 0.0, self.weights_NK)
+        if not torch.equal(left_NK, self.weights_NK):
+            whole_N1, left_N1 = (one.sum(-1, keepdim=True) for one in (self.weights_NK, left_NK))
+            self.weights_NK = torch.where(whole_N1 == left_N1, self.weights_NK, left_NK * whole_N1 / left_N1)
 
     def _sort_out(self) -> list[int]:
         """Finds what has to be read and what is being read; returns the experts that are there."""
@@ -111,7 +119,7 @@ class LayerStep:
         return ready
 
     def _room(self, size: int) -> bool:
-        return self.residency.room(size, self._victims, self.protected)
+        return self.residency.room(self.place, size, self._victims, self.protected)
 
     def _submit(self) -> None:
         """Begin to read as many of the missing as there is room for."""
@@ -142,7 +150,7 @@ class LayerStep:
             residency.leave(self.place, self.computed.pop())
         elif residency.jobs:
             residency.collect(residency.readers.wait(list(residency.jobs.values())))
-            self._victims = residency.victims()
+            self._victims = residency.victims(self.place)
         else:
             raise CarpoolError("memory does not hold what one layer reads at once; give more")
 
@@ -150,10 +158,10 @@ class LayerStep:
         """Read what the next layer may need, where that lets nothing leave that either layer needs."""
         residency, coming = self.residency, self.place + 1
         self.protected |= {(coming, one) for one in expected}
-        stop = self.misses.depths[-1] if self.misses.depths else self.deepest
+        stop, victims = self.misses.shallowest or self.deepest, residency.victims(coming)
         for expert in expected:
             if residency.resident_LE[coming, expert] == 0 and (coming, expert) not in residency.jobs:
-                if not self._room(residency.size(coming, expert, stop)):
+                if not residency.room(coming, residency.size(coming, expert, stop), victims, self.protected):
                     return
                 residency.submit(coming, expert, stop, AHEAD)
                 residency.fetched.add((coming, expert))
@@ -179,12 +187,12 @@ class LayerStep:
         if not experts:
             return
         self.computed += experts
-        now_E = torch.zeros(self.residency.geometry.experts, dtype=torch.bool)
+        now_E = torch.zeros_like(self.wanted_E, dtype=torch.bool)
         now_E[list(experts)] = True
         row_P, slot_P = (now_E[self.ids_NK] & (self.weights_NK != 0)).nonzero(as_tuple=True)
         ids_P1 = self.ids_NK[row_P, slot_P].unsqueeze(-1)
         depth_P1 = self.residency.resident_LE[self.place][ids_P1]
-        whole_P1 = torch.ones(ids_P1.shape)
+        whole_P1 = torch.ones_like(ids_P1, dtype=torch.float32)
         self.made_NKH[row_P, slot_P] = read_experts(self.hidden_NH[row_P], ids_P1, whole_P1, depth_P1, self.experts)
 
     def _sum(self) -> Tensor:

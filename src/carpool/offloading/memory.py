@@ -62,12 +62,12 @@ class Memory:
     """Experts of all layers.
 
     Attributes:
-        geometry: of the file that they come from. capacity, used: bytes.
+        geometry: of the file that they come from. capacity, used: bytes. used_L: the same of each layer.
         regions: of each layer, both projections.
     """
 
     def __init__(self, geometry: Geometry, capacity: int) -> None:
-        self.geometry, self.capacity, self.used = geometry, capacity, 0
+        self.geometry, self.capacity, self.used_L = geometry, capacity, [0] * len(geometry.layers)
         self.regions = [(Region(geometry, 0), Region(geometry, 1)) for _ in geometry.layers]
         self._charged_LE = [[0] * geometry.experts for _ in geometry.layers]
 
@@ -86,10 +86,14 @@ class Memory:
             geometry.depths, geometry.inner, geometry.group, activation,
         )  # fmt: skip
 
+    @property
+    def used(self) -> int:
+        return sum(self.used_L)
+
     def charge(self, place: int, expert: int, size: int) -> None:
         """Bytes that are about to be read."""
         self._charged_LE[place][expert] += size
-        self.used += size
+        self.used_L[place] += size
 
     def charged(self, place: int, expert: int) -> int:
         """Bytes that an expert takes."""
@@ -99,7 +103,7 @@ class Memory:
         """An expert leaves."""
         for region in self.regions[place]:
             region.release(expert)
-        self.used -= self._charged_LE[place][expert]
+        self.used_L[place] -= self._charged_LE[place][expert]
         self._charged_LE[place][expert] = 0
 
     def planes(self, place: int, expert: int, start: int, stop: int) -> list[memoryview]:

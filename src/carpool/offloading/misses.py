@@ -22,7 +22,8 @@ class Misses:
     """What a miss reads.
 
     Attributes:
-        depths: bits, descending; none: all that is stored. A pair is read at the first whose share it does not exceed.
+        depths: bits, descending; none: all that is stored. A pair is read at the first whose share it does not exceed;
+            at 0 it is left out, unless its expert is there.
         shares: of the row's weight that heavier experts have, ascending, one for each depth but the last (HOBBIT's
             rule, arXiv 2411.01433).
         tau: at most this share of a row's weight is read at fewer bits than are stored; the heaviest experts are read
@@ -59,7 +60,8 @@ class Misses:
                 raise CarpoolError(f"on_miss={text!r}: give {FORMS}")
             depths, bounds = given[0], given[1] if len(given) == 2 else []
             depths = depths if isinstance(depths, list) else [depths]
-            good = all(type(one) is int and one > 0 for one in depths) and isinstance(bounds, list)
+            good = all(type(one) is int and one >= 0 for one in depths) and isinstance(bounds, list)
+            good = good and depths[:1] not in ([], [0])
             good = good and all(type(one) in (int, float) and 0 <= one <= 1 for one in bounds)
             if not good or len(bounds) != len(depths) - 1 or sorted(set(depths), reverse=True) != depths:
                 raise CarpoolError(
@@ -72,9 +74,14 @@ class Misses:
             raise CarpoolError(f"on_miss={text!r}: floor takes a share of the row's weight, 0 to 1")
         return found
 
+    @property
+    def shallowest(self) -> int:
+        """Bits of the least that is read; 0 where that is all that is stored."""
+        return next((depth for depth in reversed(self.depths) if depth), 0)
+
     def check(self, offered: tuple[int, ...]) -> None:
         """Raises CarpoolError for depths that are not stored."""
-        unknown = [depth for depth in self.depths if depth not in offered]
+        unknown = [depth for depth in self.depths if depth not in (0, *offered)]
         if unknown:
             raise CarpoolError(f"on_miss: the experts are stored at {list(offered)} bits, not at {unknown[0]}")
 
@@ -89,8 +96,8 @@ class Misses:
         if self.exact:
             return torch.where(live_NK, most_NK, 0)
         share_NK = shares(weights_NK.abs(), live_NK)
-        bounds = torch.tensor(self.shares, dtype=share_NK.dtype)
-        depth_NK = torch.tensor(self.depths)[torch.bucketize(above(share_NK), bounds)].minimum(most_NK)
+        bounds = share_NK.new_tensor(self.shares)
+        depth_NK = most_NK.new_tensor(self.depths)[torch.bucketize(above(share_NK), bounds)].minimum(most_NK)
         depth_NK = torch.maximum(depth_NK, held_NK.minimum(most_NK))
         if self.tau == 1:
             return torch.where(live_NK, depth_NK, 0)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from carpool.offloading.cache import Scope
 from carpool.offloading.memory import Memory
 from carpool.offloading.readers import Job, Readers
 from carpool.offloading.rules import History, Rule
@@ -46,16 +47,17 @@ class Residency:
     """The experts of all layers, in memory and on disk.
 
     Attributes:
-        memory: where experts are. history: what was used. rule: who leaves. totals: what has happened.
+        memory: where experts are. scope: whether every layer has its part of it, or all share it.
+        history: what was used. rule: who leaves. totals: what has happened.
         resident_LE: bits of every expert that are in memory, int64.
         jobs: experts that are being read. fetched: those that were read for the layer that comes next.
     """
 
-    def __init__(self, store: Store, capacity: int, rule: Rule, threads: int) -> None:
-        self.store, self.geometry, self.rule = store, store.geometry, rule
+    def __init__(self, store: Store, capacity: int, scope: Scope, rule: Rule, threads: int) -> None:
+        self.store, self.geometry, self.rule, self.scope = store, store.geometry, rule, scope
         L, E = len(self.geometry.layers), self.geometry.experts
         self.memory, self.history, self.totals = Memory(self.geometry, capacity), History(L, E), Totals()
-        self.resident_LE = torch.zeros(L, E, dtype=torch.int64)
+        self.resident_LE = torch.zeros(L, E, dtype=torch.int64, device="cpu")
         self.readers = Readers(store, self.memory, threads)
         self.jobs: dict[Place, Job] = {}
         self.fetched: set[Place] = set()
@@ -97,19 +99,31 @@ class Residency:
         self.memory.release(place, expert)
         self.resident_LE[place, expert] = 0
 
-    def victims(self) -> Iterator[Place]:
-        """Experts in memory, the first to leave first; of equals the later one, as in the simulator."""
-        held_X = self.resident_LE.flatten().nonzero().flatten().flip(0)
+    def victims(self, place: int) -> Iterator[Place]:
+        """Experts in the memory that a layer uses, the first to leave first; of equals the later one, as in the
+        simulator."""
+        held_LE = self.resident_LE > 0
+        if self.scope == "layer":
+            held_LE = torch.zeros_like(held_LE).index_copy_(0, torch.tensor([place]), held_LE[place : place + 1])
+        held_X = held_LE.flatten().nonzero().flatten().flip(0)
         rank_X = self.rule.rank(self.history).flatten()[held_X]
         E = self.geometry.experts
         return iter([divmod(one, E) for one in held_X[rank_X.sort(stable=True).indices].tolist()])
 
-    def room(self, size: int, victims: Iterator[Place], protected: Collection[Place]) -> bool:
-        """Let experts leave until so many bytes are free; False where nothing more may leave."""
-        while self.memory.used + size > self.memory.capacity:
+    def room(self, place: int, size: int, victims: Iterator[Place], protected: Collection[Place]) -> bool:
+        """Let experts leave until so many bytes are free for a layer; False where nothing more may leave."""
+        while self._used(place) + size > self.capacity:
             victim = next(victims, None)
             if victim is None:
                 return False
             if victim not in protected and victim not in self.jobs:
                 self.leave(*victim)
         return True
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of a layer's memory, or of that which all share."""
+        return self.memory.capacity // (len(self.geometry.layers) if self.scope == "layer" else 1)
+
+    def _used(self, place: int) -> int:
+        return self.memory.used_L[place] if self.scope == "layer" else self.memory.used

@@ -34,8 +34,8 @@ class History:
 
     def __init__(self, layers: int, experts: int) -> None:
         self.event, self.step, self.layer, self.sequence_steps = -1, -1, -1, 0
-        self.last_LE = torch.full((layers, experts), NEVER)
-        self.uses_LE = torch.zeros(layers, experts, dtype=torch.int64)
+        self.last_LE = torch.full((layers, experts), NEVER, device="cpu")
+        self.uses_LE = torch.zeros_like(self.last_LE)
         self.sequence_uses_LE, self.deep_uses_LE = self.uses_LE.clone(), self.uses_LE.clone()
 
     @property
@@ -63,7 +63,7 @@ class History:
 
     def ahead_L(self) -> Tensor:
         """Events until each layer comes next, 1 to `L`."""
-        return (torch.arange(self.layers) - self.layer - 1) % self.layers + 1
+        return (torch.arange(self.layers, device="cpu") - self.layer - 1) % self.layers + 1
 
 
 class Rule(Protocol):

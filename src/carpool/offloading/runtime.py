@@ -13,6 +13,7 @@ from torch import Tensor
 
 from carpool.errors import CarpoolError
 from carpool.kernels.experts.activation import Activation
+from carpool.offloading.cache import Scope
 from carpool.offloading.layer_step import Foretell, LayerStep
 from carpool.offloading.memory import Memory
 from carpool.offloading.misses import Misses
@@ -32,21 +33,22 @@ class Offloaded:
         misses: Misses,
         activations: Sequence[Activation],
         *,
+        scope: Scope = "layer",
         threads: int = 4,
         foretell: Foretell | None = None,
         deepen: bool = False,
     ) -> None:
         """Raises CarpoolError: memory that does not hold one expert, or depths that are not stored."""
-        geometry = store.geometry
+        self._lock, self._closed, geometry = threading.Lock(), False, store.geometry
         misses.check(geometry.depths)
-        least = geometry.read(0, geometry.deepest)
-        if capacity < least:
-            raise CarpoolError(f"memory for {capacity} bytes holds no expert, which takes {least}; give more")
-        self._residency = Residency(store, capacity, rule, threads)
+        self._residency = Residency(store, capacity, scope, rule, threads)
+        least, each = geometry.read(0, geometry.deepest), self._residency.capacity
+        if each < least:
+            self.close()
+            raise CarpoolError(f"memory of {each} bytes a {scope} holds no expert, which takes {least}; give more")
         units_LE2 = store.units_LE2
         self._experts = [self.memory.experts(place, units_LE2[place], one) for place, one in enumerate(activations)]
         self._misses, self._foretell, self._deepen = misses, foretell, deepen
-        self._lock, self._closed = threading.Lock(), False
 
     @property
     def store(self) -> Store:

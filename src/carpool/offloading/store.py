@@ -28,11 +28,12 @@ HEADER = 1 << 20  # bytes of a header at most
 AGAIN = "delete it, and it is made again"
 
 
-def write_store(path: Path, geometry: Geometry, source: str, layers: Iterable[Experts]) -> None:
+def write_store(path: Path, geometry: Geometry, source: str, layers: Iterable[tuple[int, Experts]]) -> None:
     """Write an offload file in one piece.
 
     Args:
-        source: checksum of the file that it is made from. layers: in order, one at a time.
+        source: checksum of the file that it is made from. layers: each with its place among those of the geometry, one
+            at a time.
 
     Raises:
         CarpoolError: the disk is full or says no; nothing is left then.
@@ -46,8 +47,8 @@ def write_store(path: Path, geometry: Geometry, source: str, layers: Iterable[Ex
         os.posix_fallocate(
             file.fileno(), 0, first + len(geometry.layers) * E * geometry.record
         )  # a full disk says so now
-        file.seek(first)
-        for place, experts in enumerate(layers):
+        for place, experts in layers:
+            file.seek(first + place * E * geometry.record)
             units_LE2[place] = torch.stack([experts.into.unit_E, experts.out.unit_E], -1)
             for expert in range(E):
                 pieces = list(_record(experts, expert, geometry))

@@ -63,11 +63,19 @@ class Opened:
         an activation that no kernel knows become usual weights, at the deepest depth."""
         return self.planes is not None and all(activation_of(layer.experts) for layer in self.layers)
 
-    def weights(self, dtype: torch.dtype | str | None = None, device_map: Any = None, *, usual: bool = False) -> Any:
+    def weights(
+        self,
+        dtype: torch.dtype | str | None = None,
+        device_map: Any = None,
+        *,
+        usual: bool = False,
+        resident: bool = True,
+    ) -> Any:
         """The model in evaluation mode; arguments as of `load_model`.
 
         Args:
             usual: experts in planes become usual weights, for what looks at weights.
+            resident: whether experts in planes are read; `carpool.offload` reads them where they are.
 
         Raises:
             CarpoolError: no weights, or weights that do not fit.
@@ -80,7 +88,8 @@ class Opened:
             import carpool.hosts.transformers.quantizer  # noqa: F401  # which transformers finds by the method's name
 
             config = copy.deepcopy(config)
-            config.quantization_config = {"quant_method": METHOD, "file": self.planes.name}
+            method = {"quant_method": METHOD, "file": self.planes.name, "resident": resident}
+            config.quantization_config = method
         given = {"config": config, "dtype": dtype, "device_map": device_map, "output_loading_info": True}
         if self.planes is not None:
             given["variant"] = METHOD

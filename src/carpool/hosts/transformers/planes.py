@@ -36,8 +36,9 @@ class PlanesExperts(nn.Module):
         self.sizes = torch.zeros(0)
         self.expert_bytes = self.numbers = 0
         self.sample = Sample(hidden="planes that are not loaded")
-        self._shapes = {name: tuple(one.shape) for name, one in original.named_parameters() if name not in BIASES}
-        self._transposed = bool(getattr(original, "is_transposed", False))
+        transposed = bool(getattr(original, "is_transposed", False))
+        held = [one.mT if transposed else one for name, one in original.named_parameters() if name not in BIASES]
+        self._shapes = [tuple(one.shape) for one in held]
         for name in BIASES:
             if (bias := getattr(original, name, None)) is not None:
                 self.register_parameter(name, nn.Parameter(bias, requires_grad=False))
@@ -52,19 +53,34 @@ class PlanesExperts(nn.Module):
             CarpoolError: none are there, or they are not of this model's shapes.
         """
         stored = StoredExperts.of(tensors)
-        for found, wanted in zip((stored.into, stored.out), self._shapes.values(), strict=True):
+        for found, wanted in zip((stored.into, stored.out), self._shapes, strict=True):
             _, E, R, _ = found.planes_DERB.shape
-            if (E, *((found.width, R) if self._transposed else (R, found.width))) != wanted:
+            if (E, R, found.width) != wanted:
                 raise CarpoolError(f"planes of {E} matrices [{R}, {found.width}]; the model has {list(wanted)}")
+        self._describe(stored, tensors, device)
+        self._read = reader(stored.to(device), self.activation, kernels=kernels)
+
+    def leave_on_disk(self, tensors: Mapping[str, Tensor]) -> None:
+        """Know the experts, of whose statistics the planes are left out; `read_by` says who reads them."""
+        self._describe(StoredExperts.hollow(tensors, self._shapes), tensors, torch.device("cpu"))
+
+    def _describe(self, stored: StoredExperts, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         self.depths, self.sizes, self.expert_bytes = stored.depths, stored.sizes, stored.bytes_read(stored.depths[-1])
         self.numbers = stored.numbers
         samples = {name: tensors[name] for name in SAMPLES if name in tensors}
         hidden = "" if samples else "planes of which the file has no sample"
         self.sample, self.device = Sample(samples, stored.into.width, hidden=hidden), device
-        biases = (getattr(self, name, None) for name in BIASES)
-        held = self._activation
-        activation = Activation(held.interleaved, held.alpha, held.limit, *biases)
-        self._read = reader(stored.to(device), activation, kernels=kernels)
+
+    @property
+    def activation(self) -> Activation:
+        """What stands between the projections, with the biases."""
+        held, biases = self._activation, (getattr(self, name, None) for name in BIASES)
+        return Activation(held.interleaved, held.alpha, held.limit, *biases)
+
+    def read_by(self, reader: Reader | None) -> Reader | None:
+        """Let somebody else read these experts; returns who did."""
+        before, self._read = self._read, reader
+        return before
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, depth_NK: Tensor | None = None
@@ -72,7 +88,10 @@ class PlanesExperts(nn.Module):
         """The weighted sum of the experts' outputs, in the shape of `hidden_states`; every pair at its depth, or all as
         deep as they are stored."""
         if self._read is None:
-            raise CarpoolError("these experts in planes were not loaded; use carpool.hosts.transformers.load_model")
+            raise CarpoolError(
+                "these experts in planes are on disk and were not loaded; read them there (with carpool.offload(model, "
+                "memory=...)), or use carpool.hosts.transformers.load_model"
+            )
         top_k = top_k_index.shape[-1]
         hidden_NH = hidden_states.reshape(-1, hidden_states.shape[-1])
         ids_NK = top_k_index.reshape(-1, top_k)

@@ -26,10 +26,11 @@ class PlanesConfig(QuantizationConfigMixin):
 
     Args:
         file: with the planes, beside it. kernels: whether they compute (see `carpool.kernels.experts`).
+        resident: whether they are read at all; otherwise `carpool.offload` reads what is needed.
     """
 
-    def __init__(self, file: str = "", kernels: bool = True, **settings: Any) -> None:
-        self.quant_method, self.file, self.kernels = METHOD, file, kernels
+    def __init__(self, file: str = "", kernels: bool = True, resident: bool = True, **settings: Any) -> None:
+        self.quant_method, self.file, self.kernels, self.resident = METHOD, file, kernels, resident
         self.__dict__.update(settings)
 
 
@@ -55,6 +56,11 @@ class PlanesQuantizer(HfQuantizer):
         assert self._path is not None
         layers = {layer.index: layer for layer in find_layers(model)}
         stats = Statistics.load(self._path, leave=NAMES)
+        if not self.quantization_config.resident:
+            for layer in layers.values():
+                assert layer.planes is not None
+                layer.planes.leave_on_disk(stats.for_layer(layer.index))
+            return model
         for index, tensors in Statistics.by_layer(self._path):
             if index in layers:
                 experts: Any = layers[index].experts
