@@ -34,12 +34,14 @@ from expert_methods import BITS, CONTROLS, GROUPS, NESTED, OURS, SHIPPED, Method
 from carpool.artefacts.files import atomic_path, sha256_file, write_text
 from carpool.artefacts.statistics import Statistics
 from carpool.artefacts.texts import load_texts
+from carpool.calibrate.compress import lost
 from carpool.cli.common import load, model_facts, progress
 from carpool.evaluate.equal_bytes import Points
 from carpool.evaluate.intervals import Array, interval
 from carpool.evaluate.metrics import Result
 from carpool.evaluate.results import provenance, text_facts
 from carpool.evaluate.study import Settings, sequences_for, study
+from carpool.experts.stored import StoredExperts
 from carpool.plans.grammar import parse
 from carpool.routing.batch import Grouping
 
@@ -201,7 +203,7 @@ def main() -> None:
         if re.search(options.methods, method.name)
     ]
     loaded = load(options.model, None)
-    sizes = {path.stem: stored(path) for path in sorted(options.folder.glob("*.safetensors"))}
+    files = sorted(options.folder.glob("*.safetensors"))
     for batch in options.batch:
         chosen = [method for method in wanted if method.settings]
         if options.kept:
@@ -225,7 +227,8 @@ def main() -> None:
             **provenance(), "texts": text_facts(options.text),
             "model": model_facts(loaded[0], options.model) | trained(options.model),
             "arguments": {"batches": BATCHES, "seed": 0, "tokens": options.tokens},
-            "stored": sizes,
+            "stored": {path.stem: stored(path) for path in files},
+            "lost": {path.stem: lost_by_depth(path) for path in files},
             "cells": dict(sorted(cells.items(), key=lambda cell: int(cell[0]))),
         }  # fmt: skip
         write_text(options.output, json.dumps(content, indent=1) + "\n")
@@ -239,10 +242,15 @@ def trained(model: str | None) -> dict[str, Any]:
     return {"trained_on": json.loads(noted.read_text())["tokens"]} if model and noted.exists() else {}
 
 
+def lost_by_depth(path: Path) -> dict[int, float]:
+    """Share of the experts' output energy that a file's depths lose, the mean of the layers."""
+    layers = list(Statistics.load(path).layers.values())
+    lost_LD = np.array([lost(tensors).tolist() for tensors in layers])
+    return dict(zip(StoredExperts.depths_in(layers[0]), lost_LD.mean(0).tolist(), strict=True))
+
+
 def stored(path: Path) -> float:
     """Bytes that a file stores for an expert over those in 16 bits."""
-    from carpool.experts.stored import StoredExperts
-
     return StoredExperts.of(next(iter(Statistics.load(path).layers.values()))).share_stored
 
 

@@ -8,7 +8,11 @@ from dataclasses import dataclass, replace
 BITS, GROUPS = (2, 3, 4, 5, 6), (32, 64, 128)
 NESTED, SHIPPED = "nested-64", "shipped"
 OURS = "depth"
-CONTROLS = ("random on 4 bits", "depth, all levels {2, 4}", "depth, equal energies", "static, by lost energy")
+ALONE = "planes at one depth"
+CONTROLS = (
+    "random on 4 bits", "depth, all levels {2, 4}", "depth, nothing left out", "depth, equal energies",
+    "static, by lost energy", ALONE,
+)  # fmt: skip
 FEWER = {3: (0.12, 0.135, 0.15, 0.17, 0.19), 4: (0.12, 0.15, 0.17, 0.19, 0.22, 0.25), 5: (0.15, 0.19, 0.22, 0.25, 0.28)}
 K = 8  # experts a token of the reference model
 
@@ -50,6 +54,8 @@ def methods() -> list[Method]:
             fewer(bits): [f"depth(bytes={share}, levels={[0, *range(2, bits + 1)]})" for share in of]
             for bits, of in FEWER.items()
         },
+        "depth, nothing left out": [f"depth(bytes={share}, levels={list(BITS)})" for share in (0.15, 0.17, 0.19, 0.22)],
+        ALONE: [f"topk(k={K}) | bits({bits})" for bits in BITS],
         "static, by lost energy": [f"bit_plan(bits={bits}, alpha=0, beta=0)" for bits in (2.25, 2.5, 3, 3.5, 4, 4.5)],
         "MC's bit plan": [f"bit_plan(bits={bits})" for bits in (2.25, 2.5, 3, 3.5, 4, 4.5)],
         "MC's bit plan, as released": [f"bit_plan(bits={bits}, gamma=1.0)" for bits in (2.5, 3, 3.5, 4)],

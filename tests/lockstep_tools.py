@@ -68,6 +68,6 @@ def opening(model: Any, tokenizer: Any, *, without_weights: bool = False) -> Any
     def open_model(path: Any = None, *, check: Any = lambda layers: None) -> SimpleNamespace:
         layers = find_layers(model)
         check(layers)
-        return SimpleNamespace(layers=layers, tokenizer=tokenizer, weights=weights, planes=None)
+        return SimpleNamespace(layers=layers, tokenizer=tokenizer, weights=weights, planes=None, in_planes=False)
 
     return open_model

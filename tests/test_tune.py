@@ -216,7 +216,8 @@ def test_the_end_names_files_and_the_command(command, tmp_path, monkeypatch):
     assert f"wrote {out}" in said
     stats = out.with_suffix(".safetensors")
     needed = kept.statistics is not None
-    assert any(line.startswith(f"wrote {stats} (") and ("keep both" in line) == needed for line in said)
+    wanted = f"its statistics are {stats}: keep both" if needed else f"wrote {stats} ("
+    assert any(line.startswith(wanted) for line in said)
     line = next(line for line in said if line.startswith("serve it: "))
     *_, model, option, config = shlex.split(line)
     assert option == "--additional-config"
@@ -386,6 +387,8 @@ def test_bytes_are_searched_in_hundredths_up_to_the_deepest_depth():
     stored["depth_use"][0, :, :8] = 0.1  # a lone row uses eight experts
     (known,) = bounded([depth], stored)
     assert known.values(64, 8) == list(range(8, 28))
+    (whole,) = bounded([family("depth(bytes=0.25, levels=[2, 3])")], stored)
+    assert whole.values(64, 8) == list(range(15, 28)), "no expert that is read takes less"
     stored["depth_use"][0, :, 1:] = 0.0  # or one, which is read with 14 % at the least
     (lone,) = bounded([depth], stored)
     assert lone.values(64, 1) == list(range(15, 28))

@@ -93,11 +93,12 @@ def test_the_line_between_two_numbers_of_bits(kls: list[float], kl: float) -> No
 
 
 def test_quantisation_alone_and_what_chooses_bits_and_sharing_on_it_are_searched() -> None:
-    alone, plan, pairs, *shared = on_planes((2, 3, 4, 6), 8)
+    alone, whole, plan, pairs, *shared = on_planes((2, 3, 4, 6), 8)
     assert [str(alone.at(step)) for step in alone.values(64, 8)] == [
         f"topk(k=8) | bits({bits})" for bits in (2, 3, 4, 6)
     ]
     assert alone.name == "topk(k=8) | bits"
+    assert str(whole.at(20)) == "depth(bytes=0.2, levels=(2, 3, 4, 6))"
     bits = [plan.at(step).policy.bits for step in plan.values(64, 8)]
     assert bits == [2 + step / 4 for step in range(17)]
     assert plan.name == "bit_plan, by lost energy"

@@ -126,7 +126,7 @@ def prepare(console: Console, options: Options) -> Prepared:
         families = bounded(families if options.policy else measurable(families, known), known)
         depths = tuple(known[PLANES][3:].tolist()) if PLANES in known else ()
         if depths and not options.policy:
-            families[1:1] = measurable(on_planes(depths, moe.top_k), known)
+            families[1:1] = bounded(measurable(on_planes(depths, moe.top_k), known), known)
     families = [one for one in families if one.values(moe.experts, moe.top_k)]
     if not families:
         raise CarpoolError(f"{statistics} holds no experts in planes; make them with `{made_by('planes_shape')}`")

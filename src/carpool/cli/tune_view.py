@@ -38,7 +38,7 @@ class Files:
     def lines(self) -> list[str]:
         said = [f"wrote {self.policy}"]
         if self.statistics is not None:
-            said.append(f"wrote {self.statistics} (its statistics: keep both files in one folder)")
+            said.append(f"its statistics are {self.statistics}: keep both files in one folder")
         if self.spare is not None:
             said.append(f"wrote {self.spare} (statistics made for the search; the chosen policy needs none)")
         return said
@@ -74,7 +74,9 @@ def show(
     if found.plan.reads_depths:
         console.print(f"use it: carpool.share(model, {str(files.policy)!r})", markup=False)
         console.print(
-            "serve it: on a checkpoint in planes (`carpool compress MODEL -o DIR`), as docs/serve.md says", markup=False
+            "serve it: on a checkpoint in planes (`carpool compress MODEL -o DIR`, of the model in 16 bits), as "
+            "docs/serve.md says",
+            markup=False,
         )
     else:
         console.print(f"serve it: {serve(options, files.policy)}", markup=False)

@@ -76,14 +76,16 @@ def uniform(bits: int, top_k: int) -> Plan:
 
 
 def on_planes(depths: Sequence[int], top_k: int) -> list[Family]:
-    """What to search beside `depth` where experts are stored at these depths, ascending: quantisation alone, MC's plan
-    by lost energy (it loses less than with MC's own powers wherever we measured both), HOBBIT's rule, and sharing."""
+    """What to search beside `depth` where experts are stored at these depths, ascending: quantisation alone, `depth`
+    that leaves nothing out, MC's plan by lost energy (it loses less than with MC's own powers wherever we measured
+    both), HOBBIT's rule, and sharing."""
     steps = range(QUARTER * depths[0], QUARTER * depths[-1] + 1)
     plans = [parse(f"bit_plan(bits={step / QUARTER}, alpha=0, beta=0)") for step in steps]
     pairs = [(high, low) for place, high in enumerate(depths) for low in depths[max(place - 2, 0) : place]]
     rules = [parse(f"hobbit({high}, {low}, second=1.0)") for high, low in pairs]
     found = [_ladder(f"topk(k={top_k}) | bits", [uniform(depth, top_k) for depth in depths])]
     if len(depths) > 1:
+        found.append(family(f"depth(bytes=0.25, levels={list(depths)})"))
         found += [_ladder("bit_plan, by lost energy", plans), _ladder("hobbit", rules)]
     inner = [depth for depth in depths[1:] if depth <= SHARED_BITS]
     return found + [family(f"xshare(budget=1, utility='squared') | bits({depth})") for depth in inner]
@@ -104,7 +106,9 @@ def bounded(families: Sequence[Family], statistics: Mapping[str, Tensor]) -> lis
     for one in families:
         if one.knob == "bytes" and "depth_bytes" in statistics:
             size_L, use_SE = statistics["depth_bytes"], statistics["depth_use"][0]
-            least = float(size_L.min()) / int((use_SE > 0).sum(-1).min())  # of a lone row: one expert of its own
+            least = float(size_L.min())
+            if 0 in (getattr(one.plan.policy, "levels", None) or (0,)):
+                least /= int((use_SE > 0).sum(-1).min())  # of a lone row: one expert of its own
             one = replace(one, least=max(LEAST_BYTES, int(100 * least) + 1), most=int(100 * float(size_L.max())))
         found.append(one)
     return found
