@@ -30,7 +30,7 @@ from carpool.artefacts.files import write_text
 from carpool.models.fuse import fused, informative
 
 LENGTH = 128
-TEMPERATURES = (0.6, 0.8, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
+TEMPERATURES = (0.8, 1.0, 1.5, 2.0, 2.5)
 PLANS = ("xshare(budget=1, warmup=0)", "xshare(budget=2, warmup=0)", "xshare(budget=1, warmup=0) | regret(0.2)")
 HEAD_FILE = "router_head.safetensors"
 TOGETHER = 8  # texts of a batch that share a plan
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--experts", nargs="+", required=True)
-    parser.add_argument("--windows", type=int, default=96)
+    parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.work / "base")

@@ -22,7 +22,7 @@ LETTERS = ["<pad>", "<end>", *"0123456789+=,:fs"]
 PAD, END = 0, 1
 SHORTEST, LONGEST = 2, 9  # terms
 EASY, ZEROS = 1 / 3, 0.8  # share of easy sums, share of zeros in them
-STEPS, BATCH, RATE, WARMUP = 3000, 96, 3e-3, 100
+STEPS, BATCH, RATE, WARMUP = 1200, 64, 4e-3, 60
 POOL = """# two modes of one model
 [[expert]]
 name = "fast"

@@ -10,7 +10,7 @@ import torch
 from carpool.errors import CarpoolError
 from carpool.models.confidence import SIGNALS, answer_least, answer_mean
 from carpool.models.pool import Expert
-from carpool.models.questions import TOO_LONG, Answer, Question
+from carpool.models.questions import CUT_SHORT, TOO_LONG, Answer, Question
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ def written(expert: Expert, question: Question, made: Written) -> Answer:
             first += 1
         if not mark:  # it never came to its answer
             first, text = len(made.tokens), made.text
+    if made.finish == CUT_SHORT:
+        text = text.rstrip("\ufffd")  # half a character, of which some engines show nothing
     logprobs_1T = torch.tensor([list(made.logprobs)], dtype=torch.float64)
     span_1T = (torch.arange(logprobs_1T.shape[1]) >= first).unsqueeze(0)
     confidence = dict.fromkeys(("mean", "least", "margin"), 0.0)
