@@ -14,7 +14,7 @@ ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_
 ARGUMENTS: dict[str, Any] = {
     "device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True, "sampling_backend": "pytorch",
     "grammar_backend": "none", "disable_overlap_schedule": True, "skip_tokenizer_init": True, "dtype": "float32",
-    "max_total_tokens": 2048, "max_running_requests": 8, "mem_fraction_static": 0.1, "log_level": "error",
+    "max_total_tokens": 2048, "max_running_requests": 8, "mem_fraction_static": 0.8, "log_level": "error",
 }  # fmt: skip
 Tokens = list[list[int]]
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 FLAGS = (
     "--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--grammar-backend",
     "none", "--disable-overlap-schedule", "--skip-tokenizer-init", "--dtype", "float32", "--max-total-tokens", "2048",
-    "--max-running-requests", "8", "--mem-fraction-static", "0.1", "--skip-server-warmup", "--enable-metrics",
+    "--max-running-requests", "8", "--mem-fraction-static", "0.8", "--skip-server-warmup", "--enable-metrics",
     "--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled",
 )  # fmt: skip
 STARTS = 400  # seconds, on a busy machine
