@@ -14,6 +14,7 @@ from carpool.hosts.engine.settings import Settings
 from carpool.hosts.engine.step_rows import Rows
 from carpool.hosts.sglang import denoising, engine, follow
 from carpool.hosts.sglang.configuration import settings_of
+from carpool.hosts.sglang.distinct import distinct
 from carpool.hosts.sglang.prefix_cache import prompts_only
 from carpool.routing.cold import TeamCold
 
@@ -158,6 +159,19 @@ def test_the_configuration_is_a_key_among_others() -> None:
     assert settings_of(SimpleNamespace(json_model_override_args="{")) is None, "SGLang says so itself"
     with pytest.raises(CarpoolError, match=r"json_model_override_args\['carpool'\] has no key 'polcy'"):
         settings_of(SimpleNamespace(json_model_override_args='{"carpool": {"polcy": ""}}'))
+
+
+def test_free_slots_name_what_the_batch_reads() -> None:
+    ids = torch.tensor([[5, 5, 5], [7, 2, 5], [2, 7, 2]], dtype=torch.int32)
+    weights = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.3, 0.2], [0.6, 0.4, 0.0]])
+    made = distinct(ids, weights, 9)
+    assert torch.equal(made[weights != 0], ids[weights != 0])
+    assert all(len(set(row)) == 3 for row in made.tolist())
+    assert set(made.flatten().tolist()) == {2, 5, 7}
+    assert distinct(ids[1:2], weights[1:2], 9) is not None
+    alone = distinct(torch.tensor([[4, 4, 4]], dtype=torch.int32), torch.tensor([[1.0, 0.0, 0.0]]), 9)
+    assert len(set(alone[0].tolist())) == 3
+    assert alone.dtype == torch.int32
 
 
 PLAIN = {

@@ -18,6 +18,7 @@ from carpool.hosts.engine.step_rows import Requests, Rows
 from carpool.hosts.engine.weights import Weights
 from carpool.hosts.sglang import denoising, follow
 from carpool.hosts.sglang.arm import apply, around
+from carpool.hosts.sglang.distinct import distinct
 from carpool.hosts.sglang.engine import check_files, check_seams, require_isolated
 from carpool.hosts.sglang.layers import build_layers, gates_of
 from carpool.hosts.sglang.prefix_cache import prompts_only
@@ -149,8 +150,11 @@ def shared(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     routing = routed(layer, hidden_NH, logits_NE, given)
     if routing is given:
         return native
+    ids_NK = routing.ids_NK
+    if layer.device.type == "cpu":
+        ids_NK = distinct(ids_NK, routing.weights_NK, layer.num_experts)
     return native._replace(
-        topk_ids=routing.ids_NK.to(native.topk_ids.dtype), topk_weights=routing.weights_NK.to(native.topk_weights.dtype)
+        topk_ids=ids_NK.to(native.topk_ids.dtype), topk_weights=routing.weights_NK.to(native.topk_weights.dtype)
     )
 
 
