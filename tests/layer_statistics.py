@@ -37,6 +37,12 @@ def sensitivity(num_experts: int, generator: torch.Generator) -> dict[str, Tenso
     return {"sensitivity": torch.tensor(0.25)}
 
 
+def together(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Tokens that choose two experts, with ties."""
+    counts_EE = torch.randint(0, 5, (num_experts, num_experts), generator=generator)
+    return {"coactivation": counts_EE + counts_EE.T}
+
+
 def allow_lists(num_experts: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Scores with ties, over all domains and of one."""
     scores_3E = (torch.rand(3, num_experts, generator=generator) * 8).round() / 8

@@ -165,6 +165,14 @@ def odp_assign(world: World, row: int, policy: Any, allowed: set[int], coreset: 
     return drop(world, row, policy, allowed, coreset)
 
 
+def c2r_allowed(world: World, row: int, policy: Any, coreset: set[int]) -> set[int]:
+    """The best expert, and those that text chooses most often with it; of equal counts the lower number first."""
+    best = world.order(row)[0]
+    counts = world.stats["coactivation"][best]
+    others = sorted((e for e in range(world.num_experts) if e != best), key=lambda e: (-counts[e], e))
+    return {best, *others[: policy.partners]}
+
+
 def skip_assign(world: World, row: int, policy: Any, allowed: set[int], coreset: set[int]) -> Choice:
     """What is left, mixed anew or with the weights it had."""
     if policy.renormalize:
@@ -198,6 +206,7 @@ TOP_P = Twin(allowed=top_p_allowed, assign=skip_assign)
 TAIL_MASS = Twin(allowed=tail_mass_allowed, assign=skip_assign)
 LAYER_THRESHOLD = Twin(allowed=layer_threshold_allowed, assign=skip_assign)
 ODP = Twin(allowed=odp_allowed, assign=odp_assign)
+C2R = Twin(allowed=c2r_allowed)
 ALLOW_LIST = Twin(
     coreset=lambda world, group, policy: listed(world, policy),
     allowed=lambda world, row, policy, coreset: listed(world, policy),

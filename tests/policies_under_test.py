@@ -19,6 +19,7 @@ from layer_statistics import (
     planes,
     sensitivity,
     similarities,
+    together,
     unexplained,
     usual_tokens,
 )
@@ -270,6 +271,13 @@ ROWS = (
         twin=more_twins.ODP,
         stats=usual_tokens,
         hidden=True,
+    ),
+    Row(
+        name="c2r",
+        texts=lambda E, K: [f"c2r({max(1, K - 1)})", f"c2r(partners={max(K - 1, E // 2)})"],
+        identity=lambda E, K: [f"c2r({E - 1})"],
+        twin=more_twins.C2R,
+        stats=together,
     ),
     Row(
         name="allow_list",

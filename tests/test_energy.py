@@ -82,6 +82,7 @@ def twin(given: Seen) -> dict[str, list]:
         "norm_bias": solved[H].tolist(),
         "norm_scale": statistics.fmean(logs) + 3 * statistics.pstdev(logs),
         "ratio_quantiles": deciles,
+        "coactivation": [[sum(a in row and b in row for row in ids) for b in range(E)] for a in range(E)],
         "l1_quantiles": np.quantile([sum(map(abs, row)) for row in hidden], np.linspace(0, 1, 101)).tolist(),
     }
 
@@ -100,7 +101,7 @@ def test_twin(sizes: list[int]) -> None:
     result, expected = chunked(given, sizes), twin(given)
     assert set(result) == set(expected)
     for name, tensor in result.items():
-        assert tensor.dtype == (torch.int64 if name.startswith("coverage") else torch.float32)
+        assert tensor.dtype == (torch.int64 if name.startswith(("coverage", "coactivation")) else torch.float32)
         # a ratio on the edge of two bins may fall into either
         close = 1.1e-3 if name == "ratio_quantiles" else 1e-5
         assert torch.allclose(tensor.double(), torch.tensor(expected[name]).double(), rtol=1e-4, atol=close), name

@@ -242,7 +242,7 @@ def test_every_policy_is_covered_or_says_why() -> None:
         cause = uncovered(plan, 16, 4)
         assert (cause is None) == (policy_class(row.name) in TRAITS)
     left = {row.name for row in ROWS if policy_class(row.name) not in TRAITS}
-    assert left == {"xshare_expert_parallel", "xshare_speculative", "depth", "hobbit", "bit_plan", "odp"}
+    assert left == {"xshare_expert_parallel", "xshare_speculative", "depth", "hobbit", "bit_plan", "odp", "c2r"}
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,21 @@ from carpool.errors import CarpoolError
 SCHEMA = 1
 MIN_TOKENS = 256
 LONGEST_INDEX = 6  # digits of a layer's number
-OF_ROUTERS = ("coverage", "sensitivity", "gate_sum", "ratio_quantiles", "l1_quantiles")  # how such names begin
+OF_ROUTERS = (
+    "coverage",
+    "sensitivity",
+    "gate_sum",
+    "ratio_quantiles",
+    "l1_quantiles",
+    "coactivation",
+)  # how such names begin
 COMPRESSED = ("planes_", "depth_")  # how the names of what `carpool compress` makes begin
 FLAGS = {  # of `carpool calibrate`, by how a statistic's name begins
     "sensitivity": " --sensitivity",
     "surrogate_": " --surrogates 16",
-    **dict.fromkeys(("easy_ep", "reap", "coverage/", "norm_", "gate_sum", "ratio_", "l1_"), " --energy"),
+    **dict.fromkeys(
+        ("easy_ep", "reap", "coverage/", "norm_", "gate_sum", "ratio_", "l1_", "coactivation"), " --energy"
+    ),
 }
 
 

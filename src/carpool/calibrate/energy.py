@@ -35,6 +35,7 @@ class Energy:
         self.inputs_DD = zeros(hidden_size + 1, hidden_size + 1)  # x x^T, with a last x of 1 for the intercept
         self.targets_DE = zeros(hidden_size + 1, num_experts)  # x log ||E_e(x)||
         self._usual = TokenQuantiles(top_k, device)
+        self.together_EE = torch.zeros(num_experts, num_experts, dtype=torch.int64, device=device)
 
     @classmethod
     def of(cls, layer: Layer) -> Energy:
@@ -63,6 +64,8 @@ class Energy:
         self.targets_DE += inputs_ND.T @ log_NE
 
         self._usual.update(seen.hidden_NH, weights_NK)
+        chosen_NE = torch.zeros_like(norm_NE).scatter(1, ids_NK, 1.0)
+        self.together_EE += (chosen_NE.T @ chosen_NE).long()
 
     def result(self) -> dict[str, Tensor]:
         """Float32, by name:
@@ -71,7 +74,8 @@ class Energy:
         `reap [E]`, their mean of weight times norm (REAP's criterion, arXiv 2510.13999);
         `norm_weight [E, H]`, `norm_bias [E]`: the predictor; `norm_scale []`: mean and three standard deviations of the
         logarithms of the native experts' output norms;
-        what is usual for a token (`carpool.calibrate.token_quantiles`).
+        what is usual for a token (`carpool.calibrate.token_quantiles`);
+        and int64 `coactivation [E, E]`: tokens that choose both experts, on the diagonal those that choose one.
         """
         seen_E = self.coverage_E.clamp_min(1)
         predictor_DE = self._predictor()
@@ -86,7 +90,8 @@ class Energy:
             "norm_bias": predictor_DE[-1],
             "norm_scale": mean + 3 * (square - mean.square()).clamp_min(0).sqrt(),
         }
-        return {name: tensor.float().contiguous().cpu() for name, tensor in result.items()} | self._usual.result()
+        measured = {name: tensor.float().contiguous().cpu() for name, tensor in result.items()}
+        return measured | self._usual.result() | {"coactivation": self.together_EE.cpu()}
 
     def _predictor(self) -> Tensor:
         ridge_D = self.inputs_DD.diagonal().clone()

@@ -10,6 +10,7 @@ from carpool.plans.grammar import Plan
 from carpool.plans.guards import DecodeOnly, Floor, Guard, MinBatch, Protect, ShortCircuit
 from carpool.policies import (
     BASE,
+    C2R,
     ODP,
     OEA,
     SERE,
@@ -103,6 +104,7 @@ TRAITS: dict[type[Policy], Callable[[Any, int, int], Traits]] = {
 UNFIT: dict[type[Policy], str] = {
     XShareSpeculative: "needs more than two launches: its set for every request comes before that of the batch",
     **dict.fromkeys((Depth, Hobbit, BitPlan), "reads experts at depths, which the kernels do not know"),
+    C2R: "lets a row's best expert choose its others, which the kernels do not look up",
     ODP: "looks at the size of each row's hidden state, which the kernels are not given",
     XShareExpertParallel: "needs the device of each expert, which no engine says",
 }

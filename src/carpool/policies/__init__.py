@@ -4,6 +4,7 @@ from carpool.policies.allow_list import AllowList
 from carpool.policies.base import Inputs, Policy
 from carpool.policies.base_energy import BASE
 from carpool.policies.bit_plan import BitPlan
+from carpool.policies.c2r import C2R
 from carpool.policies.controls import RandomCoreset, TopK
 from carpool.policies.depth import Depth
 from carpool.policies.des import DESSeq, DESVote
@@ -21,6 +22,7 @@ from carpool.policies.xshare_speculative import XShareSpeculative
 
 __all__ = [
     "BASE",
+    "C2R",
     "ODP",
     "OEA",
     "SERE",
