@@ -53,7 +53,7 @@ def expert_use(evaluation: Evaluation, batch: int) -> Drawing | None:
     }
     narrow = 2 * tall + GAP
     return Drawing(
-        made, {"policy": menu}, {"policy": chosen.policy}, _below(tall / narrow), BESIDE, narrow + sum(AROUND.values())
+        made, {"policy": menu}, {"policy": chosen.policy}, below(tall / narrow), BESIDE, narrow + sum(AROUND.values())
     )
 
 
@@ -66,7 +66,7 @@ BESIDE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _below(share: float) -> dict[str, Any]:
+def below(share: float) -> dict[str, Any]:
     """One below the other, each a share of the height."""
     return {
         "xaxis.domain": [0, 1], "xaxis2.domain": [0, 1], "yaxis.domain": [1 - share, 1], "yaxis2.domain": [0, share],

@@ -29,6 +29,7 @@ def page(
     *,
     like: Diagnosis | None = None,
     bandwidth: float = 1000.0,
+    extra: Sequence[str] = (),
 ) -> str:
     """The whole report.
 
@@ -38,6 +39,7 @@ def page(
         like: the model whose sizes the section on bandwidth begins with; None is the evaluated model where the results
             say them, else Qwen3-30B-A3B in bf16.
         bandwidth: memory bandwidth to begin with, GB/s.
+        extra: sections to show after the others.
 
     Raises:
         CarpoolError: plotly is not installed.
@@ -53,7 +55,7 @@ def page(
         for kind in kinds
         for part in _part([one for one in evaluations if one.facts["kind"] == kind], like, bandwidth, len(kinds) > 1)
     ]
-    parts += [_neighbours(one) for one in interferences]
+    parts += [*(_neighbours(one) for one in interferences), *extra]
     parts.append(_provenance([*evaluations, *interferences]))
     return Template(_asset("page.html")).substitute(
         title=escape(f"Carpool report: {', '.join(one.label for one in evaluations)}"),
