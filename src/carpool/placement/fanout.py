@@ -18,7 +18,7 @@ from carpool.placement.demand import chosen_TE
 from carpool.placement.plan import Plan, from_devices, slots_for
 
 ROUNDS = 200  # exchanges per layer at most, in units of experts
-ROWS = 8192  # of the trace that exchanges are tried on
+ROWS = 4096  # of the trace that exchanges are tried on
 HEAVY = 1.25  # tokens that a device may have over its share, unless told otherwise
 
 
