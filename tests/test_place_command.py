@@ -45,6 +45,15 @@ def test_planners_are_compared_and_the_useless_ones_named(command):
     assert "displaced" in output
 
 
+def test_prefill_says_what_moving_experts_does(command):
+    trace = random_trace(96, 3, 8, 2, batch=24, seed=1)
+    replace(trace, phase_T=trace.phase_T * 0).save("prompts.safetensors")
+    code, output = command("--trace", "prompts.safetensors", "--devices", "4", "--phase", "prefill")
+    assert code == 0, output
+    assert "LLEP: peak tokens" in output
+    assert "MoEShard: 1.00" in output
+
+
 def test_plans_are_written_for_engines(command):
     code, output = command("--devices", "4", "--planner", "exflow", "-o", "plan.json")
     assert code == 0, output

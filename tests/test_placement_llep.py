@@ -6,9 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from placement_tools import random_trace
 
 from carpool import CarpoolError
-from carpool.placement.llep import least_loaded
+from carpool.placement.baselines import linear
+from carpool.placement.demand import loads_LE
+from carpool.placement.llep import least_loaded, replay
 
 
 def slow_plan(tokens, home, devices, cap, least):
@@ -91,6 +94,23 @@ def test_a_small_excess_stays_if_asked():
     tokens_E, home_E = torch.tensor([60, 20]), torch.tensor([0, 1])
     assert least_loaded(tokens_E, home_E, 2, least=64).loads_D.tolist() == [40, 40]  # all of the rest is one piece
     assert least_loaded(tokens_E, home_E, 2, least=64, keep_small=True).loads_D.tolist() == [60, 20]
+
+
+def test_a_trace_is_replayed_step_by_step():
+    trace = random_trace(60, 2, 8, 2, batch=20, skew=2.0)
+    home_LE = linear(2, 8, 4).device_LE
+    found = replay(trace, home_LE, 4, least=1)
+    home, moved, sent = [], [], []
+    for rows in trace.steps():
+        for tokens_E, home_E in zip(loads_LE(trace.select(rows)), home_LE, strict=True):
+            plan = least_loaded(tokens_E, home_E, 4, least=1)
+            home.append(max(int(tokens_E[home_E == d].sum()) for d in range(4)) / 10)
+            moved.append(int(plan.loads_D.max()) / 10)
+            sent.append(len(plan.moves_X2))
+    assert found.at_home == pytest.approx(sum(home) / 6)
+    assert found.moved == pytest.approx(sum(moved) / 6)
+    assert found.sent == pytest.approx(sum(sent) / 6)
+    assert 1 <= found.moved < found.at_home
 
 
 @pytest.mark.parametrize(

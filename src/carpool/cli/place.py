@@ -92,6 +92,8 @@ def place(options: Options) -> None:
     with progress("planning", len(PLANNERS), "planners") as advance:
         rows = compare(part, sizes, options.dispatch, cost=cost, progress=advance)
     _show(console, rows, options, part)
+    if options.phase == "prefill":
+        _moving(console, part, options.devices)
     advice = advise(rows, options.dispatch)
     for said in (*advice.use, *advice.refused):
         say(console, said)
@@ -156,6 +158,20 @@ def _show(console: Console, rows: list[Compared], options: Options, trace: Trace
         f"steps, scored on the next {steps - steps // 2}"
     )
     print_table(console, COLUMNS if timed else COLUMNS[:-1], table, title)
+
+
+def _moving(console: Console, trace: Trace, devices: int) -> None:
+    """What methods without a placement do, which pay for steps of many tokens if at all."""
+    from carpool.placement.baselines import linear
+    from carpool.placement.llep import replay
+
+    home_LE = linear(trace.num_layers, trace.num_experts, devices).device_LE
+    found = replay(trace, home_LE, devices)
+    say(
+        console,
+        f"LLEP: peak tokens {found.at_home:.2f} -> {found.moved:.2f} of the mean, sending weights of {found.sent:.1f} "
+        "experts a layer and step; MoEShard: 1.00, with every token on every device and a slice of every expert",
+    )
 
 
 def _share(console: Console, rows: list[Compared], trace: Trace, policy: str) -> None:

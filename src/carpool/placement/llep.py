@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from carpool.artefacts.trace import Trace
 from carpool.errors import CarpoolError
+from carpool.placement.demand import loads_LE
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +97,28 @@ def least_loaded(
         rows += state.spread(expert, home, kept, count, cap, least)
     rows.sort(key=lambda row: (row[0], row[2]))
     return Spill(torch.tensor(rows, dtype=torch.int64), home_E, devices, cap, bound, False)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Means over layers and steps: tokens of the busiest device over the mean of all, with experts at home and moved,
+    and experts' weights that are sent in a step."""
+
+    at_home: float
+    moved: float
+    sent: float
+
+
+def replay(trace: Trace, home_LE: Tensor, devices: int, *, least: int = 1024) -> Replay:
+    """What LLEP does to the steps of a trace; arguments as of `least_loaded`, with every cap at the mean."""
+    found = []
+    for rows in trace.steps():
+        for tokens_E, home_E in zip(loads_LE(trace.select(rows)), home_LE, strict=True):
+            spilled = least_loaded(tokens_E, home_E, devices, least=least)
+            mean = max(float(tokens_E.sum()) / devices, 1e-9)
+            native_D = torch.zeros(devices, dtype=torch.int64).scatter_add_(0, home_E, tokens_E)
+            found.append([float(native_D.max()) / mean, float(spilled.loads_D.max()) / mean, len(spilled.moves_X2)])
+    return Replay(*torch.tensor(found, dtype=torch.float64).mean(0).tolist())
 
 
 @dataclass
