@@ -7,6 +7,7 @@ A few layers of Qwen3-30B-A3B with random weights. Routers, attention and head a
 vLLM, F16 in llama.cpp, which its kernels prefer); experts are random planes here and random weights there, quantised by
 the library itself (`ggml_quantize_chunk`, which `llama_model_quantize` calls), so that nothing but experts is small.
 In every round all states decode as many steps with as many sequences; medians over rounds. Bits include scales.
+`choosing_ms` is what choosing depths takes of vLLM's step, all layers together.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 import numpy as np
 from engines import GEOMETRIES, Geometry, as_json, machine
 from random_planes import WEIGHTS_FILE, write_checkpoint
-from vllm_planes import planes_engine, took
+from vllm_planes import Chosen, planes_engine, took
 
 DEPTHS, GROUP, SEED, PROMPT, VOCABULARY = (2, 3, 4), 64, 0, 8, 8192
+DISTINCT = 8  # experts that are made; the others are copies, in memory of their own
 KINDS = {"Q4_0": 4.5, "Q4_K": 4.5, "Q2_K": 2.625}  # bits of a weight, scales included
 NAMES = {  # of a layer's tensors
     "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
@@ -78,8 +81,9 @@ def write_gguf(weights: Path, geometry: Geometry, layers: int, kind: str, path: 
         ):  # fmt: skip
             made = np.stack([
                 quantised(generator.standard_normal((rows, width), dtype=np.float32) * width**-0.5, kind)
-                for _ in range(geometry.experts)
+                for _ in range(DISTINCT)
             ])  # fmt: skip
+            made = np.concatenate([made] * (geometry.experts // DISTINCT))
             writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.weight", made, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -153,19 +157,21 @@ class Llama:
         return (time.perf_counter() - begin) / steps
 
 
-def in_vllm(engine: Any, depth: int, batch: int, steps: int, generator: Any) -> float:
-    """Seconds a step of vLLM, everything read at a depth."""
+def in_vllm(engine: Any, chosen: Chosen, depth: int, batch: int, steps: int, generator: Any) -> float:
+    """Seconds a step of vLLM, everything read at a depth; `chosen` has those that choosing took of the steps."""
     change = {"policy": f"depth(price=0, levels=[0, {depth}])", "enabled": True, "compile": True}
     engine.collective_rpc("carpool_set", kwargs=change)
     prompts = [{"prompt_token_ids": generator.integers(3, VOCABULARY, PROMPT).tolist()} for _ in range(batch)]
+    chosen.seconds = 0.0
     first = took(engine, prompts, 1)
+    chosen.seconds *= -1
     return (took(engine, prompts, 1 + steps) - first) / steps
 
 
-def states(engine: Any, peers: dict[str, Llama]) -> Iterator[tuple[str, float, Any]]:
+def states(engine: Any, chosen: Chosen, peers: dict[str, Llama]) -> Iterator[tuple[str, float, Any]]:
     """Every state's name, its bits and what decodes in it."""
     for depth in DEPTHS:
-        yield f"vLLM, depth {depth}", depth + 16 / GROUP, lambda *given, depth=depth: in_vllm(engine, depth, *given)
+        yield f"vLLM, depth {depth}", depth + 16 / GROUP, partial(in_vllm, engine, chosen, depth)
     for kind, peer in peers.items():
         yield f"llama.cpp, {kind}", KINDS[kind], peer.decode
 
@@ -186,7 +192,7 @@ def main() -> None:
         for kind in KINDS
     }
     limits = {"max_model_len": 128, "max_num_batched_tokens": 512, "max_num_seqs": 64}
-    engine = planes_engine(folder, limits, depth=DEPTHS[-1])
+    engine, chosen = planes_engine(folder, limits, depth=DEPTHS[-1]), Chosen()
     import llama_cpp
 
     content: dict[str, Any] = {
@@ -197,17 +203,20 @@ def main() -> None:
     for batch in given.batches:
         seconds: dict[str, list[float]] = {}
         bits: dict[str, float] = {}
+        choosing: dict[str, list[float]] = {}
         for turn in range(given.rounds + 1):
             generator = np.random.default_rng(turn)
-            for name, weight_bits, decode in states(engine, peers):
+            for name, weight_bits, decode in states(engine, chosen, peers):
                 one = decode(batch, given.steps, generator)
                 bits[name] = weight_bits
                 if turn:
                     seconds.setdefault(name, []).append(one)
+                    choosing.setdefault(name, []).append(chosen.seconds / given.steps)
         content["cells"].append({"batch": batch, "states": {
             name: {"bits": bits[name], "step_ms": 1e3 * statistics.median(times),
                    "quartiles_ms": [1e3 * one for one in statistics.quantiles(times, n=4)[::2]],
                    "tokens_s": batch / statistics.median(times)}
+            | ({"choosing_ms": 1e3 * statistics.median(choosing[name])} if name.startswith("vLLM") else {})
             for name, times in seconds.items()
         }})  # fmt: skip
         print({name: round(one["step_ms"], 2) for name, one in content["cells"][-1]["states"].items()}, flush=True)
