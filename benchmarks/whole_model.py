@@ -131,7 +131,8 @@ HOSTS = {"transformers": in_transformers, "vllm": in_vllm}
 
 def run_host(name: str, folder: Path) -> dict[str, Any]:
     """In this process: what a host took and made."""
-    found: dict[str, Any] = {"host": name, "threads": int(os.environ.get("OMP_NUM_THREADS", 0)), "states": {}}
+    found: dict[str, Any] = {"host": name, "threads": int(os.environ.get("OMP_NUM_THREADS", 0))}
+    found |= {"load_before": os.getloadavg()[0], "states": {}}
     begin = time.perf_counter()
     with peaks(found):
         for state, made in HOSTS[name](folder):

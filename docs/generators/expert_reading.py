@@ -89,9 +89,8 @@ def whole(content: dict[str, Any]) -> str:
         f"{content['geometry']}: {content['layers']} layers, vocabulary {content['vocabulary']:,}, "
         f"{content['bits_stored']:.2f} bits stored an expert weight: {content['planes_gib']:.1f} GiB of planes and "
         f"{content['weights_gib']:.1f} GiB of other weights in bf16. {machine['cpu']}, {machine['date']}, seed "
-        f"{content['seed']}; one run"
+        f"{content['seed']}; one run.\n\n"
     )
-    head += f", beside other work (load {machine['load']}).\n\n" if "load" in machine else ".\n\n"
     lines = [
         [host["host"], str(host["threads"]), f"{host['load_s']:.0f} s", f"{host['peak_anonymous_gib']:.1f} GiB", state]
         + [f"{cell['tokens_s']:.2f}" for cell in cells]
