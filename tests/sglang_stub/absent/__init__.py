@@ -8,7 +8,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-PACKAGES = ("torchvision.", "sgl_kernel.")
+PACKAGES = ("torchvision.", "sgl_kernel.", "soundfile.")
 
 
 class _Any(type):
