@@ -8,6 +8,7 @@ expert answers each item once, and every rule picks among these answers. Beside 
 single one, the neighbours of an item (kNN on its words), and the oracle, the only headroom that there is.
 
 The cascade lets an answer of the base stand by its confidence and asks the expert that the rule `top1` names otherwise.
+It is calibrated on the items of the profile, where that expert looks better than it is, and judged on the others.
 """
 
 from __future__ import annotations

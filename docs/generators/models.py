@@ -97,14 +97,16 @@ def fused(content: dict[str, Any]) -> str:
     lines = []
     for one, other in zip(*(side["rows"] for side in sides), strict=True):
         name, *plan = one["row"].split(", ", 1)
-        cost = [f"{one['switches_a_token']:.2f}", f"{one['late_tokens_a_token']:.2f}", f"{one['experts_a_step']:.2f}"]
+        cost = [""] * 3
+        if "switches_a_token" in one:
+            cost = [f"{one[name]:.2f}" for name in ("switches_a_token", "late_tokens_a_token", "experts_a_step")]
         lines.append([
             name + "".join(f", `{text}`" for text in plan),
             *(text for side in (one, other) for text in (
                 f"{side['accuracy']:.1%}", f"{side['against_router_alone']:+.1%} ± {side['against_half_width']:.1%}",
                 f"{side['nats']:.3f}",
             )),
-            *(cost if "switches_a_token" in one else [""] * 3),
+            *cost,
         ])  # fmt: skip
     heads = ["row", ">accuracy", ">above the router alone", ">nats a token", ">spliced: accuracy",
              ">above the router alone", ">nats a token", ">switches a token", ">late tokens a token",
@@ -115,4 +117,14 @@ def fused(content: dict[str, Any]) -> str:
         f"domain, {content['texts_a_step']} texts a step; late tokens are read by an expert because others were chosen "
         "when they came.\n\n"
     )
-    return head + rows(heads, lines)
+    counts = ("tokens", "switches", "late_tokens", "prompt_tokens")
+    written = []
+    for one in content["written"]:
+        a_step = [f"{one['models_a_step']:.2f}", f"{one['bytes_a_step'] / 1e6:.1f}"]
+        written.append([f"`{one['plan']}`", f"{one['switch_cost']:g}", *(str(one[name]) for name in counts), *a_step])
+    heads_written = [
+        "plan", ">cost of a switch", ">tokens", ">switches", ">late tokens", ">tokens of prompts", ">models a step",
+        ">MB a step",
+    ]  # fmt: skip
+    told = f"\nWriting with `carpool.fuse`, {content['texts_a_step']} texts, greedily:\n\n"
+    return head + rows(heads, lines) + told + rows(heads_written, written)
