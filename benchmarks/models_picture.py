@@ -18,6 +18,8 @@ from matplotlib import pyplot as plt
 from carpool.artefacts.files import atomic_path
 from carpool.evaluate.plot import COLOURS, INK, MUTED, PALE
 
+CONTROLS = ("random", "best", "oracle", "kNN", "the item's domain")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -27,13 +29,15 @@ def main() -> None:
     style = {"font.family": "sans-serif", "font.size": 10, "text.color": INK, "axes.edgecolor": PALE}
     with mpl.rc_context(style):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), dpi=150)
-        for one in content["rows"]:
-            colour = MUTED if one["rule"] in ("random", "best", "oracle", "kNN", "the item's domain") else COLOURS[0]
-            at = one["loads_grouped"], one["right"]
-            left.errorbar(*at, yerr=one["half_width"], fmt="o", color=colour, elinewidth=0.6)
-            label = one["rule"] if one["recruits"] == 1 else f"{one['rule']}, {one['recruits']} experts"
-            left.annotate(label, at, xytext=(5, 3), textcoords="offset points", fontsize=7)
-        left.set(xlabel="models loaded for the batch", ylabel="right", title="who answers what")
+        rows = sorted(content["rows"], key=lambda one: one["right"])
+        for place, one in enumerate(rows):
+            colour = MUTED if one["rule"] in CONTROLS else COLOURS[0]
+            left.errorbar(one["right"], place, xerr=one["half_width"], fmt="o", color=colour, elinewidth=0.8)
+        several = {1: "", 3: ", 3 experts"}
+        labels = [f"{one['rule']}{several[one['recruits']]}: {one['loads_grouped']}" for one in rows]
+        left.set_yticks(range(len(rows)), labels, fontsize=7)
+        left.axvline(content["chance"], color=PALE)
+        left.set(xlabel="right", title="who answers what (and how many models that loads)")
         ends, *found = content["cascade"]
         lines = {" + ".join(one["signals"]): [] for one in found}
         for one in found:
