@@ -156,17 +156,19 @@ def fetching(requests: Requests, told: Tensor, right: float) -> dict[str, Any]:
 
 
 def study(model_name: str | None, files: Sequence[Any], count: int) -> dict[str, Any]:
-    """All of it for one model."""
+    """All of it for the reference model; for another one how local its routing is, and fetching ahead."""
     model, tokenizer = load_model(model_name)
     ids_RT = sequences(tokenizer, files, count)
     requests, told, right = record(model, ids_RT)
     found: dict[str, Any] = {
         "requests": len(ids_RT), "tokens": ids_RT.numel(), "experts": requests.num_experts,
         "summary": summarise(requests).as_json(),
-        "caches": [row for batch in (1, 4, BATCH) for row in caches(requests, batch)],
-        "fetching": fetching(requests, told, right), "shared": [],
+        "fetching": fetching(requests, told, right), "caches": [], "shared": [],
     }  # fmt: skip
     del found["summary"]["load"]
+    if model_name is not None:
+        return found
+    found["caches"] = [row for batch in (1, 4, BATCH) for row in caches(requests, batch)]
     for plan in SHARED:
         shared, lost = record_shared(model, ids_RT, plan)
         rows = [row for row in caches(shared, BATCH) if row["rule"] in ("lru", "lfu", "belady")]

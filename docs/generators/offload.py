@@ -53,7 +53,8 @@ def consistency(models: dict[str, Any]) -> str:
 def caches(models: dict[str, Any]) -> str:
     parts = []
     for name, found in models.items():
-        made = found["caches"]
+        if not (made := found["caches"]):
+            continue
         batches = sorted({row["batch"] for row in made})
         lines = []
         for rule, scope in dict.fromkeys((row["rule"], row["scope"]) for row in made):
@@ -70,6 +71,8 @@ def caches(models: dict[str, Any]) -> str:
 def sharing(models: dict[str, Any]) -> str:
     lines = []
     for name, found in models.items():
+        if not found["caches"]:
+            continue
         batch = max(row["batch"] for row in found["caches"])
         plain = [row for row in found["caches"] if row["batch"] == batch]
         for policy, kl, made in [("none", 0.0, plain), *((s["policy"], s["kl"], s["caches"]) for s in found["shared"])]:

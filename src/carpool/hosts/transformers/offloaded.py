@@ -65,7 +65,7 @@ def offload(
     model: str | Path | nn.Module,
     memory: str | int,
     *,
-    cache: str | Rule = "lru",
+    cache: str | Rule = "sequence_lfu",
     scope: Scope = "layer",
     on_miss: str = "exact",
     prefetch: bool = True,
@@ -81,8 +81,8 @@ def offload(
     Args:
         model: a folder (only what is no expert is loaded then), or a model that was loaded with its experts in planes.
         memory: for experts, such as `"4GiB"`, or bytes. What does not fit is read when it is needed.
-        cache: which experts leave: `lru`, `lfu`, `lfru`, `sequence_lfu`, `layer_distance`, `hobbit`, or a rule of
-            `carpool.offloading.rules` that was fitted to a trace.
+        cache: which experts leave: `sequence_lfu` (least used in the present requests), `lru`, `lfu`, `lfru`,
+            `layer_distance`, `hobbit`, or a rule of `carpool.offloading.rules` that was fitted to a trace.
         scope: `layer`: every layer has an equal part of the memory. `model`: all layers share it.
         on_miss: `"exact"` reads all that is stored: bit for bit the resident model. `"depth(3)"` reads 3 bits of what
             is not there; `"depth([6, 3], [0.5])"` 6 bits of a row's heaviest experts and 3 of those below half of its
