@@ -22,7 +22,7 @@ from carpool.policies import (
     XShareExpertParallel,
     XShareSpeculative,
 )
-from carpool.policies.base import resolve_budget
+from carpool.policies.parameters import resolve_budget
 
 
 @pytest.mark.parametrize("places", [1, 2])

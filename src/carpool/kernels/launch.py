@@ -21,8 +21,8 @@ from carpool.plans.grammar import Plan
 from carpool.plans.guards import DecodeOnly, Floor, MinBatch, Protect
 from carpool.plans.pipeline import scored
 from carpool.policies import AllowList
-from carpool.policies.base import Number
 from carpool.policies.controls import odd
+from carpool.policies.parameters import Number
 from carpool.routing.batch import Batch
 from carpool.routing.spec import RouteSpec, Routing
 

@@ -32,7 +32,7 @@ from carpool.policies import (
     XShareExpertParallel,
     XShareSpeculative,
 )
-from carpool.policies.base import Number
+from carpool.policies.parameters import Number
 
 MOST_EXPERTS, MOST_SLOTS = 512, 16
 Utility = Literal["", "mass", "squared", "native", "count", "share", "energy", "draw"]

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from carpool.policies.base import Inputs, Policy, require
+from carpool.policies.base import Inputs, Policy
+from carpool.policies.parameters import require
 from carpool.routing.batch import Batch
 from carpool.routing.spec import ALL_BITS
 

@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from carpool.policies.base import Inputs, Policy, drop, require, resolve_budget
+from carpool.policies.base import Inputs, Policy, drop
+from carpool.policies.parameters import require, resolve_budget
 from carpool.policies.registry import register
 from carpool.routing.exact import ordered_int, rank_descending
 from carpool.routing.keys import with_ties

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from carpool.errors import CarpoolError
-from carpool.policies.base import Inputs, Number, Policy, require, resolve_budget
+from carpool.policies.base import Inputs, Policy
+from carpool.policies.parameters import Number, require, resolve_budget
 from carpool.policies.registry import register
 
 MAX_ENERGY = 1e12  # keeps an outlier's prediction finite, so that 0 times it is 0

@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from carpool.policies.base import Inputs, Policy, require
+from carpool.policies.base import Inputs, Policy
 from carpool.policies.depth_prices import deep_outliers
+from carpool.policies.parameters import require
 from carpool.policies.registry import register
 
 SHORT = 1e-9

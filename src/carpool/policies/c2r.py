@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from carpool.policies.base import Inputs, Policy, require
+from carpool.policies.base import Inputs, Policy
+from carpool.policies.parameters import require
 from carpool.policies.registry import register
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from carpool.policies.base import Inputs, Number, Policy, drop, require, require_count, require_within, resolve_budget
+from carpool.policies.base import Inputs, Policy, drop
+from carpool.policies.parameters import Number, require, require_count, require_within, resolve_budget
 from carpool.policies.registry import register
 from carpool.routing.exact import SUM_BITS
 from carpool.routing.keys import TIE, side_by_side

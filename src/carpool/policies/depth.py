@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from carpool.policies.base import Inputs, Number, Policy, require, resolve_budget
+from carpool.policies.base import Inputs, Policy
 from carpool.policies.depth_prices import deep_outliers, increments, prices
+from carpool.policies.parameters import Number, require, resolve_budget
 from carpool.policies.registry import register
 from carpool.routing.exact import FRACTION_BITS
 from carpool.routing.keys import tie_order

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from carpool.policies.base import require
+from carpool.policies.parameters import require
 
 STEPS = 48  # of the bisection for a price: it is exact to 1e-9 of its range
 RANGE = (-40.0, 20.0)  # log2 of the prices that are tried

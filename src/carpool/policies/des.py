@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from carpool.errors import CarpoolError
-from carpool.policies.base import Inputs, Number, Policy, require, resolve_budget
+from carpool.policies.base import Inputs, Policy
 from carpool.policies.oea import OEA
+from carpool.policies.parameters import Number, require, resolve_budget
 from carpool.policies.registry import register
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from carpool.policies.base import Inputs, Number, Policy, resolve_budget
+from carpool.policies.base import Inputs, Policy
+from carpool.policies.parameters import Number, resolve_budget
 from carpool.policies.registry import register
 
 

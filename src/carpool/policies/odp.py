@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from carpool.policies.base import Inputs, Policy, require
+from carpool.policies.base import Inputs, Policy
 from carpool.policies.bit_plan import BitPlan
+from carpool.policies.parameters import require
 from carpool.policies.registry import register
 from carpool.policies.skipping import front_of, skip
 from carpool.routing.spec import Routing

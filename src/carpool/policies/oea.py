@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from carpool.policies.base import Inputs, Policy, require_count, require_within
+from carpool.policies.base import Inputs, Policy
+from carpool.policies.parameters import require_count, require_within
 from carpool.policies.registry import register
 
 

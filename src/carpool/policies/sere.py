@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from carpool.policies.base import Inputs, Policy, merge_duplicates, require, require_count, require_within
+from carpool.policies.base import Inputs, Policy, merge_duplicates
+from carpool.policies.parameters import require, require_count, require_within
 from carpool.policies.registry import register
 from carpool.routing.exact import ordered_int
 from carpool.routing.keys import with_ties

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from carpool.policies.base import Inputs, Policy, drop, require
+from carpool.policies.base import Inputs, Policy, drop
+from carpool.policies.parameters import require
 from carpool.policies.registry import register
 from carpool.routing.exact import to_fixed
 from carpool.routing.spec import Routing

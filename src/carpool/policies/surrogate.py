@@ -9,17 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from carpool.policies.base import (
-    Inputs,
-    Number,
-    Policy,
-    backfill,
-    leave,
-    require,
-    require_count,
-    require_within,
-    resolve_budget,
-)  # fmt: skip
+from carpool.policies.base import Inputs, Policy, backfill, leave
+from carpool.policies.parameters import Number, require, require_count, require_within, resolve_budget  # fmt: skip
 from carpool.policies.registry import register
 from carpool.routing.spec import Routing
 

@@ -7,7 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from carpool.policies.base import Inputs, Number, Policy, require, require_count, require_within, resolve_budget
+from carpool.policies.base import Inputs, Policy
+from carpool.policies.parameters import Number, require, require_count, require_within, resolve_budget
 from carpool.policies.registry import register
 
 

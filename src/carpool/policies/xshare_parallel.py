@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from carpool.errors import CarpoolError
-from carpool.policies.base import A_HAIR, Inputs, Policy, require, require_count, require_within, resolve_budget
+from carpool.policies.base import Inputs, Policy
+from carpool.policies.parameters import A_HAIR, require, require_count, require_within, resolve_budget
 from carpool.policies.registry import register
 
 

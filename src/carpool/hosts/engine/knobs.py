@@ -11,7 +11,7 @@ from torch import Tensor
 
 from carpool.errors import CarpoolError
 from carpool.plans.grammar import Plan
-from carpool.policies.base import resolve_budget
+from carpool.policies.parameters import resolve_budget
 
 SHARES = ("budget", "request_budget", "size")  # parameters where a float is a share of the experts
 
