@@ -5,7 +5,7 @@
 
 Writes the model straight into planes (4.75 bits a weight of an expert with three depths in groups of 64; the rest in
 bf16, vocabulary included), layer by layer, 19 GB of disk, and deletes it in the end. Each host loads it in a process of
-its own and decodes greedily, every expert at the deepest depth and with a policy that reads half of them at 2 bits.
+its own and decodes greedily, every expert at the deepest depth and with `depth(bytes=0.2)`.
 `peak_anonymous_gib` is the process's own memory, `peak_resident_gib` counts pages of the file, too, which the system
 takes back when it needs them.
 """
