@@ -214,7 +214,7 @@ def test_a_server_is_asked(stand: ThreadingHTTPServer) -> None:
     first, second, third = ask(one, [Question("1", "hello"), CHOICES[1], Question("3", "long")])
     assert (first.text, first.finish, first.read, first.written) == ("ab", "length", 5, 2)
     assert first.confidence["mean"] == pytest.approx(0.60653, abs=1e-4)
-    assert first.confidence["margin"] == pytest.approx((0.60653 - 0.36788 + 1) / 2, abs=1e-4)
+    assert first.confidence["margin"] == pytest.approx((0.60653 - 0.36788 + 2 * 0.60653 - 1) / 2, abs=1e-4)
     assert (second.choice, second.finish) == (0, "choice"), "the shorter one is likelier here"
     assert third.finish == "too_long"
     chat = Expert("s", "server", "m", url=url, chat=True, template={"enable_thinking": False})

@@ -58,9 +58,11 @@ def expected(folder: Path, **settings: Any) -> list[Answer]:
     return asked(Expert("a", "transformers", str(folder), max_tokens=10, context=128, **settings))
 
 
-def assert_alike(found: list[Answer], wanted: list[Answer]) -> None:
+def assert_alike(found: list[Answer], wanted: list[Answer], besides: str = "") -> None:
+    """`besides`: a signal that a server's API does not always tell: of single bytes many are named alike."""
     for one, other in zip(found, wanted, strict=True):
-        assert dict(one.confidence) == pytest.approx(dict(other.confidence), abs=2e-3)
+        told, known = ({k: v for k, v in each.confidence.items() if k != besides} for each in (one, other))
+        assert told == pytest.approx(known, abs=2e-3)
         plain = {"fingerprint": "", "confidence": {}}
         assert dataclasses.replace(one, **plain) == dataclasses.replace(other, **plain)
 
@@ -114,7 +116,11 @@ def serving(folder: Path) -> Iterator[str]:
 
 def test_a_real_server_answers_alike(folder: Path) -> None:
     with serving(folder) as url:
-        assert_alike(asked(Expert("a", "server", "tiny", url=url, max_tokens=10, context=128)), expected(folder))
+        assert_alike(
+            asked(Expert("a", "server", "tiny", url=url, max_tokens=10, context=128)),
+            expected(folder),
+            besides="margin",
+        )
         chat = Expert("a", "server", "tiny", url=url, max_tokens=10, chat=True, template={"enable_thinking": True})
         local = dataclasses.replace(chat, engine="transformers", model=str(folder), url="", context=128)
         with open_runner(chat) as runner, open_runner(local) as own:

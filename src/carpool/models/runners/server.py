@@ -63,7 +63,7 @@ class Server:
         one = found["choices"][0]
         told = one["logprobs"]
         best = [sorted(map(float, top.values()), reverse=True) for top in told["top_logprobs"]]
-        margins = [exp(top[0]) - exp(top[1]) if len(top) > 1 else 1.0 for top in best]
+        margins = [_margin(top) for top in best]
         return Written(
             one["text"], _finish(one), found["usage"]["prompt_tokens"], told["tokens"], told["token_logprobs"], margins
         )
@@ -82,7 +82,7 @@ class Server:
         return Written(
             one["message"]["content"] or "", _finish(one), found["usage"]["prompt_tokens"],
             [token["token"] for token in told], [token["logprob"] for token in told],
-            [exp(top[0]) - exp(top[1]) if len(top) > 1 else 1.0 for top in tops],
+            [_margin(top) for top in tops],
         )  # fmt: skip
 
     def _choose(self, expert: Expert, question: Question, text: str) -> Answer:
@@ -131,3 +131,9 @@ class _TooLongError(Exception):
 
 def _finish(one: dict[str, Any]) -> str:
     return CUT_SHORT if one.get("finish_reason") == "length" else "stop"
+
+
+def _margin(best: list[float]) -> float:
+    """Of the two best log-probabilities. Completions name them by their text, under which two may fall together: of one
+    alone it is at least this."""
+    return exp(best[0]) - exp(best[1]) if len(best) > 1 else max(0.0, 2 * exp(best[0]) - 1)
