@@ -91,7 +91,7 @@ def test_what_register_refuses(installed: list[EntryPoint], fields: dict[str, ob
         register(kind)
 
 
-@pytest.mark.parametrize("thing", [int, parse, Policy, "oea"], ids=repr)
+@pytest.mark.parametrize("thing", [int, parse, Policy, "oea"], ids=["class", "function", "Policy", "name"])
 def test_only_policies_register(installed: list[EntryPoint], thing: object) -> None:
     with pytest.raises(CarpoolError):
         register(thing)
