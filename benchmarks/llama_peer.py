@@ -3,9 +3,10 @@
     pip install --target peers --no-deps llama-cpp-python gguf diskcache      # builds llama.cpp for this processor
     PYTHONPATH=peers python benchmarks/llama_peer.py --output docs/results/llama-peer.json
 
-A few layers of Qwen3-30B-A3B with random weights. Routers, attention and head are the same numbers in both (bf16 in
-vLLM, F16 in llama.cpp, which its kernels prefer); experts are random planes here and random weights there, quantised by
-the library itself (`ggml_quantize_chunk`, which `llama_model_quantize` calls), so that nothing but experts is small.
+A few layers of Qwen3-30B-A3B with random weights. Routers, attention and head are the same numbers in both: 32 bits in
+vLLM, whose bf16 is emulated on processors without instructions for it, F16 in llama.cpp, which its kernels prefer.
+Experts are random planes here and random weights there, quantised by the library itself (`ggml_quantize_chunk`, which
+`llama_model_quantize` calls), so that nothing but experts is small.
 In every round all states decode as many steps with as many sequences; medians over rounds. Bits include scales.
 `choosing_ms` is what choosing depths takes of vLLM's step, all layers together.
 """
@@ -182,6 +183,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--dtype", default="float32", help="of vLLM's weights beside experts, and of its activations")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     geometry, threads = GEOMETRIES["qwen3-30b-a3b"], int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
@@ -192,12 +194,13 @@ def main() -> None:
         for kind in KINDS
     }
     limits = {"max_model_len": 128, "max_num_batched_tokens": 512, "max_num_seqs": 64}
-    engine, chosen = planes_engine(folder, limits, depth=DEPTHS[-1]), Chosen()
+    engine, chosen = planes_engine(folder, limits, DEPTHS[-1], given.dtype), Chosen()
     import llama_cpp
 
     content: dict[str, Any] = {
         "machine": machine(), "llama_cpp_python": llama_cpp.__version__, "geometry": "qwen3-30b-a3b",
-        "layers": given.layers, "vocabulary": VOCABULARY, "threads": threads, "seed": SEED, "rounds": given.rounds,
+        "layers": given.layers, "dtype": given.dtype,
+        "vocabulary": VOCABULARY, "threads": threads, "seed": SEED, "rounds": given.rounds,
         "steps": given.steps, "cells": [],
     }  # fmt: skip
     for batch in given.batches:

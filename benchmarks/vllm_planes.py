@@ -30,14 +30,14 @@ STOCK, WHOLE = "stock bf16", f"depth {DEPTHS[-1]}, no policy"
 PROMPT = 8
 
 
-def planes_engine(folder: Path, options: dict[str, Any], depth: int = DEPTHS[-1]) -> Any:
+def planes_engine(folder: Path, options: dict[str, Any], depth: int = DEPTHS[-1], dtype: str = "bfloat16") -> Any:
     """An `LLM` on the checkpoint, with a policy that can be changed; `depth` is the deepest stored."""
     set_environment()
     from vllm import LLM
 
     policy = f"depth(price=0, levels=[0, {depth}])"
     return LLM(
-        str(folder), skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True, seed=0, block_size=32,
+        str(folder), skip_tokenizer_init=True, dtype=dtype, enforce_eager=True, seed=0, block_size=32,
         kv_cache_memory_bytes=1 << 30, enable_prefix_caching=False,
         additional_config={"carpool": {"policy": policy, "isolation": "batch"}}, **options,
     )  # fmt: skip

@@ -5,6 +5,7 @@ python benchmarks/vllm_planes.py --output docs/results/vllm-planes.json
 python benchmarks/whole_model.py --output docs/results/whole-model.json
 python benchmarks/kernel_kl.py planes/ --output docs/results/kernel-kl.json
 python benchmarks/llama_peer.py --output docs/results/llama-peer.json
+python benchmarks/llama_peer.py --dtype bfloat16 --output docs/results/llama-peer-bf16.json
 """
 
 from __future__ import annotations
@@ -130,11 +131,28 @@ def peer(content: dict[str, Any]) -> str:
         f"{content['geometry']}, {content['layers']} layers with random weights, llama-cpp-python "
         f"{content['llama_cpp_python']}, {machine['cpu']}, {content['threads']} threads ({machine['date']}, seed "
         f"{content['seed']}, medians of {content['rounds']} interleaved rounds of {content['steps']} steps). "
-        "Milliseconds a step, in brackets tokens a second.\n\n"
+        f"Milliseconds a step, in brackets tokens a second. Beside experts: {content['dtype']} in vLLM, F16 in "
+        "llama.cpp.\n\n"
     )
     lines = [
         [state, f"{found['bits']:.2f}"]
         + [f"{cell['states'][state]['step_ms']:.1f} ({cell['states'][state]['tokens_s']:.0f})" for cell in cells]
         for state, found in cells[0]["states"].items()
     ]
-    return head + rows(["experts", ">bits", *(f">batch {cell['batch']}" for cell in cells)], lines)
+    shares = {
+        cell["batch"]: max(one.get("choosing_ms", 0) / one["step_ms"] for one in cell["states"].values())
+        for cell in cells
+    }
+    choosing = ", ".join(f"{share:.1%} at batch {batch}" for batch, share in shares.items())
+    table = rows(["experts", ">bits", *(f">batch {cell['batch']}" for cell in cells)], lines)
+    return f"{head}{table}\nChoosing depths takes at most {choosing} of vLLM's step.{_emulated()}\n"
+
+
+def _emulated() -> str:
+    """The same with bf16 (`--dtype bfloat16`), where that was run."""
+    content = load("llama-peer-bf16.json")
+    if content is None:
+        return ""
+    deepest = list(content["cells"][0]["states"])[2]
+    found = " / ".join(f"{cell['states'][deepest]['step_ms']:.1f}" for cell in content["cells"])
+    return f" With `--dtype bfloat16`, which this processor emulates, {deepest} takes {found} ms."

@@ -34,7 +34,7 @@ class C2R(Policy):
 
     Identity: `partners=E - 1`.
 
-    Example: `c2r(partners=30)`.
+    Example: `c2r(partners=12)`.
     """
 
     partners: int
