@@ -144,18 +144,10 @@ def diagnose(model: str | Path) -> Diagnosis:
 
 def built(model: str | Path) -> Diagnosis:
     """The same from a model without weights that transformers builds: for every family, and seconds slower."""
-    import torch
-
     from carpool.hosts.transformers import find_layers
-    from carpool.hosts.transformers.loading import auto_class
 
     config = config_of(model)
-    try:
-        with torch.device("meta"):
-            shell = auto_class(config).from_config(config)
-    except (ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise CarpoolError(f"transformers cannot build a language model from {model}: {reason}") from None
+    shell = shell_of(config, model)
     layers = find_layers(shell)
     first, text = layers[0], config.get_text_config()
     dtype = getattr(config, "dtype", None)
@@ -165,6 +157,27 @@ def built(model: str | Path) -> Diagnosis:
         16 if dtype is None else dtype.itemsize * 8,
     )  # fmt: skip
     return _diagnosis(shape, config.model_type, text.model_type, getattr(config, "quantization_config", None))
+
+
+def shell_of(config: Any, model: str | Path) -> Any:
+    """The model without weights.
+
+    Args:
+        model: where the configuration is from, for the message.
+
+    Raises:
+        CarpoolError: transformers builds none from it.
+    """
+    import torch
+
+    from carpool.hosts.transformers.loading import auto_class
+
+    try:
+        with torch.device("meta"):
+            return auto_class(config).from_config(config)
+    except (ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise CarpoolError(f"transformers cannot build a language model from {model}: {reason}") from None
 
 
 def _diagnosis(shape: Shape, family: str, text_family: str, quantization: Any) -> Diagnosis:

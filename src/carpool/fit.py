@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from carpool.doctor import Diagnosis, config_of, diagnose
-from carpool.errors import CarpoolError
+from carpool.doctor import Diagnosis, config_of, diagnose, shell_of
 from carpool.offloading.estimate import Estimate
 
 PLANES = (6, 4, 3, 2)  # depths that `carpool compress` stores
@@ -38,17 +37,12 @@ def _numbers(model: str | Path) -> tuple[int, float]:
     import torch
 
     from carpool.hosts.transformers import find_layers
-    from carpool.hosts.transformers.loading import auto_class
 
     config = config_of(model)
     dtype = getattr(config, "dtype", None) or torch.bfloat16
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # what is no expert is hardly ever quantised
-    try:
-        with torch.device("meta"):
-            shell = auto_class(config).from_config(config)
-    except (ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-        raise CarpoolError(f"transformers cannot build a model from {model}: {str(error).splitlines()[0]}") from None
+    shell = shell_of(config, model)
     layers = find_layers(shell)
     routed = {id(one) for layer in layers for one in layer.experts.parameters()}
     rest = sum(one.numel() for one in shell.parameters() if id(one) not in routed) * dtype.itemsize

@@ -83,16 +83,9 @@ def opening(total: int) -> Iterator[Open]:
 def ask_all(pool: Pool, questions: Sequence[Question], rows: Sequence[Sequence[int]], kept: Answers) -> Ledger:
     """Ask each question's experts, model by model, for what is not kept yet."""
     from carpool.models.ledger import Ledger
-    from carpool.models.schedule import ask, turns
+    from carpool.models.schedule import ask, turns, unasked
 
-    ledger = Ledger()
-    kept.require_current({expert.name: expert.fingerprint for expert in pool.experts})
-    pairs = [
-        (index, one)
-        for one, row in zip(questions, rows, strict=True)
-        for index in row
-        if kept.of(one, pool.experts[index].name) is None
-    ]
+    ledger, pairs = Ledger(), unasked(pool, questions, rows, kept)
     with opening(len(pairs)) as opened:
         for _ in ask(turns(pool, pairs), opened, kept, ledger):
             pass

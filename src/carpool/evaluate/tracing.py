@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import carpool
+from carpool.artefacts.origin import now, version
 from carpool.artefacts.trace import Trace
 from carpool.artefacts.trace_facts import TraceFacts
 from carpool.artefacts.trace_writer import TraceWriter
@@ -94,9 +93,9 @@ def facts_of(model: Any, domains: list[str], data: tuple[tuple[str, str], ...], 
         expert_bytes=round(sum(stored) / len(stored)),
         fingerprint=fingerprint(model),
         architecture=type(model).__name__,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=now(),
         versions=(
-            ("carpool", carpool.__version__), ("torch", torch.__version__), ("transformers", transformers.__version__),
+            ("carpool", version()), ("torch", torch.__version__), ("transformers", transformers.__version__),
         ),
         data=data, domains=tuple(domains), seed=seed,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from torch import Tensor
 from carpool.errors import CarpoolError
 from carpool.models.catchup import CatchUp
 from carpool.models.fuse import fused
+from carpool.models.recruit import require_routable
 from carpool.plans.grammar import Plan, parse
 from carpool.plans.pipeline import route
 from carpool.routing.batch import Batch
@@ -70,7 +71,7 @@ class Fusion:
         self.router, self.names, self.plan = router, list(experts), plan
         self.head_EH, self.router_logits, self.switch_cost = head_EH, router_logits, switch_cost
         self.experts = [CatchUp(model.eval()) for model in experts.values()]
-        self.sizes = [_bytes(model) for model in experts.values()]
+        self.sizes, self.router_size = [_bytes(model) for model in experts.values()], _bytes(router)
         self.counted = Report(chosen=dict.fromkeys(self.names, 0))
         self.hidden_BH: Tensor | None = None
         self._hook: Any = None
@@ -173,7 +174,7 @@ class _Step:
         counted.steps += 1
         counted.tokens += sum(live)
         counted.reads += 1 + len(used)
-        counted.bytes += _bytes(run.router) + sum(run.sizes[expert] for expert in used)
+        counted.bytes += run.router_size + sum(run.sizes[expert] for expert in used)
         return made
 
 
@@ -218,9 +219,7 @@ def fuse(
             f"the head is {shape}; {len(experts)} experts and a router {hidden} wide need finite numbers"
         )
     found = parse(plan)
-    found.check(len(experts), 1)
-    if found.required_stats() or found.policy.needs_hidden or found.reads_depths:
-        raise CarpoolError(f"{found.policy.name} looks at what only layers of a model have; use one such as xshare")
+    require_routable(found, len(experts), 1)
     if not 0 <= switch_cost < float("inf"):
         raise CarpoolError(f"switch_cost={switch_cost}: give a number, 0 or more")
     device = router.get_output_embeddings().weight.device

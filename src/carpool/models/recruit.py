@@ -122,11 +122,17 @@ def _plan(rule: str | Plan) -> Plan:
     return parse(rule)
 
 
-def _by_plan(plan: Plan, logits_NE: Tensor, recruits: int, empty_N: Tensor) -> Assignment:
-    spec = RouteSpec(top_k=recruits)
-    plan.check(logits_NE.shape[1], recruits)
+def require_routable(plan: Plan, experts: int, recruits: int) -> None:
+    """Raises CarpoolError for a plan that cannot choose among whole models: impossible numbers, or one that looks at
+    what only layers have."""
+    plan.check(experts, recruits)
     if plan.required_stats() or plan.policy.needs_hidden or plan.reads_depths:
         raise CarpoolError(f"{plan.policy.name} looks at what only layers of a model have; use one such as xshare")
+
+
+def _by_plan(plan: Plan, logits_NE: Tensor, recruits: int, empty_N: Tensor) -> Assignment:
+    spec = RouteSpec(top_k=recruits)
+    require_routable(plan, logits_NE.shape[1], recruits)
     outcome = route(plan, spec, logits_NE.float(), Batch.of(len(logits_NE)))
     routing = outcome.routing
     return Assignment(routing.ids_NK.long(), routing.weights_NK.double(), empty_N, outcome)

@@ -76,14 +76,28 @@ def answer(
         CarpoolError: an expert that changed since it answered; a model that does not load, or ends in mid-run. Answers
             that are there stay.
     """
+    pairs = unasked(pool, questions, [assignment.asked(row) for row in range(len(questions))], answers)
+    yield from ask(turns(pool, pairs), open_runner, answers, ledger, chunk=chunk)
+
+
+def unasked(
+    pool: Pool, questions: Sequence[Question], rows: Sequence[Sequence[int]], answers: Answers
+) -> list[tuple[int, Question]]:
+    """Pairs of expert and question of which no answer is kept.
+
+    Args:
+        rows: experts of each question.
+
+    Raises:
+        CarpoolError: an expert has changed since it answered.
+    """
     answers.require_current({expert.name: expert.fingerprint for expert in pool.experts})
-    pairs = [
+    return [
         (index, question)
-        for row, question in enumerate(questions)
-        for index in assignment.asked(row)
+        for question, row in zip(questions, rows, strict=True)
+        for index in row
         if answers.of(question, pool.experts[index].name) is None
     ]
-    yield from ask(turns(pool, pairs), open_runner, answers, ledger, chunk=chunk)
 
 
 def ask(

@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from torch import Tensor
+
 from carpool.artefacts.trace import Trace
 from carpool.placement.baselines import linear
 from carpool.placement.cost import CostModel, usable
 from carpool.placement.dispatch import way
 from carpool.placement.plan import Plan
 from carpool.placement.planners import PLANNERS, Planner, Sizes
-from carpool.placement.score import Score, counts, devices_of, score
+from carpool.placement.score import Score, chosen, counts, score, score_of
 
 WORTH = 0.01  # of what experts in order have; less than that is no reason to move weights
 SMALLER = {  # what is compared, in words
@@ -72,19 +74,19 @@ def compare(
     for one in planners:
         plan = one.make(now, sizes)
         start = linear(plan.layers, plan.num_experts, plan.devices, plan.nodes)
-        scored = score(plan, later, one.rule)
-        micros = None if cost is None else _micros(plan, later, one.rule, cost, scored, dispatch)
+        replayed = chosen(plan, later, one.rule)
+        scored = score_of(plan, later, replayed)
+        micros = None if cost is None else _micros(plan, later, replayed, cost, scored, dispatch)
         cause = usable(one.objective, dispatch, trace.top_k) if one.objective else ""
         rows.append(Row(one, plan, score(plan, now, one.rule), scored, plan.moved_from(start), micros, cause))
         progress(1)
     return rows
 
 
-def _micros(plan: Plan, trace: Trace, rule: str, cost: CostModel, scored: Score, dispatch: str) -> float:
-    chosen = [devices_of(plan, trace, layer, rule) for layer in range(trace.num_layers)]
+def _micros(plan: Plan, trace: Trace, replayed: list[Tensor], cost: CostModel, scored: Score, dispatch: str) -> float:
     rows_of_a_step = len(trace) / len(list(trace.steps()))
     sent = scored.bytes_sent(dispatch, trace.facts.hidden_size) * rows_of_a_step / plan.devices
-    layers = [cost.layer(activated, pairs, sent) for activated, pairs in counts(plan, trace, chosen)]
+    layers = [cost.layer(activated, pairs, sent) for activated, pairs in counts(plan, trace, replayed)]
     return sum(layers) / len(layers)
 
 

@@ -6,6 +6,8 @@ DeepSeek's expert parallelism load balancer (github.com/deepseek-ai/EPLB), as vL
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -39,9 +41,7 @@ def eplb(loads_LE: Tensor, devices: int, nodes: int = 1, *, redundant: int = 0, 
     )  # fmt: skip
     peak_L = even_loads(plan, loads_LE).amax(-1)
     floor_L = torch.maximum(loads_LE.double().sum(-1) / devices, _least_peak(loads_LE, devices))
-    object.__setattr__(plan, "value", float(peak_L.mean()))
-    object.__setattr__(plan, "bound", float(floor_L.mean()))
-    return plan
+    return replace(plan, value=float(peak_L.mean()), bound=float(floor_L.mean()))
 
 
 def even_loads(plan: Plan, loads_LE: Tensor) -> Tensor:

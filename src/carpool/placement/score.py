@@ -80,10 +80,19 @@ def score(plan: Plan, trace: Trace, rule: str = "hash") -> Score:
     Raises:
         CarpoolError: a plan of another model.
     """
+    return score_of(plan, trace, chosen(plan, trace, rule))
+
+
+def chosen(plan: Plan, trace: Trace, rule: str = "hash") -> list[Tensor]:
+    """By layer: the device that computes each pair (`devices_of`); raises CarpoolError for a plan of another model."""
     require_fit(plan, trace)
+    return [devices_of(plan, trace, layer, rule) for layer in range(trace.num_layers)]
+
+
+def score_of(plan: Plan, trace: Trace, chosen_LTK: list[Tensor]) -> Score:
+    """The score of a replay that `chosen` made."""
     devices, nodes = plan.devices, plan.nodes
     home_T = trace.request_T.long() % devices
-    chosen_LTK = [devices_of(plan, trace, layer, rule) for layer in range(trace.num_layers)]
     counted = counts(plan, trace, chosen_LTK)
     pairs = torch.stack([pairs_XD for _, pairs_XD in counted]).double()
     activated = torch.stack([activated_XD for activated_XD, _ in counted]).double()

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from carpool.errors import CarpoolError
+from carpool.experts.pruned import COUNTS
 from carpool.hosts.engine.fitting import check_counts
 from carpool.hosts.engine.settings import Settings
 from carpool.plans.grammar import Plan
 from carpool.plans.policy_file import PolicyFile
 
-EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")  # names of their number in configurations
 TESTED = ("0.5.23",)  # versions whose seams were read and run
 REFUSED: tuple[tuple[Callable[[Any], Any], str], ...] = (  # what is set, and why no policy can run with it
     (lambda cfg: cfg.attn_dp_size > 1 or cfg.enable_dp_attention,
@@ -133,7 +133,7 @@ def _check_model(arguments: Any, policies: PolicyFile) -> None:
     from sglang.srt.arg_groups.model_override_base import model_config_of
 
     text = getattr(model_config_of(arguments), "hf_text_config", None)
-    experts = next((value for name in EXPERTS if (value := getattr(text, name, None))), None)
+    experts = next((value for name in COUNTS if (value := getattr(text, name, None))), None)
     top_k = getattr(text, "num_experts_per_tok", None)
     if experts and top_k:
         check_counts(policies, int(experts), int(top_k))
