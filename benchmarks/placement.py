@@ -5,9 +5,10 @@
     python benchmarks/placement.py --trace reference.safetensors six-domains.safetensors \\
         --output docs/results/placement.json
 
-Counts on traces, no times. Plans come from the first half of a trace and are scored on the second. Controls: `shuffled`
-has the rows of every layer in another order, so that loads and what tokens choose together stay and what follows what
-is lost; `independent` draws every choice from the loads alone, so that what tokens choose together is lost, too.
+Counts on traces, no times. Placements come from the first half of a trace and are scored on the second. Controls:
+`shuffled` has the rows of every layer in another order, so that loads and what tokens choose together stay and what
+follows what is lost; `independent` draws every choice from the loads alone, so that what tokens choose together is
+lost, too.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def table(trace: Trace) -> list[dict[str, Any]]:
     rows = compare(trace, Sizes(DEVICES, NODES), "deepep")
     return [
         {"planner": row.planner.name, "objective": row.planner.objective, "own": asdict(row.own),
-         "later": asdict(row.later), "moved": row.moved, "value": row.plan.value, "bound": row.plan.bound,
-         "status": row.plan.status, "slots": row.plan.slots}
+         "later": asdict(row.later), "moved": row.moved, "value": row.placement.value, "bound": row.placement.bound,
+         "status": row.placement.status, "slots": row.placement.slots}
         for row in rows
     ]  # fmt: skip
 
@@ -84,10 +85,10 @@ def exflow_claims(trace: Trace) -> list[dict[str, Any]]:
     moves_JEE = transitions_JEE(now, best_only=True)
     found = []
     for devices in (2, 4, 8):
-        plan, start = exflow(moves_JEE, devices), linear(trace.num_layers, trace.num_experts, devices)
+        placement, start = exflow(moves_JEE, devices), linear(trace.num_layers, trace.num_experts, devices)
         found.append({
-            "devices": devices, "linear": score(start, later).hops, "exflow": score(plan, later).hops,
-            "exflow_on_its_own_window": score(plan, now).hops, "random_expectation": 1 - 1 / devices,
+            "devices": devices, "linear": score(start, later).hops, "exflow": score(placement, later).hops,
+            "exflow_on_its_own_window": score(placement, now).hops, "random_expectation": 1 - 1 / devices,
         })  # fmt: skip
     return found
 
@@ -111,10 +112,10 @@ def metro_claims(trace: Trace) -> list[dict[str, Any]]:
     step_T, _ = places(later)
     found = []
     for redundant in (0, *REDUNDANT):
-        plan = eplb(loads_LE(now), DEVICES, NODES, redundant=redundant)
+        placement = eplb(loads_LE(now), DEVICES, NODES, redundant=redundant)
         peaks: dict[str, list[float]] = {"order": [], "fewest": [], "optimum": [], "fewest_there": []}
         for layer in range(trace.num_layers):
-            holds_DE = plan.holds_LDE[layer]
+            holds_DE = placement.holds_LDE[layer]
             active_XE = torch.zeros(int(step_T[-1]) + 1, trace.num_experts, dtype=torch.int64)
             active_XE.index_add_(0, step_T, chosen_TE(later, layer).long())
             for name, first in (("order", False), ("fewest", True)):
@@ -125,19 +126,19 @@ def metro_claims(trace: Trace) -> list[dict[str, Any]]:
             there = activated_XD(fewest_activated(some_XE, holds_DE), DEVICES).amax(-1)
             peaks["fewest_there"].append(float(there.double().mean()))
         means = {name: sum(values) / len(values) for name, values in peaks.items()}
-        found.append({"redundant": redundant, "hash": score(plan, later, "hash").peak_activated, **means})
+        found.append({"redundant": redundant, "hash": score(placement, later, "hash").peak_activated, **means})
     return found
 
 
 def sharing_claims(trace: Trace) -> list[dict[str, Any]]:
     """Peak experts of a device under XShare's caps, on experts in order and on EPLB's placement."""
     now, later = trace.windows(2)
-    plans = {"linear": linear(trace.num_layers, trace.num_experts, DEVICES, NODES),
+    placements = {"linear": linear(trace.num_layers, trace.num_experts, DEVICES, NODES),
              "eplb": eplb(loads_LE(now), DEVICES, NODES),
              "eplb + replicas, metro": eplb(loads_LE(now), DEVICES, NODES, redundant=REDUNDANT[0])}  # fmt: skip
     return [
-        {"plan": name, "policy": policy, **asdict(share(plan, later, policy))}
-        for name, plan in plans.items()
+        {"plan": name, "policy": policy, **asdict(share(placement, later, policy))}
+        for name, placement in placements.items()
         for policy in SHARES
     ]
 

@@ -12,7 +12,7 @@ from placement_tools import random_trace
 from typer.testing import CliRunner
 
 from carpool.cli.commands import app
-from carpool.placement.plan_file import PlacementFile
+from carpool.placement.placement_file import PlacementFile
 
 
 @pytest.fixture
@@ -55,10 +55,10 @@ def test_prefill_says_what_moving_experts_does(command):
 
 
 def test_plans_are_written_for_engines(command):
-    code, output = command("--devices", "4", "--planner", "exflow", "-o", "plan.json")
+    code, output = command("--devices", "4", "--planner", "exflow", "-o", "placement.json")
     assert code == 0, output
-    found = PlacementFile.load("plan.json")
-    assert (found.plan.method, found.layers, found.plan.devices) == ("exflow", (1, 2, 3), 4)
+    found = PlacementFile.load("placement.json")
+    assert (found.placement.method, found.layers, found.placement.devices) == ("exflow", (1, 2, 3), 4)
     code, output = command(
         "--devices", "4", "--redundant", "4", "--planner", "eplb + replicas", "--format", "sglang", "-o", "s.json"
     )
@@ -79,7 +79,7 @@ def test_plans_are_written_for_engines(command):
         (("--phase", "prefill"), "no row of phase prefill"),
         (("--phase", "all"), "--phase all: use prefill or decode"),
         (("--format", "onnx", "-o", "x.json"), "--format onnx: use one of"),
-        (("--planner", "exflow"), "name a file, -o plan.json"),
+        (("--planner", "exflow"), "name a file, -o placement.json"),
         (("--planner", "best", "-o", "x.json"), "no planner is named 'best'"),
         (("-o", "plan.txt"), "a .json file"),
         (("--trace", "none.safetensors"), "cannot read none.safetensors"),

@@ -1,4 +1,4 @@
-"""Planners against slow twins, engines' own code, exact optima, and what has to hold for every plan."""
+"""Planners against slow twins, engines' own code, exact optima, and what has to hold for every placement."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from carpool.placement.exflow_exact import exflow_exact
 from carpool.placement.fanout import fan_out
 from carpool.placement.metro import activated_XD, fewest_activated, least_peak
 from carpool.placement.moetuner import moetuner
-from carpool.placement.plan import Plan, slots_for
+from carpool.placement.placement import Placement, slots_for
 
 README = torch.tensor([
     [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
@@ -29,8 +29,8 @@ README = torch.tensor([
 
 
 def test_eplb_on_deepseeks_own_example():
-    plan = eplb(README, devices=8, nodes=2, redundant=4, groups=4)
-    assert plan.expert_LDS.flatten(1).tolist() == [
+    placement = eplb(README, devices=8, nodes=2, redundant=4, groups=4)
+    assert placement.expert_LDS.flatten(1).tolist() == [
         [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
         [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
     ]
@@ -65,12 +65,12 @@ def test_eplb_is_what_vllm_runs(shape, seed):
 @given(st.integers(0, 200), st.sampled_from([0, 4, 8]))
 def test_eplb_keeps_its_bound(seed, redundant):
     load_LE = torch.randint(1, 1000, (4, 16), generator=torch.Generator().manual_seed(seed))
-    plan = eplb(load_LE, 4, redundant=redundant)
-    assert plan.bound is not None
-    assert plan.bound <= plan.value + 1e-9
-    peak_L = even_loads(plan, load_LE).amax(-1)
-    assert plan.value == pytest.approx(float(peak_L.mean()))
-    assert torch.allclose(even_loads(plan, load_LE).sum(-1), load_LE.sum(-1).double())
+    placement = eplb(load_LE, 4, redundant=redundant)
+    assert placement.bound is not None
+    assert placement.bound <= placement.value + 1e-9
+    peak_L = even_loads(placement, load_LE).amax(-1)
+    assert placement.value == pytest.approx(float(peak_L.mean()))
+    assert torch.allclose(even_loads(placement, load_LE).sum(-1), load_LE.sum(-1).double())
 
 
 @given(st.integers(1, 5), st.integers(2, 12), st.integers(0, 12), st.integers(0, 10_000), st.booleans())
@@ -133,9 +133,9 @@ def test_exflow_counts_hops_and_comes_near_the_optimum(seed):
 def test_exflow_goes_by_nodes_first():
     trace = random_trace(200, 4, 16, 1, seed=3)
     moves_JEE = transitions_JEE(trace, best_only=True)
-    plan = exflow(moves_JEE, 8, 2, starts=3)
+    placement = exflow(moves_JEE, 8, 2, starts=3)
     flat = exflow(moves_JEE, 8, starts=3)
-    node_hops = [hops(moves_JEE, one.device_LE // 4) for one in (plan, flat, linear(4, 16, 8))]
+    node_hops = [hops(moves_JEE, one.device_LE // 4) for one in (placement, flat, linear(4, 16, 8))]
     assert node_hops[0] <= node_hops[1]
     assert node_hops[0] < node_hops[2]
     assert torch.equal(exflow(moves_JEE, 2, 2, starts=1).device_LE, exflow(moves_JEE, 2, starts=1).device_LE)
@@ -145,25 +145,25 @@ def test_exflow_goes_by_nodes_first():
 def test_moetuner_balances_first(seed):
     trace = random_trace(100, 3, 8, 2, seed=seed)
     moves_JEE, load_LE = transitions_JEE(trace), loads_LE(trace)
-    plan = moetuner(load_LE, moves_JEE, 4)
-    assert plan.value == slow_hops(trace, plan.device_LE, best_only=False)
+    placement = moetuner(load_LE, moves_JEE, 4)
+    assert placement.value == slow_hops(trace, placement.device_LE, best_only=False)
     balanced = eplb(load_LE, 4)
-    assert torch.equal(even_loads(plan, load_LE).amax(-1), even_loads(balanced, load_LE).amax(-1))
-    assert plan.value <= hops(moves_JEE, balanced.device_LE)
+    assert torch.equal(even_loads(placement, load_LE).amax(-1), even_loads(balanced, load_LE).amax(-1))
+    assert placement.value <= hops(moves_JEE, balanced.device_LE)
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 100), st.sampled_from([1.0, 1.25, 4.0]))
 def test_fan_out_counts_right_and_keeps_the_load(seed, max_load):
     trace = random_trace(60, 2, 8, 3, seed=seed)
-    plan = fan_out(trace, 4, max_load=max_load, seed=seed)
-    assert plan.value == pytest.approx(slow_fan_out(trace, plan.device_LE))
+    placement = fan_out(trace, 4, max_load=max_load, seed=seed)
+    assert placement.value == pytest.approx(slow_fan_out(trace, placement.device_LE))
     in_order = linear(2, 8, 4)
-    assert plan.value <= slow_fan_out(trace, in_order.device_LE)
-    assert plan.bound == 2 <= plan.value
+    assert placement.value <= slow_fan_out(trace, in_order.device_LE)
+    assert placement.bound == 2 <= placement.value
     load_LE = loads_LE(trace)
     allowed_L = torch.maximum(load_LE.sum(-1) / 4 * max_load, even_loads(in_order, load_LE).amax(-1))
-    assert (even_loads(plan, load_LE).amax(-1) <= allowed_L + 1e-9).all()
+    assert (even_loads(placement, load_LE).amax(-1) <= allowed_L + 1e-9).all()
 
 
 def test_fan_out_finds_experts_that_are_always_together():
@@ -181,18 +181,18 @@ def test_every_plan_places_every_expert_evenly(seed, sizes):
     devices, nodes = sizes
     trace = random_trace(60, 2, 8, 2, seed=seed)
     moves_JEE, load_LE = transitions_JEE(trace), loads_LE(trace)
-    plans = [
+    placements = [
         linear(2, 8, devices, nodes), round_robin(2, 8, devices, nodes), random(2, 8, devices, nodes, seed=seed),
         eplb(load_LE, devices, nodes), exflow(moves_JEE, devices, nodes, starts=1), fan_out(trace, devices, nodes),
         moetuner(load_LE, moves_JEE, devices, nodes),
     ]  # fmt: skip
-    for plan in plans:
-        assert (plan.replicas_LE == 1).all(), plan.method
-        assert plan.wasted == 0
-        assert (plan.devices, plan.nodes, plan.slots) == (devices, nodes, 8 // devices)
-        again = torch.stack([plan.device_LE[at][one] for at, one in enumerate(plan.expert_LDS.flatten(1))])
+    for placement in placements:
+        assert (placement.replicas_LE == 1).all(), placement.method
+        assert placement.wasted == 0
+        assert (placement.devices, placement.nodes, placement.slots) == (devices, nodes, 8 // devices)
+        again = torch.stack([placement.device_LE[at][one] for at, one in enumerate(placement.expert_LDS.flatten(1))])
         assert torch.equal(again, torch.arange(devices).repeat_interleave(8 // devices).expand(2, -1))
-        assert plan.moved_from(plan) == 0
+        assert placement.moved_from(placement) == 0
     if devices == 1:
         return
     replicated = eplb(load_LE, devices, nodes, redundant=devices)
@@ -223,9 +223,9 @@ def test_demand_is_what_a_loop_counts():
         ("more than there are experts", lambda: slots_for(2, 2, redundant=4)),
         ("do not divide into 3 groups", lambda: eplb(torch.ones(1, 8), 4, groups=3)),
         ("max_load=0.5", lambda: fan_out(random_trace(), 4, max_load=0.5)),
-        ("no slot for expert 3 of layer 0", lambda: Plan(torch.tensor([[[0, 1], [2, 2]]]), 4)),
-        ("holds expert 4 of 4", lambda: Plan(torch.tensor([[[0, 1], [2, 4]]]), 4)),
-        ("do not divide into 2 nodes", lambda: Plan(torch.tensor([[[0, 1, 2]]]), 3, 2)),
+        ("no slot for expert 3 of layer 0", lambda: Placement(torch.tensor([[[0, 1], [2, 2]]]), 4)),
+        ("holds expert 4 of 4", lambda: Placement(torch.tensor([[[0, 1], [2, 4]]]), 4)),
+        ("do not divide into 2 nodes", lambda: Placement(torch.tensor([[[0, 1, 2]]]), 3, 2)),
         ("of different models", lambda: linear(1, 8, 4).moved_from(linear(1, 8, 2))),
     ],
 )

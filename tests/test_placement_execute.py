@@ -1,4 +1,4 @@
-"""A MoE layer under a plan on 2 and 4 ranks: outputs, gradients, and what is sent, as one process and planners say."""
+"""A MoE layer under a placement on 2 and 4 ranks: outputs, gradients, what is sent, as one process and planners say."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def owned(rank, ranks):
     return (home_N == rank).nonzero().flatten(), home_N
 
 
-def plans(ranks):
+def placements(ranks):
     load_LE = loads_LE(random_trace(200, 1, EXPERTS, TOP_K, seed=4, skew=2.0))
     return {"linear": linear(1, EXPERTS, ranks), "random": random(1, EXPERTS, ranks, seed=3),
             "replicas": eplb(load_LE, ranks, redundant=ranks)}  # fmt: skip
@@ -58,10 +58,10 @@ def plans(ranks):
 
 def cases(ranks):
     """Name, and what makes the layer."""
-    given = plans(ranks)
+    given = placements(ranks)
     found = {
-        f"{name} {dispatch} {rule}": (plan, {"dispatch": dispatch, "rule": rule})
-        for name, plan in given.items()
+        f"{name} {dispatch} {rule}": (placement, {"dispatch": dispatch, "rule": rule})
+        for name, placement in given.items()
         for dispatch in ("allgather", "deepep", "alltoall")
         for rule in (("hash", "metro") if name == "replicas" else ("hash",))
     }
@@ -75,12 +75,12 @@ def run_all(dtype):
     ranks, rank = dist.get_world_size(), dist.get_rank()
     own_R, _ = owned(rank, ranks)
     results = {}
-    for name, (plan, how) in cases(ranks).items():
+    for name, (placement, how) in cases(ranks).items():
         weights = layer_weights(dtype)
-        layer = ShardedExperts(weights) if plan is None else PlacedExperts(weights, plan, **how)
+        layer = ShardedExperts(weights) if placement is None else PlacedExperts(weights, placement, **how)
         hidden_NH, ids_NK, weights_NK = step(dtype)
         mine = [one[own_R].clone().requires_grad_(one.is_floating_point()) for one in (hidden_NH, ids_NK, weights_NK)]
-        place = {} if plan is None else {"place_N": own_R}
+        place = {} if placement is None else {"place_N": own_R}
         out_NH = layer(*mine, **place)
         (out_NH * torch.arange(1, HIDDEN + 1)).sum().backward()
         results[name] = {
@@ -114,7 +114,7 @@ def check(ranks, dtype):
         scale = float(theirs.abs().max())
         assert float((mine.double() - theirs.double()).abs().max()) <= TOLERANCE[dtype] * scale
 
-    for name, (plan, how) in cases(ranks).items():
+    for name, (placement, how) in cases(ranks).items():
         by_rank = [one[name] for one in found]
         whole = {key: torch.zeros_like(one) for key, one in zip(("out", "hidden", "weights"), expected, strict=False)}
         for rank, one in enumerate(by_rank):
@@ -127,7 +127,7 @@ def check(ranks, dtype):
         for rank, one in enumerate(by_rank):
             assert one["bytes"]["rows"] == one["rows"]["rows"] * token, (name, rank)
         assert total["results"] == total["rows"] == total["gradients of results"] == total["gradients of rows"]
-        if plan is None:
+        if placement is None:
             assert total["rows"] == ROWS * (ranks - 1)
             gate, up = expected[3].chunk(2, 1)
             close(torch.cat([one["gate_up"].chunk(2, 1)[0] for one in by_rank], 1), gate)
@@ -144,14 +144,14 @@ def check(ranks, dtype):
         # what the planner says
         if "balance" in how:
             tokens_E = ids_NK[asked_NK].bincount(minlength=EXPERTS)
-            spilled = least_loaded(tokens_E, plan.device_LE[0], ranks, alpha=1.0, least=1, ratio=1.0)
+            spilled = least_loaded(tokens_E, placement.device_LE[0], ranks, alpha=1.0, least=1, ratio=1.0)
             assert not spilled.standard
             assert [int(one["computed"].sum()) for one in by_rank] == spilled.loads_D.tolist()
             assert total["experts"] == len(spilled.moves_X2) > 0
             assert sum(one["bytes"]["experts"] for one in by_rank) == total["experts"] * 3 * WIDTH * token
             continue
         zero_N = torch.zeros(ROWS, dtype=torch.int64)
-        device = device_NK(ids_NK, asked_NK, plan.holds_LDE[0], zero_N, torch.arange(ROWS), how["rule"])
+        device = device_NK(ids_NK, asked_NK, placement.holds_LDE[0], zero_N, torch.arange(ROWS), how["rule"])
         assert total["rows"] == rows_sent(how["dispatch"], device, home_N, ranks), name
         for rank, one in enumerate(by_rank):
             computed_E = ids_NK[device == rank].bincount(minlength=EXPERTS)
@@ -174,7 +174,7 @@ def refusals():
         lambda: PlacedExperts(weights, linear(1, EXPERTS, 4)),
         lambda: PlacedExperts(weights, linear(1, 4, 2)),
         lambda: PlacedExperts(weights, linear(1, EXPERTS, 2), dispatch="pigeons"),
-        lambda: PlacedExperts(weights, plans(2)["replicas"], balance=spill()),
+        lambda: PlacedExperts(weights, placements(2)["replicas"], balance=spill()),
         lambda: ShardedExperts(Weights(torch.zeros(1, 6, 2), torch.zeros(1, 2, 3))),
     ):
         try:
@@ -203,7 +203,7 @@ def lost():
 def test_impossible_layers_are_refused_and_a_rank_that_ends_is_noticed():
     said = run_ranks(refusals, 2)[0]
     assert [one.partition(":")[0].partition(";")[0] for one in said] == [
-        "the plan is for 4 devices, the group has 2 ranks", "the plan places 4 experts, the layer has 8",
+        "the placement is for 4 devices, the group has 2 ranks", "the placement places 4 experts, the layer has 8",
         "dispatch 'pigeons'", "LLEP moves experts that lie once", "experts of width 3 do not divide into 2 slices",
     ]  # fmt: skip
     with pytest.raises(torch.multiprocessing.ProcessExitedException) as ended:

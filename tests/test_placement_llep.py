@@ -48,31 +48,31 @@ def slow_plan(tokens, home, devices, cap, least):
 def test_every_token_once_and_as_the_paper_says(devices, tokens, least, alpha, seed):
     home_E = torch.randint(0, devices, (len(tokens),), generator=torch.Generator().manual_seed(seed))
     tokens_E = torch.tensor(tokens)
-    plan = least_loaded(tokens_E, home_E, devices, alpha=alpha, least=least, ratio=1.0)
+    placement = least_loaded(tokens_E, home_E, devices, alpha=alpha, least=least, ratio=1.0)
     served = {}
-    for expert, _, first, end in plan.segments_X4.tolist():
+    for expert, _, first, end in placement.segments_X4.tolist():
         assert served.get(expert, 0) == first < end  # consecutive, without gaps
         served[expert] = end
     assert served == {e: n for e, n in enumerate(tokens) if n}
-    if plan.standard:
+    if placement.standard:
         return
     shares = {}
-    for expert, device, first, end in plan.segments_X4.tolist():
+    for expert, device, first, end in placement.segments_X4.tolist():
         shares.setdefault(expert, {})[device] = shares.get(expert, {}).get(device, 0) + end - first
-    assert shares == {e: s for e, s in slow_plan(tokens, home_E.tolist(), devices, plan.cap, least).items() if s}
-    assert plan.bound <= int(plan.loads_D.max())
-    assert int(plan.loads_D.sum()) == sum(tokens)
+    assert shares == {e: s for e, s in slow_plan(tokens, home_E.tolist(), devices, placement.cap, least).items() if s}
+    assert placement.bound <= int(placement.loads_D.max())
+    assert int(placement.loads_D.sum()) == sum(tokens)
     if least == 1:
-        assert int(plan.loads_D.max()) <= plan.cap  # whatever the skew: any piece may go anywhere
-    moves = {(e, d) for e, d, _, _ in plan.segments_X4.tolist() if d != int(home_E[e])}
-    assert {tuple(one) for one in plan.moves_X2.tolist()} == moves
+        assert int(placement.loads_D.max()) <= placement.cap  # whatever the skew: any piece may go anywhere
+    moves = {(e, d) for e, d, _, _ in placement.segments_X4.tolist() if d != int(home_E[e])}
+    assert {tuple(one) for one in placement.moves_X2.tolist()} == moves
 
 
 def test_even_loads_are_left_alone():
     home_E = torch.arange(8) // 2
-    plan = least_loaded(torch.tensor([10, 12, 11, 10, 12, 10, 11, 10]), home_E, 4)
-    assert plan.standard
-    assert not len(plan.moves_X2)
+    placement = least_loaded(torch.tensor([10, 12, 11, 10, 12, 10, 11, 10]), home_E, 4)
+    assert placement.standard
+    assert not len(placement.moves_X2)
     assert not least_loaded(torch.tensor([100, 12, 11, 10, 12, 10, 11, 10]), home_E, 4).standard
     assert least_loaded(torch.zeros(8, dtype=torch.int64), home_E, 4).standard
 
@@ -103,10 +103,10 @@ def test_a_trace_is_replayed_step_by_step():
     home, moved, sent = [], [], []
     for rows in trace.steps():
         for tokens_E, home_E in zip(loads_LE(trace.select(rows)), home_LE, strict=True):
-            plan = least_loaded(tokens_E, home_E, 4, least=1)
+            placement = least_loaded(tokens_E, home_E, 4, least=1)
             home.append(max(int(tokens_E[home_E == d].sum()) for d in range(4)) / 10)
-            moved.append(int(plan.loads_D.max()) / 10)
-            sent.append(len(plan.moves_X2))
+            moved.append(int(placement.loads_D.max()) / 10)
+            sent.append(len(placement.moves_X2))
     assert found.at_home == pytest.approx(sum(home) / 6)
     assert found.moved == pytest.approx(sum(moved) / 6)
     assert found.sent == pytest.approx(sum(sent) / 6)

@@ -1,4 +1,4 @@
-"""Scores against loops, the cost model, what is recommended, sharing, plan files and exports."""
+"""Scores against loops, the cost model, what is recommended, sharing, placement files and exports."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from carpool.placement.demand import loads_LE
 from carpool.placement.dispatch import WAYS, bounds, rows_sent, way
 from carpool.placement.eplb import eplb
 from carpool.placement.export import expert_frequencies, physical_to_logical, write_ktransformers, write_sglang
-from carpool.placement.plan import Plan
-from carpool.placement.plan_file import PlacementFile
+from carpool.placement.placement import Placement
+from carpool.placement.placement_file import PlacementFile
 from carpool.placement.planners import PLANNERS, Sizes, planner
 from carpool.placement.replicas import KNUTH, device_NK
 from carpool.placement.score import places, score
@@ -32,16 +32,16 @@ from carpool.placement.sharing import share
 @given(st.integers(0, 100), st.sampled_from(["linear", "random", "eplb"]), st.sampled_from(["hash", "metro"]))
 def test_scores_are_what_a_loop_counts(seed, name, rule):
     trace = random_trace(40, 2, 8, 2, seed=seed)
-    plan = {"linear": linear(2, 8, 4, 2), "random": random(2, 8, 4, 2, seed=seed)}.get(name) or eplb(
+    placement = {"linear": linear(2, 8, 4, 2), "random": random(2, 8, 4, 2, seed=seed)}.get(name) or eplb(
         loads_LE(trace), 4, 2, redundant=4
     )
-    found = score(plan, trace, rule)
+    found = score(placement, trace, rule)
     peak_tokens, peak, fan, nodes, sent, pairs_sent, hops = [], [], 0, 0, 0, 0, 0
     before = torch.zeros(40)
     for layer in range(2):
         step_T, row_T = places(trace)
         device = device_NK(
-            trace.experts_TLK[:, layer].long(), torch.ones(40, 2, dtype=torch.bool), plan.holds_LDE[layer], step_T,
+            trace.experts_TLK[:, layer].long(), torch.ones(40, 2, dtype=torch.bool), placement.holds_LDE[layer], step_T,
             row_T, rule,
         )  # fmt: skip
         for rows in trace.steps():
@@ -49,7 +49,7 @@ def test_scores_are_what_a_loop_counts(seed, name, rule):
             for row in range(rows.start, rows.stop):
                 for slot in range(2):
                     expert, at = int(trace.experts_TLK[row, layer, slot]), int(device[row, slot])
-                    assert plan.holds_LDE[layer, at, expert]
+                    assert placement.holds_LDE[layer, at, expert]
                     pairs[at] += 1
                     read[at].add(expert)
             peak_tokens.append(max(pairs) / (sum(pairs) / 4))
@@ -145,56 +145,56 @@ def test_nothing_is_recommended_that_the_dispatch_cannot_use():
 
 def test_sharing_lowers_the_peak_to_its_cap():
     trace = random_trace(64, 2, 8, 2, seed=3)
-    plan = linear(2, 8, 4)
-    found = share(plan, trace, "xshare_expert_parallel(budget_per_device=1, warmup=0)")
+    placement = linear(2, 8, 4)
+    found = share(placement, trace, "xshare_expert_parallel(budget_per_device=1, warmup=0)")
     assert found.peak <= 1 < found.natural_peak
-    assert found.natural_peak == pytest.approx(score(plan, trace).peak_activated)
+    assert found.natural_peak == pytest.approx(score(placement, trace).peak_activated)
     assert 0 < found.displaced < 1
-    same = share(plan, trace, "xshare_expert_parallel(budget_per_device=1.0)")
+    same = share(placement, trace, "xshare_expert_parallel(budget_per_device=1.0)")
     assert (same.peak, same.displaced) == (same.natural_peak, 0)
     with pytest.raises(CarpoolError, match="the trace has none"):
-        share(plan, replace(trace, weights_TLK=None), "oea(k0=1)")
+        share(placement, replace(trace, weights_TLK=None), "oea(k0=1)")
     with pytest.raises(CarpoolError, match="needs statistics"):
-        share(plan, trace, "sere(top=1, threshold=0.5)")
-    with pytest.raises(CarpoolError, match="the plan is of 2 layers of 8"):
-        share(plan, random_trace(64, 3, 8), "oea(k0=1)")
+        share(placement, trace, "sere(top=1, threshold=0.5)")
+    with pytest.raises(CarpoolError, match="the placement is of 2 layers of 8"):
+        share(placement, random_trace(64, 3, 8), "oea(k0=1)")
 
 
 def test_a_plan_file_says_whose_it_is(tmp_path):
-    plan = replace(eplb(loads_LE(random_trace(64, 2, 8, 2)), 4, 2, redundant=4), seed=5)
-    PlacementFile(plan, (1, 3), "f" * 64, "0" * 64).save(tmp_path / "plan.json")
-    found = PlacementFile.load(tmp_path / "plan.json")
+    placement = replace(eplb(loads_LE(random_trace(64, 2, 8, 2)), 4, 2, redundant=4), seed=5)
+    PlacementFile(placement, (1, 3), "f" * 64, "0" * 64).save(tmp_path / "placement.json")
+    found = PlacementFile.load(tmp_path / "placement.json")
     assert (found.layers, found.fingerprint, found.trace) == ((1, 3), "f" * 64, "0" * 64)
-    assert torch.equal(found.plan.expert_LDS, plan.expert_LDS)
+    assert torch.equal(found.placement.expert_LDS, placement.expert_LDS)
     for name in ("num_experts", "nodes", "method", "objective", "value", "bound", "status", "seed"):
-        assert getattr(found.plan, name) == getattr(plan, name)
-    given = json.loads((tmp_path / "plan.json").read_text())
+        assert getattr(found.placement, name) == getattr(placement, name)
+    given = json.loads((tmp_path / "placement.json").read_text())
     for said, wrong in (
-        ("is no plan of carpool", {}),
+        ("is no placement of carpool", {}),
         ("has schema 9", {**given, "carpool_placement": 9}),
         ("'nodes' is missing", {**given, "nodes": "2"}),
         ("not numbers by layer", {**given, "experts": [[1], [2, 3]]}),
         ("holds expert 8 of 8", {**given, "experts": [[[8, 8], [0, 1]]] * 2}),
         ("names them", {**given, "layers": [1]}),
     ):
-        (tmp_path / "plan.json").write_text(json.dumps(wrong))
+        (tmp_path / "placement.json").write_text(json.dumps(wrong))
         with pytest.raises(CarpoolError, match=said):
-            PlacementFile.load(tmp_path / "plan.json")
+            PlacementFile.load(tmp_path / "placement.json")
 
 
 def test_exports_have_the_shapes_that_engines_read(tmp_path):
     trace = random_trace(64, 2, 8, 2)
     trace = replace(trace, facts=replace(trace.facts, layers=(1, 3)))
-    plan = eplb(loads_LE(trace), 4, redundant=4)
-    write_sglang(tmp_path / "location.json", plan, (1, 3), 5)
+    placement = eplb(loads_LE(trace), 4, redundant=4)
+    write_sglang(tmp_path / "location.json", placement, (1, 3), 5)
     given = json.loads((tmp_path / "location.json").read_text())
     assert list(given) == ["physical_to_logical_map"]
     map_LR = torch.tensor(given["physical_to_logical_map"])
     assert map_LR.shape == (5, 12)
-    assert torch.equal(map_LR[1], plan.expert_LDS[0].flatten())
+    assert torch.equal(map_LR[1], placement.expert_LDS[0].flatten())
     assert torch.equal(map_LR[0], torch.arange(12) % 8)  # a dense layer
     with pytest.raises(CarpoolError, match="a layer 3, the model has 3"):
-        physical_to_logical(plan, (1, 3), 3)
+        physical_to_logical(placement, (1, 3), 3)
     write_ktransformers(tmp_path / "counts.pt", trace, 5)
     counts = torch.load(tmp_path / "counts.pt", weights_only=True)["logical_count"]
     assert counts.shape == (1, 5, 8)
@@ -207,4 +207,4 @@ def test_planners_by_name():
     assert planner("eplb").objective == "peak_tokens"
     with pytest.raises(CarpoolError, match="no planner is named 'best'"):
         planner("best")
-    assert isinstance(planner("fan-out").make(random_trace(), Sizes(4)), Plan)
+    assert isinstance(planner("fan-out").make(random_trace(), Sizes(4)), Placement)

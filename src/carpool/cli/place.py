@@ -1,4 +1,4 @@
-"""`carpool place`: where experts should live on several devices, from a trace; and plans for engines."""
+"""`carpool place`: where experts should live on several devices, from a trace; and placements for engines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from carpool.errors import CarpoolError
 if TYPE_CHECKING:
     from carpool.artefacts.trace import Trace
     from carpool.placement.compare import Row as Compared
-    from carpool.placement.plan import Plan
+    from carpool.placement.placement import Placement
 
 FORMATS = {"carpool": ".json", "sglang": ".json", "ktransformers": ".pt", "checkpoint": ""}
 COLUMNS = [
@@ -57,10 +57,13 @@ class Options:
     cost: Annotated[
         str | None, typer.Option(help="a,b,c,d[,link]: max(a + b experts, c + d pairs) µs, bytes/µs of a link.")
     ] = None
-    planner: Annotated[str | None, typer.Option(help="Whose plan to write with --output.")] = None
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Plan to write, from the whole trace.")] = None
+    planner: Annotated[str | None, typer.Option(help="Whose placement to write with --output.")] = None
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Placement to write, from the whole trace.")] = (
+        None
+    )
     format: Annotated[
-        str, typer.Option(help="Of the plan: carpool or sglang (JSON), ktransformers (.pt), checkpoint (a folder).")
+        str,
+        typer.Option(help="Of the placement: carpool or sglang (JSON), ktransformers (.pt), checkpoint (a folder)."),
     ] = "carpool"
     seed: Seed = 0
 
@@ -116,7 +119,7 @@ def _require(options: Options) -> None:
     if options.format not in FORMATS:
         raise CarpoolError(f"--format {options.format}: use one of {', '.join(FORMATS)}")
     if options.output is None and (options.planner is not None or options.format != "carpool"):
-        raise CarpoolError("--planner and --format say what to write: name a file, -o plan.json")
+        raise CarpoolError("--planner and --format say what to write: name a file, -o placement.json")
 
 
 def _require_output(options: Options) -> None:
@@ -130,7 +133,7 @@ def _require_output(options: Options) -> None:
         return
     require_new_folder(options.output)
     if options.model is None:
-        raise CarpoolError("--format checkpoint: name the MODEL whose experts are put in the order of the plan")
+        raise CarpoolError("--format checkpoint: name the MODEL whose experts are put in the order of the placement")
 
 
 def _check(trace: Trace, model: str) -> None:
@@ -175,13 +178,13 @@ def _moving(console: Console, trace: Trace, devices: int) -> None:
 
 
 def _share(console: Console, rows: list[Compared], trace: Trace, policy: str) -> None:
-    """What a policy does on the plans that keep every expert once in order, and with replicas."""
+    """What a policy does on the placements that keep every expert once in order, and with replicas."""
     from carpool.placement.sharing import share
 
     later = trace.windows(2)[1]
     for row in rows:
         if row.planner.name in ("linear", "eplb", "eplb + replicas, metro"):
-            found = share(row.plan, later, policy)
+            found = share(row.placement, later, policy)
             say(
                 console,
                 f"{policy} on {row.planner.name}: experts of the busiest device {found.natural_peak:.2f} -> "
@@ -190,27 +193,27 @@ def _share(console: Console, rows: list[Compared], trace: Trace, policy: str) ->
             )
 
 
-def _write(console: Console, options: Options, trace: Trace, plan: Plan) -> None:
+def _write(console: Console, options: Options, trace: Trace, placement: Placement) -> None:
     from carpool.artefacts.files import sha256_file
     from carpool.placement.export import write_ktransformers, write_sglang
-    from carpool.placement.plan_file import PlacementFile
+    from carpool.placement.placement_file import PlacementFile
 
     assert options.output is not None
     layers = trace.facts.layers
     num_layers = _num_layers(console, options, layers)
     if options.format == "sglang":
-        write_sglang(options.output, plan, layers, num_layers)
+        write_sglang(options.output, placement, layers, num_layers)
     elif options.format == "checkpoint":
-        _write_checkpoint(options, plan)
+        _write_checkpoint(options, placement)
     elif options.format == "ktransformers":
         write_ktransformers(options.output, trace, num_layers)
     else:
-        PlacementFile(plan, layers, trace.facts.fingerprint, sha256_file(options.trace)).save(options.output)
+        PlacementFile(placement, layers, trace.facts.fingerprint, sha256_file(options.trace)).save(options.output)
     say(console, f"wrote {options.output}")
 
 
-def _write_checkpoint(options: Options, plan: Plan) -> None:
-    """The model with its experts in the order of the plan, which engines that place them in order load as any other."""
+def _write_checkpoint(options: Options, placement: Placement) -> None:
+    """The model with its experts in the order of the placement, which engines load as any other."""
     from carpool.artefacts.checkpoint import new_folder
     from carpool.experts.permuted import permuted
     from carpool.hosts.transformers import find_layers
@@ -219,7 +222,7 @@ def _write_checkpoint(options: Options, plan: Plan) -> None:
     opened = open_model(options.model)
     model = opened.weights("auto")
     with new_folder(options.output) as folder:
-        with permuted(find_layers(model), plan.expert_LDS, model.config):
+        with permuted(find_layers(model), placement.expert_LDS, model.config):
             model.save_pretrained(folder)
         opened.tokenizer.save_pretrained(folder)
 

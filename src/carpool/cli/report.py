@@ -22,10 +22,10 @@ def report(
         str | None, typer.Option(help="Model or configuration whose expert size the bandwidth section begins with.")
     ] = None,
     bandwidth: Annotated[float, typer.Option(help="Memory bandwidth the section begins with, GB/s.")] = 1000.0,
-    plan: Annotated[
-        Path | None, typer.Option(help="Plan of `carpool place`: devices by experts, with --trace.")
+    placement: Annotated[
+        Path | None, typer.Option(help="Placement of `carpool place`: devices by experts, with --trace.")
     ] = None,
-    trace: Annotated[Path | None, typer.Option(help="Trace of the plan's model.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Trace of the placement's model.")] = None,
 ) -> None:
     """Show results as one HTML file that needs no network: frontier, layers, domains, worst tokens, comparison."""
     from rich.console import Console
@@ -36,8 +36,8 @@ def report(
 
     if not 0 < bandwidth < float("inf"):
         raise CarpoolError(f"--bandwidth {bandwidth}: give GB/s above 0")
-    if (plan is None) != (trace is None):
-        raise CarpoolError("--plan and --trace go together: a plan is shown with what a trace asks of it")
+    if (placement is None) != (trace is None):
+        raise CarpoolError("--placement and --trace go together: a placement is shown with what a trace asks of it")
     require_writable(output)
     evaluations, interferences = load(results)
     diagnosis = None
@@ -45,14 +45,14 @@ def report(
         from carpool.doctor import diagnose
 
         diagnosis = diagnose(like)
-    extra = [] if plan is None or trace is None else [_placement(plan, trace)]
+    extra = [] if placement is None or trace is None else [_placement(placement, trace)]
     write_text(output, page(evaluations, interferences, like=diagnosis, bandwidth=bandwidth, extra=extra))
     Console().print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _placement(plan: Path, trace: Path) -> str:
+def _placement(placement: Path, trace: Path) -> str:
     from carpool.artefacts.trace import Trace
-    from carpool.placement.plan_file import PlacementFile
+    from carpool.placement.placement_file import PlacementFile
     from carpool.report.experts_placed import placement_section
 
-    return placement_section(PlacementFile.load(plan), Trace.load(trace))
+    return placement_section(PlacementFile.load(placement), Trace.load(trace))

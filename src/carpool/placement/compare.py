@@ -12,7 +12,7 @@ from carpool.artefacts.trace import Trace
 from carpool.placement.baselines import linear
 from carpool.placement.cost import CostModel, usable
 from carpool.placement.dispatch import way
-from carpool.placement.plan import Plan
+from carpool.placement.placement import Placement
 from carpool.placement.planners import PLANNERS, Planner, Sizes
 from carpool.placement.score import Score, chosen, counts, score, score_of
 
@@ -30,7 +30,7 @@ class Row:
     """One planner.
 
     Attributes:
-        planner, plan: what made what.
+        planner, placement: what made what.
         own, later: scores on the window that it was planned on, and on the next.
         moved: experts' weights that devices get that had experts in order.
         micros: of a layer on the next window, under a cost model; None: there is none.
@@ -38,7 +38,7 @@ class Row:
     """
 
     planner: Planner
-    plan: Plan
+    placement: Placement
     own: Score
     later: Score
     moved: int
@@ -72,21 +72,25 @@ def compare(
     now, later = trace.windows(2)
     rows = []
     for one in planners:
-        plan = one.make(now, sizes)
-        start = linear(plan.layers, plan.num_experts, plan.devices, plan.nodes)
-        replayed = chosen(plan, later, one.rule)
-        scored = score_of(plan, later, replayed)
-        micros = None if cost is None else _micros(plan, later, replayed, cost, scored, dispatch)
+        placement = one.make(now, sizes)
+        start = linear(placement.layers, placement.num_experts, placement.devices, placement.nodes)
+        replayed = chosen(placement, later, one.rule)
+        scored = score_of(placement, later, replayed)
+        micros = None if cost is None else _micros(placement, later, replayed, cost, scored, dispatch)
         cause = usable(one.objective, dispatch, trace.top_k) if one.objective else ""
-        rows.append(Row(one, plan, score(plan, now, one.rule), scored, plan.moved_from(start), micros, cause))
+        rows.append(
+            Row(one, placement, score(placement, now, one.rule), scored, placement.moved_from(start), micros, cause)
+        )
         progress(1)
     return rows
 
 
-def _micros(plan: Plan, trace: Trace, replayed: list[Tensor], cost: CostModel, scored: Score, dispatch: str) -> float:
+def _micros(
+    placement: Placement, trace: Trace, replayed: list[Tensor], cost: CostModel, scored: Score, dispatch: str
+) -> float:
     rows_of_a_step = len(trace) / len(list(trace.steps()))
-    sent = scored.bytes_sent(dispatch, trace.facts.hidden_size) * rows_of_a_step / plan.devices
-    layers = [cost.layer(activated, pairs, sent) for activated, pairs in counts(plan, trace, replayed)]
+    sent = scored.bytes_sent(dispatch, trace.facts.hidden_size) * rows_of_a_step / placement.devices
+    layers = [cost.layer(activated, pairs, sent) for activated, pairs in counts(placement, trace, replayed)]
     return sum(layers) / len(layers)
 
 

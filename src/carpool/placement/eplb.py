@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from carpool.errors import CarpoolError
-from carpool.placement.plan import Plan, slots_for
+from carpool.placement.placement import Placement, slots_for
 
 
-def eplb(loads_LE: Tensor, devices: int, nodes: int = 1, *, redundant: int = 0, groups: int = 1) -> Plan:
+def eplb(loads_LE: Tensor, devices: int, nodes: int = 1, *, redundant: int = 0, groups: int = 1) -> Placement:
     """Balance tokens over devices, if the tokens of an expert split evenly over its replicas.
 
     Groups of experts are packed onto nodes where they divide among them, replicas are made inside a node, then packed
     onto its devices; every step is greedy (longest first), so that there is no guarantee. Two replicas of one expert
-    may come to lie on one device (`Plan.wasted`), as in the original.
+    may come to lie on one device (`Placement.wasted`), as in the original.
 
     Args:
         loads_LE: tokens of each expert.
@@ -35,21 +35,21 @@ def eplb(loads_LE: Tensor, devices: int, nodes: int = 1, *, redundant: int = 0, 
     if groups < 1 or num_experts % groups:
         raise CarpoolError(f"{num_experts} experts do not divide into {groups} groups")
     expert_LR = physical_to_logical(loads_LE, devices * slots, groups, nodes, devices)
-    plan = Plan(
+    placement = Placement(
         expert_LR.view(layers, devices, slots), num_experts, nodes, "eplb",
         objective="tokens of the busiest device, mean over layers", status="heuristic",
     )  # fmt: skip
-    peak_L = even_loads(plan, loads_LE).amax(-1)
+    peak_L = even_loads(placement, loads_LE).amax(-1)
     floor_L = torch.maximum(loads_LE.double().sum(-1) / devices, _least_peak(loads_LE, devices))
-    return replace(plan, value=float(peak_L.mean()), bound=float(floor_L.mean()))
+    return replace(placement, value=float(peak_L.mean()), bound=float(floor_L.mean()))
 
 
-def even_loads(plan: Plan, loads_LE: Tensor) -> Tensor:
+def even_loads(placement: Placement, loads_LE: Tensor) -> Tensor:
     """Float64 `[L, D]`: tokens of each device, if those of an expert split evenly over its slots."""
-    expert_LR = plan.expert_LDS.flatten(1)
+    expert_LR = placement.expert_LDS.flatten(1)
     slots_LE = torch.zeros(loads_LE.shape, dtype=torch.int64).scatter_add_(1, expert_LR, torch.ones_like(expert_LR))
     each_LE = loads_LE.double() / slots_LE
-    return each_LE.unsqueeze(1).expand(-1, plan.devices, -1).gather(2, plan.expert_LDS).sum(-1)
+    return each_LE.unsqueeze(1).expand(-1, placement.devices, -1).gather(2, placement.expert_LDS).sum(-1)
 
 
 def _least_peak(loads_LE: Tensor, devices: int) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from carpool.placement.plan import Plan, from_devices, slots_for
+from carpool.placement.placement import Placement, from_devices, slots_for
 from carpool.placement.solvers import assign
 
 STARTS = 20  # random ones, beside experts in order
@@ -23,7 +23,7 @@ SWEEPS = 100  # at most; a fixpoint comes much sooner
 def exflow(
     transitions_JEE: Tensor, devices: int, nodes: int = 1, *, seed: int = 0, starts: int = STARTS,
     progress: Callable[[int], None] = lambda starts: None,
-) -> Plan:  # fmt: skip
+) -> Placement:  # fmt: skip
     """Few hops from device to device between the experts of consecutive layers; on several nodes first few hops between
     nodes, then within each, as the paper does it in stages.
 
@@ -43,7 +43,7 @@ def exflow(
     generator = torch.Generator().manual_seed(seed)
     device_LE = staged(transitions_JEE, devices, nodes, lambda moves, parts, within_LE: _best(
         moves, parts, within_LE, starts, generator, progress))  # fmt: skip
-    return Plan(
+    return Placement(
         from_devices(device_LE, devices), transitions_JEE.shape[1], nodes, "exflow",
         objective="hops between devices of consecutive layers", value=float(hops(transitions_JEE, device_LE)),
         status="heuristic", seed=seed,

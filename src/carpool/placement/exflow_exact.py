@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from carpool.placement.exflow import exflow, hops
-from carpool.placement.plan import Plan, from_devices, slots_for
+from carpool.placement.placement import Placement, from_devices, slots_for
 from carpool.placement.solvers import minimise
 
 SECONDS = 60.0
 
 
-def exflow_exact(transitions_JEE: Tensor, devices: int, *, seconds: float = SECONDS, seed: int = 0) -> Plan:
+def exflow_exact(transitions_JEE: Tensor, devices: int, *, seconds: float = SECONDS, seed: int = 0) -> Placement:
     """The fewest hops, or the best that was found in time beside a bound below which no placement is.
 
     Equations 8 to 12 of the paper with the tokens of equal transitions counted together: `x[l, e, d]` says that an
@@ -49,7 +49,7 @@ def exflow_exact(transitions_JEE: Tensor, devices: int, *, seconds: float = SECO
         if hops(transitions_JEE, found_LE) < value:
             device_LE, value = found_LE, float(hops(transitions_JEE, found_LE))
     bound = max(0.0, ceil(solved.bound - 1e-6))  # hops are whole
-    return Plan(
+    return Placement(
         from_devices(device_LE, devices), num_experts, 1, "exflow-exact", best.objective, value,
         bound=bound, status="optimal" if value <= bound else "heuristic", seed=seed,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Plans in the formats of engines: SGLang's expert location, KTransformers' frequencies; vLLM reads our own file.
+"""Placements in the formats of engines: SGLang's expert location, KTransformers' frequencies; vLLM reads our own file.
 
 `L` MoE layers, `D` devices, `S` slots of each, `E` experts.
 """
@@ -16,29 +16,29 @@ from carpool.artefacts.files import atomic_path, write_text
 from carpool.artefacts.trace import Trace
 from carpool.errors import CarpoolError
 from carpool.placement.demand import loads_LE
-from carpool.placement.plan import Plan
+from carpool.placement.placement import Placement
 
 
-def physical_to_logical(plan: Plan, layers: tuple[int, ...], num_layers: int) -> list[list[int]]:
-    """The expert of every physical one, by layer of the model: layers without a plan (dense ones) have experts in
+def physical_to_logical(placement: Placement, layers: tuple[int, ...], num_layers: int) -> list[list[int]]:
+    """The expert of every physical one, by layer of the model: layers without a placement (dense ones) have experts in
     order, repeated where there are replicas.
 
     Args:
-        layers: numbers of the plan's layers. num_layers: of the whole model.
+        layers: numbers of the placement's layers. num_layers: of the whole model.
     """
-    physical = plan.devices * plan.slots
-    usual = [place % plan.num_experts for place in range(physical)]
+    physical = placement.devices * placement.slots
+    usual = [place % placement.num_experts for place in range(physical)]
     found = [list(usual) for _ in range(num_layers)]
-    for layer, expert_DS in zip(layers, plan.expert_LDS, strict=True):
+    for layer, expert_DS in zip(layers, placement.expert_LDS, strict=True):
         if layer >= num_layers:
-            raise CarpoolError(f"the plan has a layer {layer}, the model has {num_layers} layers")
+            raise CarpoolError(f"the placement has a layer {layer}, the model has {num_layers} layers")
         found[layer] = expert_DS.flatten().tolist()
     return found
 
 
-def sglang_location(plan: Plan, layers: tuple[int, ...], num_layers: int) -> dict[str, Any]:
+def sglang_location(placement: Placement, layers: tuple[int, ...], num_layers: int) -> dict[str, Any]:
     """What `--init-expert-location FILE.json` takes, for `--ep-size D --ep-num-redundant-experts D * S - E`."""
-    return {"physical_to_logical_map": physical_to_logical(plan, layers, num_layers)}
+    return {"physical_to_logical_map": physical_to_logical(placement, layers, num_layers)}
 
 
 def expert_frequencies(trace: Trace, num_layers: int) -> Tensor:
@@ -48,9 +48,9 @@ def expert_frequencies(trace: Trace, num_layers: int) -> Tensor:
     return counts
 
 
-def write_sglang(path: Path, plan: Plan, layers: tuple[int, ...], num_layers: int) -> None:
+def write_sglang(path: Path, placement: Placement, layers: tuple[int, ...], num_layers: int) -> None:
     """Write SGLang's JSON; raises CarpoolError if the file cannot be written."""
-    write_text(path, json.dumps(sglang_location(plan, layers, num_layers)) + "\n")
+    write_text(path, json.dumps(sglang_location(placement, layers, num_layers)) + "\n")
 
 
 def write_ktransformers(path: Path, trace: Trace, num_layers: int) -> None:

@@ -15,14 +15,14 @@ from torch import Tensor
 from carpool.artefacts.trace import Trace
 from carpool.errors import CarpoolError
 from carpool.placement.demand import chosen_TE
-from carpool.placement.plan import Plan, from_devices, slots_for
+from carpool.placement.placement import Placement, from_devices, slots_for
 
 ROUNDS = 200  # exchanges per layer at most, in units of experts
 ROWS = 4096  # of the trace that exchanges are tried on
 HEAVY = 1.25  # tokens that a device may have over its share, unless told otherwise
 
 
-def fan_out(trace: Trace, devices: int, nodes: int = 1, *, max_load: float = HEAVY, seed: int = 0) -> Plan:
+def fan_out(trace: Trace, devices: int, nodes: int = 1, *, max_load: float = HEAVY, seed: int = 0) -> Placement:
     """Few devices for a token's experts, none with more than `max_load` times its share of tokens.
 
     Objective: mean over rows and layers of the number of devices that hold a row's experts (hypergraph connectivity).
@@ -51,7 +51,7 @@ def fan_out(trace: Trace, devices: int, nodes: int = 1, *, max_load: float = HEA
         float(devices_TD(chosen_TE(trace, at), device_E, devices).sum(1).double().mean())
         for at, device_E in enumerate(device_LE)
     ]
-    return Plan(
+    return Placement(
         from_devices(device_LE, devices), trace.num_experts, nodes, "fan-out",
         objective="devices that hold a token's experts, mean", value=sum(counts) / len(counts),
         bound=float(-(-trace.top_k // slots)), status="heuristic", seed=seed,

@@ -25,7 +25,7 @@ class Spill:
             all ranks. Sorted by expert, then by first token; together they hold every token once.
         home_E: int64, the device that holds each expert.
         cap: tokens that a device should not exceed.
-        bound: `ceil(tokens / devices)`: no plan has a smaller peak.
+        bound: `ceil(tokens / devices)`: no placement has a smaller peak.
         standard: the load was even enough, and nothing is moved.
     """
 

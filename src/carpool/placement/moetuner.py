@@ -11,11 +11,11 @@ from torch import Tensor
 
 from carpool.placement.eplb import balanced_packing
 from carpool.placement.exflow import hops
-from carpool.placement.plan import Plan, from_devices, slots_for
+from carpool.placement.placement import Placement, from_devices, slots_for
 from carpool.placement.solvers import assign
 
 
-def moetuner(loads_LE: Tensor, transitions_JEE: Tensor, devices: int, nodes: int = 1) -> Plan:
+def moetuner(loads_LE: Tensor, transitions_JEE: Tensor, devices: int, nodes: int = 1) -> Placement:
     """Equal loads in every layer, then few tokens between devices.
 
     The paper solves both steps as integer programmes with Gurobi. Here the first is greedy packing of equally many
@@ -46,7 +46,7 @@ def moetuner(loads_LE: Tensor, transitions_JEE: Tensor, devices: int, nodes: int
             place_LD[layer] = assign(gain_DD)
         changed = _moved(between_JDD, place_LD) < before
     device_LE = place_LD.gather(1, cluster_LE)
-    return Plan(
+    return Placement(
         from_devices(device_LE, devices), num_experts, nodes, "moetuner",
         objective="equal loads, then transitions between devices", value=float(hops(transitions_JEE, device_LE)),
         status="heuristic",

@@ -13,12 +13,12 @@ from carpool.placement.eplb import eplb
 from carpool.placement.exflow import exflow
 from carpool.placement.fanout import fan_out
 from carpool.placement.moetuner import moetuner
-from carpool.placement.plan import Plan
+from carpool.placement.placement import Placement
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What plans are made for: `devices` on `nodes`, `redundant` replicas, expert `groups` of the model, `seed`."""
+    """What placements are for: `devices` on `nodes`, `redundant` replicas, expert `groups` of the model, `seed`."""
 
     devices: int
     nodes: int = 1
@@ -34,45 +34,45 @@ class Planner:
     Attributes:
         name: of the row.
         objective: what it makes small, an attribute of `carpool.placement.score.Score`; empty for baselines.
-        make: the plan for a trace.
+        make: the placement for a trace.
         rule: which replica computes.
         replicas: it takes `Sizes.redundant`.
     """
 
     name: str
     objective: str
-    make: Callable[[Trace, Sizes], Plan]
+    make: Callable[[Trace, Sizes], Placement]
     rule: str = "hash"
     replicas: bool = False
 
 
-def _baseline(make: Callable[..., Plan]) -> Callable[[Trace, Sizes], Plan]:
+def _baseline(make: Callable[..., Placement]) -> Callable[[Trace, Sizes], Placement]:
     return lambda trace, sizes: make(trace.num_layers, trace.num_experts, sizes.devices, sizes.nodes)
 
 
-def _random(trace: Trace, sizes: Sizes) -> Plan:
+def _random(trace: Trace, sizes: Sizes) -> Placement:
     return random(trace.num_layers, trace.num_experts, sizes.devices, sizes.nodes, seed=sizes.seed)
 
 
-def _eplb(trace: Trace, sizes: Sizes) -> Plan:
+def _eplb(trace: Trace, sizes: Sizes) -> Placement:
     return eplb(loads_LE(trace), sizes.devices, sizes.nodes, groups=sizes.groups)
 
 
-def _replicated(trace: Trace, sizes: Sizes) -> Plan:
+def _replicated(trace: Trace, sizes: Sizes) -> Placement:
     return eplb(
         loads_LE(trace), sizes.devices, sizes.nodes, redundant=sizes.redundant or sizes.devices, groups=sizes.groups
     )
 
 
-def _exflow(trace: Trace, sizes: Sizes) -> Plan:
+def _exflow(trace: Trace, sizes: Sizes) -> Placement:
     return exflow(transitions_JEE(trace, best_only=True), sizes.devices, sizes.nodes, seed=sizes.seed)
 
 
-def _moetuner(trace: Trace, sizes: Sizes) -> Plan:
+def _moetuner(trace: Trace, sizes: Sizes) -> Placement:
     return moetuner(loads_LE(trace), transitions_JEE(trace), sizes.devices, sizes.nodes)
 
 
-def _fan_out(trace: Trace, sizes: Sizes) -> Plan:
+def _fan_out(trace: Trace, sizes: Sizes) -> Placement:
     return fan_out(trace, sizes.devices, sizes.nodes, seed=sizes.seed)
 
 

@@ -1,4 +1,4 @@
-"""What a plan does to a trace, by replaying it: loads, activated experts, fan-out, hops, and bytes by dispatch.
+"""What a placement does to a trace, by replaying it: loads, activated experts, fan-out, hops, and bytes by dispatch.
 
 `T` rows, `L` MoE layers, `K` experts per token, `D` devices, `X` steps. Counts, not times.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from carpool.artefacts.trace import Trace
 from carpool.errors import CarpoolError
 from carpool.placement.dispatch import WAYS, nodes_sent, on_ND, rows_sent
-from carpool.placement.plan import Plan
+from carpool.placement.placement import Placement
 from carpool.placement.replicas import device_NK
 
 Counts = list[tuple[Tensor, Tensor]]  # by layer: activated experts and pairs, int64 [X, D]
@@ -46,22 +46,22 @@ class Score:
         return self.rows_sent[dispatch] * hidden_size * token_bytes * (1 if dispatch == "coherent" else 2)
 
 
-def require_fit(plan: Plan, trace: Trace) -> None:
-    """Raises CarpoolError unless the plan places the trace's experts."""
-    if (plan.layers, plan.num_experts) != (trace.num_layers, trace.num_experts):
+def require_fit(placement: Placement, trace: Trace) -> None:
+    """Raises CarpoolError unless the placement places the trace's experts."""
+    if (placement.layers, placement.num_experts) != (trace.num_layers, trace.num_experts):
         raise CarpoolError(
-            f"the plan is of {plan.layers} layers of {plan.num_experts} experts, the trace of {trace.num_layers} "
-            f"layers of {trace.num_experts}: plan from a trace of this model"
+            f"the placement is of {placement.layers} layers of {placement.num_experts} experts, the trace of "
+            f"{trace.num_layers} layers of {trace.num_experts}: plan from a trace of this model"
         )
 
 
-def devices_of(plan: Plan, trace: Trace, layer: int, rule: str = "hash") -> Tensor:
+def devices_of(placement: Placement, trace: Trace, layer: int, rule: str = "hash") -> Tensor:
     """The device that computes each pair of the layer at this place, int64 `[T, K]`; -1: a free slot."""
     ids_TK = trace.experts_TLK[:, layer].long()
     weights = trace.weights_TLK
     asked_TK = torch.ones_like(ids_TK, dtype=torch.bool) if weights is None else weights[:, layer] != 0
     step_T, row_T = places(trace)
-    return device_NK(ids_TK, asked_TK, plan.holds_LDE[layer], step_T, row_T, rule)
+    return device_NK(ids_TK, asked_TK, placement.holds_LDE[layer], step_T, row_T, rule)
 
 
 def places(trace: Trace) -> tuple[Tensor, Tensor]:
@@ -71,29 +71,29 @@ def places(trace: Trace) -> tuple[Tensor, Tensor]:
     return step_T, torch.arange(len(trace)) - first_X[step_T]
 
 
-def score(plan: Plan, trace: Trace, rule: str = "hash") -> Score:
-    """Replay a trace under a plan; rows are at home on the devices in turn by request.
+def score(placement: Placement, trace: Trace, rule: str = "hash") -> Score:
+    """Replay a trace under a placement; rows are at home on the devices in turn by request.
 
     Args:
         rule: which replica computes (`carpool.placement.replicas.RULES`).
 
     Raises:
-        CarpoolError: a plan of another model.
+        CarpoolError: a placement of another model.
     """
-    return score_of(plan, trace, chosen(plan, trace, rule))
+    return score_of(placement, trace, chosen(placement, trace, rule))
 
 
-def chosen(plan: Plan, trace: Trace, rule: str = "hash") -> list[Tensor]:
-    """By layer: the device that computes each pair (`devices_of`); raises CarpoolError for a plan of another model."""
-    require_fit(plan, trace)
-    return [devices_of(plan, trace, layer, rule) for layer in range(trace.num_layers)]
+def chosen(placement: Placement, trace: Trace, rule: str = "hash") -> list[Tensor]:
+    """By layer: the device that computes each pair (`devices_of`); raises as `require_fit`."""
+    require_fit(placement, trace)
+    return [devices_of(placement, trace, layer, rule) for layer in range(trace.num_layers)]
 
 
-def score_of(plan: Plan, trace: Trace, chosen_LTK: list[Tensor]) -> Score:
+def score_of(placement: Placement, trace: Trace, chosen_LTK: list[Tensor]) -> Score:
     """The score of a replay that `chosen` made."""
-    devices, nodes = plan.devices, plan.nodes
+    devices, nodes = placement.devices, placement.nodes
     home_T = trace.request_T.long() % devices
-    counted = counts(plan, trace, chosen_LTK)
+    counted = counts(placement, trace, chosen_LTK)
     pairs = torch.stack([pairs_XD for _, pairs_XD in counted]).double()
     activated = torch.stack([activated_XD for activated_XD, _ in counted]).double()
     rows = len(trace) * trace.num_layers
@@ -117,10 +117,10 @@ def _hops(best_LT: Tensor) -> float:
     return float((best_LT[1:] != best_LT[:-1]).double().mean()) if len(best_LT) > 1 else float("nan")
 
 
-def counts(plan: Plan, trace: Trace, chosen_LTK: list[Tensor]) -> Counts:
+def counts(placement: Placement, trace: Trace, chosen_LTK: list[Tensor]) -> Counts:
     """By layer: experts that each device computes in each step, and pairs, int64 `[X, D]`."""
     step_T, _ = places(trace)
-    steps, devices, experts = int(step_T[-1]) + 1, plan.devices, plan.num_experts
+    steps, devices, experts = int(step_T[-1]) + 1, placement.devices, placement.num_experts
     found: Counts = []
     for layer, chosen_TK in enumerate(chosen_LTK):
         asked_TK = chosen_TK >= 0

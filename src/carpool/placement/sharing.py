@@ -13,7 +13,7 @@ from torch import Tensor
 from carpool.artefacts.trace import Trace
 from carpool.errors import CarpoolError
 from carpool.placement.metro import activated_XD, fewest_activated
-from carpool.placement.plan import Plan
+from carpool.placement.placement import Placement
 from carpool.placement.score import places, require_fit
 from carpool.plans.grammar import parse
 from carpool.plans.pipeline import route
@@ -41,7 +41,7 @@ class Shared:
     displaced: float
 
 
-def share(plan: Plan, trace: Trace, policy: str) -> Shared:
+def share(placement: Placement, trace: Trace, policy: str) -> Shared:
     """Run a policy on a trace's own choices.
 
     The trace knows the weights of the experts that rows chose and of no others, so that utilities are sums over those
@@ -49,12 +49,12 @@ def share(plan: Plan, trace: Trace, policy: str) -> Shared:
     they been computed so, is not known either.
 
     Args:
-        policy: its text, with guards if you like; `xshare_expert_parallel` goes by the plan's devices.
+        policy: its text, with guards if you like; `xshare_expert_parallel` goes by the placement's devices.
 
     Raises:
         CarpoolError: a trace without weights, a policy that needs statistics or cannot be read.
     """
-    require_fit(plan, trace)
+    require_fit(placement, trace)
     if trace.weights_TLK is None:
         raise CarpoolError(f"{policy} needs weights, and the trace has none: record one with `carpool trace MODEL`")
     parsed = parse(policy)
@@ -65,10 +65,15 @@ def share(plan: Plan, trace: Trace, policy: str) -> Shared:
     found = []
     for layer in range(trace.num_layers):
         batch = Batch.of(
-            len(trace), group_N=step_T, num_groups=steps, step_N=step_T, num_steps=steps, device_E=plan.device_LE[layer]
+            len(trace),
+            group_N=step_T,
+            num_groups=steps,
+            step_N=step_T,
+            num_steps=steps,
+            device_E=placement.device_LE[layer],
         )
         outcome = route(parsed, RouteSpec(trace.top_k), _logits(trace, layer), batch)
-        holds_DE = plan.holds_LDE[layer]
+        holds_DE = placement.holds_LDE[layer]
         found.append([
             *(_peak(mask_XE.cpu(), holds_DE) for mask_XE in (outcome.natural_SE, outcome.union_SE)),
             *(float(mask_XE.sum(-1).double().mean()) for mask_XE in (outcome.natural_SE, outcome.union_SE)),

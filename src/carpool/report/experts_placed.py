@@ -1,4 +1,4 @@
-"""Where experts live: devices by experts before and after a plan, the part of a report about placement."""
+"""Where experts live: devices by experts before and after a placement, the part of a report about placement."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from carpool.artefacts.trace import Trace
 from carpool.placement.baselines import linear
 from carpool.placement.demand import loads_LE
-from carpool.placement.plan import Plan
-from carpool.placement.plan_file import PlacementFile
+from carpool.placement.placement import Placement
+from carpool.placement.placement_file import PlacementFile
 from carpool.placement.score import require_fit, score
 from carpool.report.details import AROUND, BESIDE, below
 from carpool.report.drawing import Drawing, style
@@ -33,38 +33,38 @@ def placement_section(file: PlacementFile, trace: Trace) -> str:
     """A picture for every layer.
 
     Raises:
-        CarpoolError: the plan is of another model than the trace.
+        CarpoolError: the placement is of another model than the trace.
     """
-    plan = file.plan
-    require_fit(plan, trace)
-    start = linear(plan.layers, plan.num_experts, plan.devices, plan.nodes)
-    scores = [score(one, trace) for one in (start, plan)]
+    placement = file.placement
+    require_fit(placement, trace)
+    start = linear(placement.layers, placement.num_experts, placement.devices, placement.nodes)
+    scores = [score(one, trace) for one in (start, placement)]
     note = NOTE.format(
-        tokens=len(trace), method=plan.method, before=scores[0].peak_tokens, after=scores[1].peak_tokens,
+        tokens=len(trace), method=placement.method, before=scores[0].peak_tokens, after=scores[1].peak_tokens,
         read=scores[0].peak_activated, reads=scores[1].peak_activated,
     )  # fmt: skip
     load_LE = loads_LE(trace)
     panes = [
-        (f"layer {number}", _picture(start, plan, place, load_LE[place]).html())
+        (f"layer {number}", _picture(start, placement, place, load_LE[place]).html())
         for place, number in enumerate(file.layers)
     ]
     return section("Where experts live", note, chooser(panes, 0))
 
 
-def shares_DS(plan: Plan, layer: int, load_E: Tensor) -> Tensor:
+def shares_DS(placement: Placement, layer: int, load_E: Tensor) -> Tensor:
     """Float64 `[D, S]`: share of a layer's tokens that each slot computes."""
-    expert_DS = plan.expert_LDS[layer]
-    slots_E = expert_DS.flatten().bincount(minlength=plan.num_experts)
+    expert_DS = placement.expert_LDS[layer]
+    slots_E = expert_DS.flatten().bincount(minlength=placement.num_experts)
     return (load_E.double() / slots_E / load_E.sum().clamp_min(1))[expert_DS]
 
 
-def _picture(start: Plan, plan: Plan, layer: int, load_E: Tensor) -> Drawing:
+def _picture(start: Placement, placement: Placement, layer: int, load_E: Tensor) -> Drawing:
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    made = make_subplots(cols=2, subplot_titles=("in order", plan.method))
-    shares = [shares_DS(one, layer, load_E) for one in (start, plan)]
-    for column, (one, share_DS) in enumerate(zip((start, plan), shares, strict=True), 1):
+    made = make_subplots(cols=2, subplot_titles=("in order", placement.method))
+    shares = [shares_DS(one, layer, load_E) for one in (start, placement)]
+    for column, (one, share_DS) in enumerate(zip((start, placement), shares, strict=True), 1):
         made.add_trace(
             go.Heatmap(
                 z=share_DS.tolist(), y=[f"{name} · {share:.0%}" for name, share in enumerate(share_DS.sum(1).tolist())],
@@ -73,7 +73,7 @@ def _picture(start: Plan, plan: Plan, layer: int, load_E: Tensor) -> Drawing:
             ),
             row=1, col=column,
         )  # fmt: skip
-    tall = max(160, LINE * plan.devices)
+    tall = max(160, LINE * placement.devices)
     style(made, tall + sum(AROUND.values()))
     made.update_yaxes(autorange="reversed", showgrid=False, dtick=1)
     made.update_xaxes(showgrid=False, showticklabels=False)

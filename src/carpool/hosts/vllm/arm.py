@@ -19,7 +19,7 @@ from carpool.hosts.engine.off import switched_off
 from carpool.hosts.engine.refusal import end_with_the_sentence
 from carpool.hosts.engine.request_keys import check_request, mark_samples
 from carpool.hosts.engine.settings import KEY, Settings, configured
-from carpool.hosts.vllm.placement import PLACEMENT, require_plan, use_plan
+from carpool.hosts.vllm.placement import PLACEMENT, require_placement, use_placement
 
 MARK = "carpool_version"
 _missing: list[str] = []  # of `PLACES`, in this process
@@ -76,7 +76,7 @@ def _configured(arguments: Any, config: Any) -> None:
     """In the front end: refuse early, where the user sees it, and let workers' metrics reach a server's /metrics."""
     if isinstance(config.additional_config, dict):
         warn((key for key in config.additional_config if key not in (MARK, PLACEMENT)), (KEY,), "additional_config")
-    require_plan(config)
+    require_placement(config)
     settings = Settings.of(config.additional_config)
     if settings is None:
         return
@@ -121,7 +121,7 @@ def _scheduler_built(scheduler: Any, _: None) -> None:
 
 
 def _worker_built(worker: Any, _: None) -> None:
-    use_plan(worker.vllm_config)
+    use_placement(worker.vllm_config)
     settings = Settings.of(worker.vllm_config.additional_config)
     if settings is None:
         return

@@ -1,8 +1,9 @@
-"""A plan of `carpool place` in vLLM: its expert parallelism load balancer puts experts where the plan says.
+"""A placement of `carpool place` in vLLM: its expert parallelism load balancer puts experts where the placement says.
 
-`--enable-eplb` and `--additional-config '{"carpool_placement": "plan.json"}'`. vLLM asks a policy class for the map of
-experts at every rebalancing, on every rank; here it always gets the plan's, which was made off line, so that ranks
-cannot differ. It first asks after an interval (`eplb_config.step_interval`); until then experts are in order.
+`--enable-eplb` and `--additional-config '{"carpool_placement": "placement.json"}'`. vLLM asks a policy class for the
+map of experts at every rebalancing, on every rank; here it always gets the placement's, which was made off line, so
+that ranks cannot differ. It first asks after an interval (`eplb_config.step_interval`); until then experts are in
+order.
 
 `L` MoE layers, `R` physical experts, `E` experts.
 """
@@ -25,11 +26,11 @@ def placed(additional_config: Any) -> bool:
     return isinstance(additional_config, dict) and PLACEMENT in additional_config
 
 
-def require_plan(config: Any) -> type | None:
-    """The policy of vLLM's configuration, if that names a plan.
+def require_placement(config: Any) -> type | None:
+    """The policy of vLLM's configuration, if that names a placement.
 
     Raises:
-        CarpoolError: the plan cannot be read, or vLLM would not ask for it.
+        CarpoolError: the placement cannot be read, or vLLM would not ask for it.
     """
     if not placed(config.additional_config):
         return None
@@ -38,10 +39,10 @@ def require_plan(config: Any) -> type | None:
     return planned(config.additional_config[PLACEMENT])
 
 
-def use_plan(config: Any) -> None:
-    """In a worker, before its model is loaded: vLLM's policy becomes the plan, if its configuration names one;
-    raises as `require_plan`."""
-    policy = require_plan(config)
+def use_placement(config: Any) -> None:
+    """In a worker, before its model is loaded: vLLM's policy becomes the placement, if its configuration names one;
+    raises as `require_placement`."""
+    policy = require_placement(config)
     if policy is not None:
         from vllm.distributed.eplb.policy import EPLB_POLICIES
 
@@ -49,21 +50,21 @@ def use_plan(config: Any) -> None:
 
 
 def planned(path: str | Path) -> type:
-    """vLLM's kind of policy that always answers with a plan.
+    """vLLM's kind of policy that always answers with a placement.
 
     Raises:
         CarpoolError: the file cannot be read. When vLLM asks: its layers, experts, replicas or ranks are others.
     """
     from vllm.distributed.eplb.policy import AbstractEplbPolicy, DefaultEplbPolicy
 
-    from carpool.placement.plan_file import PlacementFile
+    from carpool.placement.placement_file import PlacementFile
 
     if not isinstance(path, str | Path):
-        raise CarpoolError(f"{PLACEMENT} is {path!r}; give the path of a plan of `carpool place`")
-    plan = PlacementFile.load(path).plan
+        raise CarpoolError(f"{PLACEMENT} is {path!r}; give the path of a placement of `carpool place`")
+    placement = PlacementFile.load(path).placement
 
     class Planned(AbstractEplbPolicy):
-        """The plan, whatever the loads are; experts that stay on a rank keep their slots."""
+        """The placement, whatever the loads are; experts that stay on a rank keep their slots."""
 
         @classmethod
         def rebalance_experts(
@@ -77,7 +78,7 @@ def planned(path: str | Path) -> type:
         ) -> Tensor:
             import torch
 
-            mine = (plan.layers, plan.num_experts, plan.devices * plan.slots, plan.devices)
+            mine = (placement.layers, placement.num_experts, placement.devices * placement.slots, placement.devices)
             theirs = (*weight.shape, num_replicas, num_ranks)
             if mine != theirs:
                 raise CarpoolError(
@@ -85,7 +86,7 @@ def planned(path: str | Path) -> type:
                     f"has {theirs[0]} layers of {theirs[1]} in {theirs[2]} on {theirs[3]}: plan with --devices "
                     f"{theirs[3]} --redundant {theirs[2] - theirs[1]}"
                 )
-            map_LR = plan.expert_LDS.flatten(1).clone()
+            map_LR = placement.expert_LDS.flatten(1).clone()
             if old_global_expert_indices is None:
                 return map_LR
             old_LR = old_global_expert_indices.cpu().numpy()

@@ -1,1 +1,1 @@
-"""A MoE layer under a plan, over the ranks of a torch.distributed process group."""
+"""A MoE layer under a placement, over the ranks of a torch.distributed process group."""

@@ -1,4 +1,4 @@
-"""A MoE layer's experts where a plan puts them, over ranks.
+"""A MoE layer's experts where a placement puts them, over ranks.
 
 `N` rows of this rank, `K` experts per token, `E` experts, `D` ranks, `H` hidden size, `S` slots of a rank, `U` units
 that are sent. What is decided is decided on the CPU.
@@ -17,18 +17,18 @@ from carpool.placement.execute.units import WAYS, there_and_back, units
 from carpool.placement.execute.weights import Weights, mixed
 from carpool.placement.llep import Spill, least_loaded
 from carpool.placement.metro import fewest_activated
-from carpool.placement.plan import Plan
+from carpool.placement.placement import Placement
 from carpool.placement.replicas import device_NK
 
 Balance = Callable[[Tensor, Tensor, int], Spill]  # tokens and homes of experts, ranks
 
 
 class PlacedExperts(nn.Module):
-    """The experts of one layer where a plan puts them; every rank has one, with its own experts as parameters.
+    """The experts of one layer where a placement puts them; every rank has one, with its own experts as parameters.
 
     Args:
         weights: of all experts, of which the rank keeps its own.
-        plan, layer: where they live, and which of the plan's layers this is.
+        placement, layer: where they live, and which of the placement's layers this is.
         dispatch: `deepep`: a row goes once to each rank that has some of its experts; `alltoall`: once for each pair;
             `allgather`: to every rank.
         rule: which replica computes (`carpool.placement.replicas.RULES`).
@@ -36,30 +36,34 @@ class PlacedExperts(nn.Module):
         group: of torch.distributed; None: all ranks. Its backend moves tensors of the device they are on.
 
     Raises:
-        CarpoolError: a plan for another number of ranks or experts; `balance` with replicas.
+        CarpoolError: a placement for another number of ranks or experts; `balance` with replicas.
     """
 
     def __init__(
-        self, weights: Weights, plan: Plan, layer: int = 0, *, dispatch: str = "deepep", rule: str = "hash",
+        self, weights: Weights, placement: Placement, layer: int = 0, *, dispatch: str = "deepep", rule: str = "hash",
         balance: Balance | None = None, group: object = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.ranks = Ranks(group)
-        if plan.devices != self.ranks.count:
-            raise CarpoolError(f"the plan is for {plan.devices} devices, the group has {self.ranks.count} ranks")
-        if len(weights.down) != plan.num_experts:
-            raise CarpoolError(f"the plan places {plan.num_experts} experts, the layer has {len(weights.down)}")
+        if placement.devices != self.ranks.count:
+            raise CarpoolError(
+                f"the placement is for {placement.devices} devices, the group has {self.ranks.count} ranks"
+            )
+        if len(weights.down) != placement.num_experts:
+            raise CarpoolError(
+                f"the placement places {placement.num_experts} experts, the layer has {len(weights.down)}"
+            )
         if dispatch not in WAYS:
             raise CarpoolError(f"dispatch {dispatch!r}: use one of {', '.join(WAYS)}")
-        if balance is not None and bool((plan.replicas_LE[layer] > 1).any()):
-            raise CarpoolError("LLEP moves experts that lie once; use a plan without replicas")
+        if balance is not None and bool((placement.replicas_LE[layer] > 1).any()):
+            raise CarpoolError("LLEP moves experts that lie once; use a placement without replicas")
         self.dispatch, self.rule, self.balance = dispatch, rule, balance
-        self.holds_DE = plan.holds_LDE[layer]
-        self.home_E = plan.device_LE[layer]
-        self.own_S = plan.expert_LDS[layer, self.ranks.mine].unique()
+        self.holds_DE = placement.holds_LDE[layer]
+        self.home_E = placement.device_LE[layer]
+        self.own_S = placement.expert_LDS[layer, self.ranks.mine].unique()
         mine = weights.some(self.own_S)
         self.gate_up, self.down = nn.Parameter(mine.gate_up.clone()), nn.Parameter(mine.down.clone())
-        self.computed_E = torch.zeros(plan.num_experts, dtype=torch.int64)  # pairs by expert, of the last forward
+        self.computed_E = torch.zeros(placement.num_experts, dtype=torch.int64)  # pairs by expert, of the last forward
 
     def forward(self, hidden_NH: Tensor, ids_NK: Tensor, weights_NK: Tensor, place_N: Tensor | None = None) -> Tensor:
         """The rank's rows through their experts, wherever they are, `[N, H]`. Every rank has to call it.

@@ -1,4 +1,4 @@
-"""A plan: which device holds which experts, and how good its planner knows it to be.
+"""A placement: which device holds which experts, and how good its planner knows it to be.
 
 `L` MoE layers, `D` devices on `M` nodes, `S` slots a device and layer, `E` experts. Slot `s` of device `d` is physical
 expert `d * S + s`, as engines number them.
@@ -16,7 +16,7 @@ from carpool.errors import CarpoolError
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Placement:
     """Where experts live; an instance is always valid.
 
     Attributes:
@@ -26,9 +26,9 @@ class Plan:
         method: name of the planner.
         objective: what it made small, in words; empty for baselines.
         value: of the objective on what it was planned on.
-        bound: no plan of this shape has less; None: not known.
+        bound: no placement of this shape has less; None: not known.
         status: `optimal`, `heuristic`, or `baseline`.
-        seed: that the plan depends on; None: on none.
+        seed: that the placement depends on; None: on none.
 
     Raises:
         CarpoolError: on construction: an expert without a slot, devices that do not divide into nodes.
@@ -46,18 +46,18 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.expert_LDS.dim() != 3 or self.expert_LDS.dtype != torch.int64:
-            raise CarpoolError("a plan holds int64 experts by layer, device and slot")
+            raise CarpoolError("a placement holds int64 experts by layer, device and slot")
         if self.nodes < 1 or self.devices % self.nodes:
             raise CarpoolError(
                 f"{self.devices} devices do not divide into {self.nodes} nodes: change --devices or --nodes"
             )
         odd = self.expert_LDS[(self.expert_LDS < 0) | (self.expert_LDS >= self.num_experts)]
         if odd.numel():
-            raise CarpoolError(f"the plan holds expert {int(odd[0])} of {self.num_experts}")
+            raise CarpoolError(f"the placement holds expert {int(odd[0])} of {self.num_experts}")
         homeless = (~self.holds_LDE.any(1)).nonzero()
         if homeless.numel():
             layer, expert = homeless[0].tolist()
-            raise CarpoolError(f"the plan has no slot for expert {expert} of layer {layer}")
+            raise CarpoolError(f"the placement has no slot for expert {expert} of layer {layer}")
 
     @property
     def layers(self) -> int:
@@ -92,14 +92,14 @@ class Plan:
         """Int64: the first device that holds each expert, which is the only one where there are no replicas."""
         return self.holds_LDE.int().argmax(1)
 
-    def moved_from(self, other: Plan) -> int:
-        """Experts' weights that devices have to get when this plan takes another's place.
+    def moved_from(self, other: Placement) -> int:
+        """Experts' weights that devices have to get when this placement takes another's place.
 
         Raises:
-            CarpoolError: the plans are of different shapes.
+            CarpoolError: the placements are of different shapes.
         """
         if (self.layers, self.devices, self.num_experts) != (other.layers, other.devices, other.num_experts):
-            raise CarpoolError("these plans are of different models or numbers of devices")
+            raise CarpoolError("these placements are of different models or numbers of devices")
         return int((self.holds_LDE & ~other.holds_LDE).sum())
 
 

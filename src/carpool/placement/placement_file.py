@@ -1,4 +1,4 @@
-"""Plans as files: JSON that says which model and which trace they were made for."""
+"""Placements as files: JSON that says which model and which trace they were made for."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from carpool.artefacts.files import write_text
 from carpool.artefacts.identity import Identity
 from carpool.artefacts.json_text import read_json
 from carpool.errors import CarpoolError
-from carpool.placement.plan import Plan
+from carpool.placement.placement import Placement
 
 SCHEMA = 1
 WORDS = ("method", "objective", "status")
-MADE = "`carpool place --trace FILE -o plan.json`"
+MADE = "`carpool place --trace FILE -o placement.json`"
 
 
 @dataclass(frozen=True, eq=False)
 class PlacementFile:
-    """A plan and the model that it is for.
+    """A placement and the model that it is for.
 
     Attributes:
-        layers: numbers of the plan's layers in the model. fingerprint: of its routers; empty: not known.
+        layers: numbers of the placement's layers in the model. fingerprint: of its routers; empty: not known.
         trace: sha256 of the trace that it was planned on.
     """
 
-    plan: Plan
+    placement: Placement
     layers: tuple[int, ...]
     fingerprint: str = ""
     trace: str = ""
 
     def __post_init__(self) -> None:
-        if len(self.layers) != self.plan.layers or sorted({*self.layers}) != [*self.layers]:
-            raise CarpoolError(f"a plan of {self.plan.layers} layers names them {list(self.layers)}")
+        if len(self.layers) != self.placement.layers or sorted({*self.layers}) != [*self.layers]:
+            raise CarpoolError(f"a placement of {self.placement.layers} layers names them {list(self.layers)}")
 
     def check(self, model: Identity) -> None:
-        """Raises CarpoolError unless the plan is for this model."""
-        mine, theirs = (self.layers, self.plan.num_experts), (model.layers, model.num_experts)
+        """Raises CarpoolError unless the placement is for this model."""
+        mine, theirs = (self.layers, self.placement.num_experts), (model.layers, model.num_experts)
         if mine != theirs or self.fingerprint not in ("", model.fingerprint):
             raise CarpoolError(
-                f"the plan is for another model ({len(mine[0])} layers of {mine[1]} experts, routers "
+                f"the placement is for another model ({len(mine[0])} layers of {mine[1]} experts, routers "
                 f"{self.fingerprint[:12] or 'unknown'}; this one has {len(theirs[0])} of {theirs[1]}, routers "
                 f"{model.fingerprint[:12]}): plan again from a trace of it: {MADE}"
             )
@@ -54,13 +54,13 @@ class PlacementFile:
         Raises:
             CarpoolError: the file cannot be written.
         """
-        plan = self.plan
+        placement = self.placement
         about: dict[str, Any] = {
             "carpool_placement": SCHEMA, "fingerprint": self.fingerprint, "trace": self.trace,
-            "layers": list(self.layers), "num_experts": plan.num_experts, "nodes": plan.nodes,
-            **{name: getattr(plan, name) for name in (*WORDS, "value", "bound", "seed")},
+            "layers": list(self.layers), "num_experts": placement.num_experts, "nodes": placement.nodes,
+            **{name: getattr(placement, name) for name in (*WORDS, "value", "bound", "seed")},
         }  # fmt: skip
-        rows = ",\n  ".join(json.dumps(one) for one in plan.expert_LDS.tolist())
+        rows = ",\n  ".join(json.dumps(one) for one in placement.expert_LDS.tolist())
         write_text(path, f'{json.dumps(about)[:-1]},\n "experts": [\n  {rows}\n ]}}\n')
 
     @classmethod
@@ -68,11 +68,11 @@ class PlacementFile:
         """Read and check a file.
 
         Raises:
-            CarpoolError: it is missing, no JSON, of another schema, or no plan.
+            CarpoolError: it is missing, no JSON, of another schema, or no placement.
         """
         found = read_json(Path(path))
         if not isinstance(found, dict) or "carpool_placement" not in found:
-            raise CarpoolError(f"{path} is no plan of carpool; make one with {MADE}")
+            raise CarpoolError(f"{path} is no placement of carpool; make one with {MADE}")
         if found["carpool_placement"] != SCHEMA:
             raise CarpoolError(f"{path} has schema {found['carpool_placement']!r}, this version reads {SCHEMA}: {MADE}")
         kinds = {
@@ -89,10 +89,10 @@ class PlacementFile:
                 f"{path}: 'experts' are not numbers by layer, device and slot; plan again: {MADE}"
             ) from None
         try:
-            plan = Plan(
+            placement = Placement(
                 expert_LDS, found["num_experts"], found["nodes"], **{name: found[name] for name in WORDS},
                 value=float(found.get("value") or 0), bound=found.get("bound"), seed=found.get("seed"),
             )  # fmt: skip
-            return cls(plan, tuple(found["layers"]), found["fingerprint"], found["trace"])
+            return cls(placement, tuple(found["layers"]), found["fingerprint"], found["trace"])
         except CarpoolError as error:
             raise CarpoolError(f"{path}: {error}") from None
