@@ -151,6 +151,19 @@ def test_a_row_hangs_on_nothing_but_the_row(kind: str, dtype: torch.dtype) -> No
         torch.set_num_threads(threads)
 
 
+@pytest.mark.skipif("amx" not in build.instructions(), reason="no AMX on this processor")
+@settings(max_examples=30, deadline=None)
+@given(shape=st.integers(0, len(SHAPES) - 1), rows=st.integers(9, 90), bits=st.integers(0, 2), seed=st.integers(0, 99))
+def test_many_rows_of_an_expert_are_the_same_bits(shape: int, rows: int, bits: int, seed: int) -> None:
+    hidden, ids, weights, depth = call(shape, rows, 2, seed)
+    depth = torch.where(depth > 0, SHAPES[shape][4][bits % len(SHAPES[shape][4])], 0)
+    few, many = (
+        read_experts(hidden, ids, weights, depth, experts(shape, False), instructions=kind)
+        for kind in ("avx512", "amx")
+    )
+    assert torch.equal(few, many)
+
+
 @needs_kernels
 def test_kinds_of_instructions_agree() -> None:
     inputs = call(2, 33, 2, 3)

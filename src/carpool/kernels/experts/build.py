@@ -39,7 +39,8 @@ def ready() -> bool:
             is_python_module=False,
         )
     except Exception as error:  # a compiler may fail in any way
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        cause = next((line for line in lines if " error: " in line.lower()), lines[0])[:300]
         log.warning("carpool reads experts in plain torch, which is slow: its kernels cannot be built (%s)", cause)
         return False
     torch.library.register_fake("carpool::read_experts", lambda hidden, *_: torch.empty_like(hidden))

@@ -1,6 +1,11 @@
-// AVX-512 with VNNI: a line is one vector, and one instruction multiplies and sums 64 codes.
+// AVX-512 with VNNI: a line is one vector, and one instruction multiplies and sums 64 codes. AMX where it is, for many rows.
 #ifndef CARPOOL_EMULATED
+#if __has_include(<amxint8intrin.h>)  // compilers since 2021
+#define CARPOOL_AMX
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,amx-tile,amx-int8")
+#else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
+#endif
 #include <immintrin.h>
 #endif
 #include <stdint.h>
@@ -61,3 +66,9 @@ struct V {
 #include "body.h"
 
 const carpool::Kernels* carpool::avx512_kernels() { return &kKernels; }
+
+#ifdef CARPOOL_AMX
+#include "amx.h"
+#else
+const carpool::Kernels* carpool::amx_kernels() { return nullptr; }
+#endif

@@ -23,6 +23,7 @@ const Kernels* kernels_of(const std::string& name) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+  if (avx512 && (name.empty() || name == "amx") && amx_kernels()) return amx_kernels();
   if (avx512 && (name.empty() || name == "avx512")) return avx512_kernels();
   if (avx2 && (name.empty() || name == "avx2")) return avx2_kernels();
 #endif
@@ -103,6 +104,7 @@ struct Scratch {
   std::vector<int32_t> places, starts, position;
   std::vector<Pair> pairs;
   std::vector<Task> into, out;
+  std::vector<Row> rows;
   std::vector<char> held;
 
   char* bytes(int64_t count) {
@@ -126,14 +128,37 @@ void cut(const std::vector<int32_t>& starts, const std::vector<Pair>& pairs, con
   }
 }
 
+// Pairs of a task from `first` on that are read at the same depth; returns where they end.
+int32_t same_depth(const std::vector<Pair>& pairs, const Task& task, int32_t first) {
+  int32_t last = first + 1;
+  while (last < task.last && pairs[last].offer == pairs[first].offer) last++;
+  return last;
+}
+
 // Every pair of a task, each at its depth; an expert's planes come from memory once, and from the cache after that.
 template <typename RowOf>
 void multiply(const Kernels& kernels, const Projection& p, const Task& task, const std::vector<Pair>& pairs, RowOf row_of) {
-  for (int32_t block = task.from; block < task.to; block++)
+  auto many = [&](int32_t first, int32_t last) { return kernels.least_many && last - first >= kernels.least_many; };
+  bool few = false;
+  for (int32_t i = task.first, last; i < task.last; i = last) {
+    last = same_depth(pairs, task, i);
+    if (!many(i, last)) {
+      few = true;
+      continue;
+    }
+    std::vector<Row>& rows = scratch().rows;
+    rows.clear();
+    for (int32_t r = i; r < last; r++) rows.push_back(row_of(r));
+    kernels.multiply_many[pairs[i].depth](p.at(pairs[i].expert, pairs[i].offer), task.from, task.to, rows.data(), last - i);
+  }
+  for (int32_t block = task.from; few && block < task.to; block++)
     for (int32_t i = task.first; i < task.last;) {
       const Pair& pair = pairs[i];
-      int32_t last = i + 1;
-      while (last < task.last && pairs[last].offer == pair.offer) last++;
+      const int32_t last = same_depth(pairs, task, i);
+      if (many(i, last)) {
+        i = last;
+        continue;
+      }
       for (int32_t calls = (last - i + kMostRows - 1) / kMostRows; calls; calls--) {
         const int32_t count = (last - i + calls - 1) / calls;  // as even as can be
         Row rows[kMostRows];
@@ -262,7 +287,7 @@ at::Tensor read_experts(const at::Tensor& hidden, const at::Tensor& ids, const a
 
 std::vector<std::string> instructions() {
   std::vector<std::string> names;
-  for (const char* name : {"avx512", "avx2", "plain"})
+  for (const char* name : {"amx", "avx512", "avx2", "plain"})
     if (kernels_of(name)) names.push_back(name);
   return names;
 }

@@ -26,6 +26,8 @@ struct Row {  // an activation in whole numbers, and where its products go
 
 // Outputs 16 * block_out .. + 15 of some rows. A row's result hangs on nothing but the row.
 using Multiply = void (*)(const Matrix&, int64_t block_out, const Row* rows);
+// The same for outputs 16 * from .. 16 * to - 1 of any number of rows, bit for bit.
+using MultiplyMany = void (*)(const Matrix&, int64_t from, int64_t to, const Row* rows, int64_t count);
 
 struct Kernels {
   Multiply multiply[kDeepest + 1][kMostRows + 1];  // by depth and number of rows
@@ -33,6 +35,8 @@ struct Kernels {
   void (*quantise)(const float* values, int64_t width, int64_t group, int8_t* codes, float* scales, float* sums);
   void (*swiglu)(float* gate, const float* up, int64_t width);                             // gate := silu(gate) * up
   void (*clamped)(float* gate, const float* up, int64_t width, float alpha, float limit);  // as in GPT-OSS
+  int64_t least_many = 0;  // from so many rows on `multiply_many` is faster; 0: there is none
+  MultiplyMany multiply_many[kDeepest + 1] = {};
 };
 
 // The table's lines, from a file's `multiply<depth, rows>`.
@@ -45,6 +49,7 @@ struct Kernels {
    quantise, swiglu, clamped}
 
 const Kernels* avx512_kernels();
+const Kernels* amx_kernels();  // null where they cannot run
 const Kernels* avx2_kernels();
 const Kernels* plain_kernels();
 
