@@ -37,7 +37,7 @@ sys.path.append(str(Path(__file__).parents[1] / "recipes/model_experts"))
 import modes
 
 BUDGETS = (2.0, 4.0, 6.0, 8.0)  # tokens that the slow mode may write, a mean over all items
-ANSWER = (("margin",), ("least",), ("mean",))
+ANSWER = (("margin",), ("least",))  # an answer is one token here: its mean is its least
 LONG, SHORT = 7, 4  # terms
 
 
@@ -67,8 +67,8 @@ class Side:
             for name, made in said.items()
         }
         self.cost = {name: torch.tensor([float(one.written) for one in made]) for name, made in said.items()}
-        self.terms_N = torch.tensor([put.count("+") + 1 for put in self.prompts])
-        self.zeros_N = torch.tensor([put.count("0+") + put.count("0=") for put in self.prompts])
+        self.terms_N = torch.tensor([len(put.split()) // 2 for put in self.prompts])
+        self.zeros_N = torch.tensor([put.count("0") for put in self.prompts])
 
 
 def judged(side: Side, slow_N: Tensor, fast_first: bool) -> dict[str, Any]:
@@ -78,18 +78,16 @@ def judged(side: Side, slow_N: Tensor, fast_first: bool) -> dict[str, Any]:
     spent_N = torch.where(
         slow_N, side.cost["slow"].double() + (side.cost["fast"] if fast_first else 0.0), side.cost["fast"]
     )
-    tokens = float(spent_N.mean())
-    dear = side.cost["slow"].double().mean() + (side.cost["fast"].double().mean() if fast_first else 0.0)
-    cheap = side.cost["fast"].double().mean()
-    share = min(1.0, max(0.0, (tokens - float(cheap)) / float(dear - cheap)))
-    worth_N = (slow - fast) / side.cost["slow"]
-    order = worth_N.argsort(descending=True)
-    left, oracle = tokens - float(cheap), float(fast.mean())
-    for place in order.tolist():
-        price = float(side.cost["slow"][place]) / len(order)
+    tokens, cheap = float(spent_N.mean()), float(side.cost["fast"].double().mean())
+    more_N = (side.cost["slow"] - side.cost["fast"]).double()  # neither chance nor oracle writes both answers
+    share = min(1.0, (tokens - cheap) / float(more_N.mean()))
+    worth_N = (slow - fast) / more_N
+    left, oracle = tokens - cheap, float(fast.mean())
+    for place in worth_N.argsort(descending=True).tolist():
+        price = float(more_N[place]) / len(more_N)
         if worth_N[place] <= 0 or price > left:
             break
-        left, oracle = left - price, oracle + float(slow[place] - fast[place]) / len(order)
+        left, oracle = left - price, oracle + float(slow[place] - fast[place]) / len(more_N)
     long_easy = (side.terms_N >= LONG) & (side.zeros_N >= side.terms_N / 2)
     short_hard = (side.terms_N <= SHORT) & (side.zeros_N == 0)
     return {

@@ -25,10 +25,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
     folder = parser.parse_args().results
-    content = json.loads((folder / "models-recruit.json").read_text())
+    content, modes = (json.loads((folder / f"models-{name}.json").read_text()) for name in ("recruit", "modes"))
     style = {"font.family": "sans-serif", "font.size": 10, "text.color": INK, "axes.edgecolor": PALE}
     with mpl.rc_context(style):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), dpi=150)
+        figure, (left, right, third) = plt.subplots(1, 3, figsize=(14, 4.6), dpi=150)
         rows = sorted(content["rows"], key=lambda one: one["right"])
         for place, one in enumerate(rows):
             colour = MUTED if one["rule"] in CONTROLS else COLOURS[0]
@@ -37,7 +37,7 @@ def main() -> None:
         labels = [f"{one['rule']}{several[one['recruits']]}: {one['loads_grouped']}" for one in rows]
         left.set_yticks(range(len(rows)), labels, fontsize=7)
         left.axvline(content["chance"], color=PALE)
-        left.set(xlabel="right", title="who answers what (and how many models that loads)")
+        left.set(xlabel="right (line: chance); after each rule: models loaded", title="who answers what")
         ends, *found = content["cascade"]
         lines = {" + ".join(one["signals"]): [] for one in found}
         for one in found:
@@ -52,6 +52,20 @@ def main() -> None:
             right.plot(*zip(*oracle, strict=True), ":", color=MUTED, label="oracle")
         right.set(xlabel="share passed on to the strong expert", ylabel="right", title="when a weak answer stands")
         right.legend(fontsize=7, frameon=False)
+        ends = {one["selector"]: (one["tokens"], one["right"]) for one in modes["rows"] if "budget" not in one}
+        for colour, name in zip(COLOURS, dict.fromkeys(one["selector"] for one in modes["rows"]), strict=False):
+            found = [
+                one for one in modes["rows"] if one["selector"] == name and "budget" in one and "refused" not in one
+            ]
+            if found:
+                points = [(one["tokens"], one["right"], one["half_width"]) for one in found]
+                tokens, rights, halves = zip(*points, strict=True)
+                third.errorbar(tokens, rights, yerr=halves, fmt="o-", color=colour, label=name, linewidth=1)
+        third.plot(*zip(*ends.values(), strict=True), "--", color=MUTED, label="random")
+        best = sorted({(one["tokens"], one["oracle"]) for one in modes["rows"] if "refused" not in one})
+        third.plot(*zip(*best, strict=True), ":", color=MUTED, label="oracle")
+        third.set(xlabel="tokens an item", ylabel="right", title="when a slow answer is asked for")
+        third.legend(fontsize=7, frameon=False)
         figure.tight_layout()
         with atomic_path(folder / "models.png") as path:
             figure.savefig(path, format="png")

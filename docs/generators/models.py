@@ -31,7 +31,8 @@ def by_mode(content: dict[str, Any]) -> str:
     for one in content["rows"]:
         budget = f"{one['budget']:g}" if "budget" in one else ""
         if "refused" in one:
-            lines.append([one["selector"], budget, "refused: no better than chance", *[""] * 6])
+            why = "no better than chance" if "random" in one["refused"] else "too little to ask slowly at all"
+            lines.append([one["selector"], budget, f"refused: {why}", *[""] * 6])
             continue
         spent = f"{one['slow_tokens']:.2f} ± {one['slow_tokens_half_width']:.2f}" if budget else ""
         lines.append([

@@ -2,9 +2,9 @@
 
     python modes.py WORK
 
-The task: the last digit of a sum, `3+4+0+9=`. Fast (`f` first) the answer follows at once, slow (`s` first) all partial
-sums do first. Many terms are 0 in a third of the sums, so that there are long easy ones. Writes `WORK/modes` and
-`WORK/modes.toml`, a pool of both modes of one model.
+The task: the last digit of a sum, `a 3 b 4 c 0 d 9 =`, each term after a letter of its own. Fast (`f` first) the answer
+follows at once, slow (`s` first) all partial sums do first, `a3b7c7d6:6`. Many terms are 0 in a third of the sums, so
+that there are long easy ones. Writes `WORK/modes` and `WORK/modes.toml`, a pool of both modes of one model.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-LETTERS = ["<pad>", "<end>", *"0123456789+=,:fs"]
+PLACES = "abcdeghij"  # letters of the terms
+LETTERS = ["<pad>", "<end>", *"0123456789=:fs", *PLACES]
 PAD, END = 0, 1
 SHORTEST, LONGEST = 2, 9  # terms
 EASY, ZEROS = 1 / 3, 0.8  # share of easy sums, share of zeros in them
-STEPS, BATCH, RATE, WARMUP = 1200, 64, 4e-3, 60
+STEPS, BATCH, RATE, WARMUP = 2400, 64, 4e-3, 60
 POOL = """# two modes of one model
 [[expert]]
 name = "fast"
@@ -49,20 +50,22 @@ def terms(rng: random.Random) -> list[int]:
 
 
 def question(numbers: list[int]) -> str:
-    return "+".join(map(str, numbers)) + "="
+    return " ".join(f"{place} {number}" for place, number in zip(PLACES, numbers, strict=False)) + " ="
 
 
 def answer(numbers: list[int], slow: bool) -> str:
     """What follows the question, without the end."""
     last = str(sum(numbers) % 10)
-    sums = [str(sum(numbers[: place + 1]) % 10) for place in range(len(numbers))]
-    return f"{','.join(sums)}:{last}" if slow else last
+    sums = [f"{PLACES[place]}{sum(numbers[: place + 1]) % 10}" for place in range(len(numbers))]
+    return f"{''.join(sums)}:{last}" if slow else last
 
 
 def made_tokenizer() -> PreTrainedTokenizerFast:
-    """One letter a token."""
+    """One letter a token; spaces are none."""
     tokenizer = Tokenizer(models.WordLevel({letter: place for place, letter in enumerate(LETTERS)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("."), "isolated"),
+    ])  # fmt: skip
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
 
@@ -72,7 +75,7 @@ def batch(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
     rows, starts = [], []
     for _ in range(BATCH):
         numbers, slow = terms(rng), rng.random() < 0.5
-        put = ("s" if slow else "f") + question(numbers)
+        put = ("s" if slow else "f") + question(numbers).replace(" ", "")
         rows.append([LETTERS.index(letter) for letter in put + answer(numbers, slow)] + [END])
         starts.append(len(put))
     width = max(map(len, rows))

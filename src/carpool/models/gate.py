@@ -68,9 +68,8 @@ class Gate:
         return self.score(signals_NS) >= self.cut
 
     def draw(self, signals_NS: Tensor, generator: torch.Generator) -> Tensor:
-        """Mowst's Algorithm 1: the weak answer stands where `q < C`, q uniform, bool `[N]`."""
-        confidence_N = self.confidence(signals_NS)
-        return torch.rand(confidence_N.shape, generator=generator, dtype=torch.float64) < confidence_N
+        """`drawn` by this gate's confidence, bool `[N]`."""
+        return drawn(self.confidence(signals_NS), generator)
 
     @classmethod
     def calibrate(
@@ -164,6 +163,11 @@ class Gate:
         if not (rising and len(gate.scores) == len(gate.values) >= 1 and gate.weights and min(gate.weights) >= 0):
             raise CarpoolError(f"{path} is no gate: its confidence does not rise with its signals; make it again")
         return gate
+
+
+def drawn(confidence_N: Tensor, generator: torch.Generator) -> Tensor:
+    """Mowst's Algorithm 1: the weak answer stands where `q < C`, q uniform, bool `[N]`."""
+    return torch.rand(confidence_N.shape, generator=generator, dtype=torch.float64) < confidence_N
 
 
 def isotonic(score_N: Tensor, target_N: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
