@@ -9,7 +9,7 @@ LINKS := $(if $(FIND_LINKS),--find-links "$(FIND_LINKS)")
 TORCH ?= $(if $(FIND_LINKS),torch==2.13.0+cpu,torch)
 INSTALL := $(UV) pip install --quiet --python $(PY) $(LINKS)
 
-.PHONY: demo test test-all test-next test-sglang coverage gpu-check lint format clean
+.PHONY: demo test test-all test-next test-sglang test-ktransformers coverage gpu-check lint format clean
 
 demo: $(VENV)/demo-ready
 	$(VENV)/bin/carpool demo
@@ -76,6 +76,15 @@ $(VENV)/sglang-ready: $(VENV)/test-ready tests/requirements-sglang.txt $(wildcar
 
 test-sglang: $(VENV)/sglang-ready
 	OMP_NUM_THREADS=1 PYTHONPATH=$(SGLANG) $(PY) -m pytest $(wildcard tests/test_sglang*.py)
+
+# KTransformers' own reading of frequencies: wheels of 200 MB, without their own requirements, which are for GPUs.
+KTRANSFORMERS := $(VENV)/ktransformers
+$(VENV)/ktransformers-ready: $(VENV)/test-ready
+	$(INSTALL) --no-deps --target $(KTRANSFORMERS) kt-kernel==0.7.2 sglang-kt==0.7.2 gguf
+	touch $@
+
+test-ktransformers: $(VENV)/ktransformers-ready
+	OMP_NUM_THREADS=1 PYTHONPATH=$(KTRANSFORMERS) $(PY) -m pytest tests/test_placement_ktransformers.py
 
 # Which models are shared, on both versions and runners: what docs/results/vllm-coverage.json lacks. Takes hours.
 COVERAGE := benchmarks/vllm_coverage.py --missing

@@ -45,6 +45,18 @@ def test_planners_are_compared_and_the_useless_ones_named(command):
     assert "displaced" in output
 
 
+def test_experts_that_divide_with_replicas_alone_are_placed_with_replicas(command):
+    code, output = command("--devices", "3", "--redundant", "1", "--planner", "eplb + replicas", "-o", "placement.json")
+    assert code == 0, output
+    assert "planners without replicas are left out: 8 experts do not divide among 3 devices" in output
+    assert "linear" in output
+    assert "fan-out" not in output
+    assert PlacementFile.load("placement.json").placement.slots == 3
+    code, output = command("--devices", "3", "--redundant", "1", "--planner", "exflow", "-o", "other.json")
+    assert code == 2
+    assert "exflow places every expert once, and 8 do not divide among 3 devices: use one of linear, eplb +" in output
+
+
 def test_prefill_says_what_moving_experts_does(command):
     trace = random_trace(96, 3, 8, 2, batch=24, seed=1)
     replace(trace, phase_T=trace.phase_T * 0).save("prompts.safetensors")

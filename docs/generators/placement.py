@@ -1,22 +1,24 @@
 """The tables of docs/placement.md.
 
-See benchmarks/placement.py for how docs/results/placement.json is made.
+See benchmarks/placement.py, placement_cost.py and placement_quality.py for how docs/results/placement*.json are made.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from generators import Block, load, rows
+from generators import Block, load, rows, with_interval
 
 PAGE = "docs/placement.md"
 
 
 def blocks() -> list[Block]:
-    content = load("placement.json")
-    if content is None:
-        return []
-    return [Block(PAGE, name, table(content)) for name, table in TABLES.items()]
+    made = []
+    for file, tables in TABLES.items():
+        content = load(file)
+        if content is not None:
+            made += [Block(PAGE, name, table(content)) for name, table in tables.items()]
+    return made
 
 
 def planners(content: dict[str, Any]) -> str:
@@ -129,8 +131,49 @@ def _spilled(one: dict[str, float]) -> list[str]:
             f"{one['moved_experts']:.1f}"]  # fmt: skip
 
 
+def cost(content: dict[str, Any]) -> str:
+    """The cost model on CPU ranks: its numbers, and how far it is off on steps that it was not fitted on."""
+    model, machine = content["model"], content["machine"]
+    words = {"max": "`max(a + b · experts, c + d · pairs)`", "sum of both": "`a + b · experts + d · pairs`"}
+    lines = [
+        [words.get(name, name), f"{one['median']:.0%}", f"{one['most']:.0%}", f"{one['r2']:.3f}"]
+        for name, one in content["errors"].items()
+        if "median" in one
+    ]
+    known, new = (len(content["experts_pairs_micros"][kind]) for kind in ("known", "new"))
+    return (
+        f"Fitted: `--cost {','.join(f'{model[name]:.0f}' for name in 'abcd')}`, on {known} measurements of "
+        f"{content['ranks']} gloo ranks (float32 experts of {content['hidden_size']} × {content['width']}, "
+        f"{content['experts_of_a_rank']} a rank, a thread each, {machine['cpu']}); below, {new} others:\n\n"
+        + rows(["form", ">median error", ">largest error", ">R²"], lines)
+    )
+
+
+def quality(content: dict[str, Any]) -> str:
+    """What caps per device cost, beside the peak that they lower."""
+    facts, stock = content["arguments"], content["results"][0]
+    lines = [
+        [f"`{one['policy']}`" if one is not stock else "stock", f"{one['peak']['value']:.2f}",
+         f"{one['peak']['value'] / stock['peak']['value'] - 1:+.0%}", f"{one['union']['value']:.1f}",
+         f"{one['displaced_mass']['value']:.0%}", with_interval(one["kl"], 3),
+         f"{one['top1_agreement']['value']:.1%}", f"{one['perplexity_ratio']['value']:.3f}"]
+        for one in content["results"]
+    ]  # fmt: skip
+    heads = ["policy", ">peak experts of a device", ">change", ">of all", ">displaced", ">KL to stock, nats",
+             ">same top-1", ">perplexity / stock"]  # fmt: skip
+    return (
+        f"Reference model, held-out text, {facts['devices']} devices with experts in order, {facts['batches']} batches "
+        f"of {facts['batch']} sequences, {stock['tokens']:,} decoded tokens, seed {facts['seed']}:\n\n"
+        + rows(heads, lines)
+    )
+
+
 TABLES = {
-    "placement planners": planners, "placement controls": controls, "placement hops": hops,
-    "placement certificates": certificates, "placement metro": metro, "placement sharing": sharing,
-    "placement llep": llep,
+    "placement.json": {
+        "placement planners": planners, "placement controls": controls, "placement hops": hops,
+        "placement certificates": certificates, "placement metro": metro, "placement sharing": sharing,
+        "placement llep": llep,
+    },
+    "placement-cost.json": {"placement cost": cost},
+    "placement-quality.json": {"placement quality": quality},
 }  # fmt: skip

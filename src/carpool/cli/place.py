@@ -79,7 +79,7 @@ def place(options: Options) -> None:
     from carpool.artefacts.trace import Trace
     from carpool.placement.compare import advise, compare
     from carpool.placement.cost import CostModel
-    from carpool.placement.planners import PLANNERS, Sizes, planner
+    from carpool.placement.planners import PLANNERS, Sizes, planner, possible
 
     console = Console()
     _require(options)
@@ -92,10 +92,22 @@ def place(options: Options) -> None:
         _check(trace, options.model)
     sizes = Sizes(options.devices, options.nodes, options.redundant, options.groups, options.seed)
     part = trace.of_phase(options.phase)
-    with progress("planning", len(PLANNERS), "planners") as advance:
+    planners = possible(part.num_experts, sizes)
+    if options.output is not None and chosen not in planners:
+        raise CarpoolError(
+            f"--planner {chosen.name} places every expert once, and {part.num_experts} do not divide among "
+            f"{options.devices} devices: use one of {', '.join(one.name for one in planners)}"
+        )
+    with progress("planning", len(planners), "planners") as advance:
         rows = compare(part, sizes, options.dispatch, cost=cost, progress=advance)
     _show(console, rows, options, part)
-    if options.phase == "prefill":
+    if len(planners) < len(PLANNERS):
+        say(
+            console,
+            f"planners without replicas are left out: {part.num_experts} experts do not divide among {options.devices} "
+            "devices",
+        )
+    elif options.phase == "prefill":
         _moving(console, part, options.devices)
     advice = advise(rows, options.dispatch)
     for said in (*advice.use, *advice.refused):

@@ -9,11 +9,11 @@ from functools import partial
 from torch import Tensor
 
 from carpool.artefacts.trace import Trace
-from carpool.placement.baselines import linear
+from carpool.placement.baselines import linear_like
 from carpool.placement.cost import CostModel, usable
 from carpool.placement.dispatch import way
 from carpool.placement.placement import Placement
-from carpool.placement.planners import PLANNERS, Planner, Sizes
+from carpool.placement.planners import PLANNERS, Planner, Sizes, possible
 from carpool.placement.score import Score, chosen, counts, score, score_of
 
 WORTH = 0.01  # of what experts in order have; less than that is no reason to move weights
@@ -71,9 +71,9 @@ def compare(
     way(dispatch)
     now, later = trace.windows(2)
     rows = []
-    for one in planners:
+    for one in possible(trace.num_experts, sizes, planners):
         placement = one.make(now, sizes)
-        start = linear(placement.layers, placement.num_experts, placement.devices, placement.nodes)
+        start = linear_like(placement)
         replayed = chosen(placement, later, one.rule)
         scored = score_of(placement, later, replayed)
         micros = None if cost is None else _micros(placement, later, replayed, cost, scored, dispatch)

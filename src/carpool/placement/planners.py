@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from carpool.artefacts.trace import Trace
@@ -50,6 +50,11 @@ def _baseline(make: Callable[..., Placement]) -> Callable[[Trace, Sizes], Placem
     return lambda trace, sizes: make(trace.num_layers, trace.num_experts, sizes.devices, sizes.nodes)
 
 
+def _linear(trace: Trace, sizes: Sizes) -> Placement:
+    redundant = sizes.redundant if trace.num_experts % sizes.devices else 0
+    return linear(trace.num_layers, trace.num_experts, sizes.devices, sizes.nodes, redundant=redundant)
+
+
 def _random(trace: Trace, sizes: Sizes) -> Placement:
     return random(trace.num_layers, trace.num_experts, sizes.devices, sizes.nodes, seed=sizes.seed)
 
@@ -77,7 +82,7 @@ def _fan_out(trace: Trace, sizes: Sizes) -> Placement:
 
 
 PLANNERS = (
-    Planner("linear", "", _baseline(linear)),
+    Planner("linear", "", _linear),
     Planner("round-robin", "", _baseline(round_robin)),
     Planner("random", "", _random),
     Planner("eplb", "peak_tokens", _eplb),
@@ -87,6 +92,13 @@ PLANNERS = (
     Planner("exflow", "hops", _exflow),
     Planner("moetuner", "hops", _moetuner),
 )  # fmt: skip
+
+
+def possible(num_experts: int, sizes: Sizes, planners: Sequence[Planner] = PLANNERS) -> list[Planner]:
+    """Those that can place so many experts: all, or those that fill devices with replicas where experts that lie once
+    do not divide among them."""
+    uneven = bool(sizes.redundant and num_experts % max(sizes.devices, 1))
+    return [one for one in planners if not uneven or one.replicas or one.name == "linear"]
 
 
 def planner(name: str) -> Planner:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from carpool.artefacts.trace import Trace
-from carpool.placement.baselines import linear
+from carpool.placement.baselines import linear_like
 from carpool.placement.demand import loads_LE
 from carpool.placement.placement import Placement
 from carpool.placement.placement_file import PlacementFile
@@ -37,7 +37,7 @@ def placement_section(file: PlacementFile, trace: Trace) -> str:
     """
     placement = file.placement
     require_fit(placement, trace)
-    start = linear(placement.layers, placement.num_experts, placement.devices, placement.nodes)
+    start = linear_like(placement)
     scores = [score(one, trace) for one in (start, placement)]
     note = NOTE.format(
         tokens=len(trace), method=placement.method, before=scores[0].peak_tokens, after=scores[1].peak_tokens,
