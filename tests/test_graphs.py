@@ -26,7 +26,7 @@ E, K, N = 16, 4, 6
 # `sigmoid` with expert groups and a bias is the longest way through `RouteSpec`
 PLAIN = RouteSpec(top_k=K)
 GROUPED = RouteSpec(top_k=K, scoring="sigmoid", bias_E=torch.arange(E) / 100, num_groups=4, kept_groups=2)
-SERVING = " | protect([3]) | decode_only | min_batch(2) | short_circuit | floor(0.3)"
+SERVING = " | protect([3]) | decode_only | min_batch(2) | short_circuit | regret(0.2) | floor(0.3)"
 
 
 def a_case(row: Row, spec: RouteSpec = PLAIN) -> Case:

@@ -21,7 +21,7 @@ pytest.importorskip("vllm", reason="vLLM is an extra")
 EXPERTS, ROWS = 8, 40
 POLICIES = (
     "xshare(budget=3, warmup=0)", "xshare(budget=4) | floor(0.3)", "oea(k0=1)", "des_vote(size=3)", "lynx(budget=3)",
-    "topk(k=1)", "top_p(p=0.6)", "xshare(budget=8)",
+    "topk(k=1)", "top_p(p=0.6)", "xshare(budget=8)", "xshare(budget=3, warmup=0) | regret(0.1)",
 )  # fmt: skip
 
 

@@ -53,24 +53,30 @@ ATTACKED = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize(("guard", "top_k"), [("floor", 4), ("regret", 4), ("regret", 1)])
 @given(seed=st.integers(0, 10**6), tau=st.sampled_from([0.0, 0.1, 0.3, 0.5]), text=st.sampled_from(ATTACKED))
-def test_no_co_batch_beats_the_floor(seed: int, tau: float, text: str) -> None:
-    """Attackers climb: each takes the row that costs the victim most."""
+def test_no_co_batch_beats_a_bound(guard: str, top_k: int, seed: int, tau: float, text: str) -> None:
+    """Attackers climb: each takes the row that costs the victim most, in displaced mass or routing probability."""
     generator = torch.Generator().manual_seed(seed)
     victim_E, pool_PE = torch.randn(16, generator=generator), torch.randn(64, 16, generator=generator) * 3
     chosen = torch.randint(64, (5,), generator=generator)
     group_N = torch.arange(64).repeat_interleave(6)
     batch = Batch.of(64 * 6, group_N=group_N, num_groups=64)
-    plan, spec = parse(f"{text} | floor({tau})"), RouteSpec(top_k=4)
+    plan, spec = parse(f"{text} | {guard}({tau})"), RouteSpec(top_k=top_k)
+    chance_E = victim_E.double().softmax(-1)
+    best = chance_E.topk(top_k).values.sum()
     stats = plan.policy.prepare(unexplained(16, generator))
     for place in range(5):
         tried_CA = chosen.repeat(64, 1)
         tried_CA[:, place] = torch.arange(64)
         logits_CBE = torch.cat((victim_E.expand(64, 1, 16), pool_PE[tried_CA]), 1)
         outcome = route(plan, spec, logits_CBE.flatten(0, 1), batch, stats=stats)
-        displaced_C = outcome.displaced_N.view(64, 6)[:, 0]
-        assert (displaced_C <= tau + 1e-12).all()
-        chosen = tried_CA[displaced_C.argmax()]
+        lost_C = outcome.displaced_N.view(64, 6)[:, 0]
+        if guard == "regret":
+            computed_CE = outcome.computed_NE.view(64, 6, 16)[:, 0]
+            lost_C = best - (chance_E * computed_CE).sum(-1)
+        assert (lost_C <= tau + (1e-12 if guard == "floor" else 1e-6)).all()
+        chosen = tried_CA[lost_C.argmax()]
 
 
 BUDGETS = ("xshare", "des_vote", "lynx", "base", "random", "surrogate")
