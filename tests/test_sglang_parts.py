@@ -117,7 +117,9 @@ def test_cold_rows_have_no_say_once_a_step_has_predicted() -> None:
     assert not batch.exempt_N.any(), "cold rows are bound"
 
 
-@pytest.mark.parametrize("text", ["cold()", "team_cold(0.7)", "team_cold(near=[1])", "team_cold(tau=1)", "team_cold"])
+@pytest.mark.parametrize(
+    "text", ["cold()", "team_cold(0.7)", "team_cold(near=[1])", "team_cold(tau=1)", "team_cold | x"]
+)
 def test_voters_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(CarpoolError, match=r"names no voters; write team_cold\(confidence"):
         settings(voters=text)

@@ -5,12 +5,12 @@ Shapes: `N` rows, `K` experts a row.
 
 from __future__ import annotations
 
-import ast
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from carpool.artefacts.calls import read_calls
 from carpool.errors import CarpoolError
 from carpool.offloading.accesses import above, shares
 
@@ -45,18 +45,20 @@ class Misses:
         Raises:
             CarpoolError: it cannot be read, or says what cannot be.
         """
-        first, *guards = [part.strip() for part in text.split("|")]
+        try:
+            (name, given, named), *guards = read_calls(text, "on_miss")
+        except CarpoolError:
+            raise CarpoolError(f"on_miss={text!r}: give {FORMS}") from None
         tau = 1.0
         if guards:
-            name, given = _call(guards[0], text)
-            if len(guards) > 1 or name != "floor" or len(given) != 1 or type(given[0]) not in (int, float):
+            guard, bound, more = guards[0]
+            if len(guards) > 1 or guard != "floor" or more or [type(one) in (int, float) for one in bound] != [True]:
                 raise CarpoolError(f"on_miss={text!r}: give {FORMS}")
-            tau = float(given[0])
-        if first == "exact":
+            tau = float(bound[0])
+        if name == "exact" and not given and not named:
             found = cls(tau=tau)
         else:
-            name, given = _call(first, text)
-            if name != "depth" or not 1 <= len(given) <= 2:
+            if name != "depth" or named or not 1 <= len(given) <= 2:
                 raise CarpoolError(f"on_miss={text!r}: give {FORMS}")
             depths, bounds = given[0], given[1] if len(given) == 2 else []
             depths = depths if isinstance(depths, list) else [depths]
@@ -106,13 +108,3 @@ class Misses:
         left_NK = shallow_NK.sum(-1, keepdim=True) - above(shallow_NK)  # before this pair is read whole
         whole_NK = (shallow_NK > 0) & (left_NK > self.tau)
         return torch.where(live_NK, torch.where(whole_NK, most_NK, depth_NK), 0)
-
-
-def _call(text: str, whole: str) -> tuple[str, list]:
-    try:
-        node = ast.parse(text, mode="eval").body
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.keywords:
-            raise ValueError
-        return node.func.id, [ast.literal_eval(one) for one in node.args]
-    except (ValueError, SyntaxError):
-        raise CarpoolError(f"on_miss={whole!r}: give {FORMS}") from None

@@ -5,7 +5,6 @@ The text is parsed, never evaluated: names, literals and `|` are all there is.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
@@ -13,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from carpool.artefacts.calls import read_calls, short
 from carpool.errors import CarpoolError
 from carpool.plans.guards import GUARDS, Bits, Bound, DecodeOnly, Guard, MinBatch, Regret, ShortCircuit
 from carpool.policies import Policy, policies
@@ -20,8 +20,6 @@ from carpool.policies.registry import policy_class
 from carpool.routing.spec import ALL_BITS
 
 PLANES = "planes_shape"  # the statistic that says at which depths experts are stored
-MAX_TEXT = 10_000  # characters; deeper nesting than any policy needs would exhaust the parser's stack
-SHOWN = 200  # characters of a text that an error repeats
 
 
 @dataclass(frozen=True)
@@ -98,18 +96,7 @@ def parse(text: str | Policy | Plan) -> Plan:
         return Plan(text)
     if not isinstance(text, str) or not text.strip():
         raise CarpoolError(f"a policy is a text such as 'xshare(budget=32) | floor(0.3)', not {text!r}")
-    if len(text) > MAX_TEXT:
-        raise CarpoolError(f"a policy text of {len(text)} characters; {MAX_TEXT} is the limit")
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-        parts = [_call(node, text) for node in _split(tree)]
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        if isinstance(error, CarpoolError):
-            raise
-        raise CarpoolError(
-            f"cannot read the policy text {_short(text)}: write name(parameter=value) | guard(...)"
-        ) from None
-    first, *rest = (_build(name, args, kwargs) for name, args, kwargs in parts)
+    first, *rest = (_build(*call) for call in read_calls(text, "the policy text"))
     if not isinstance(first, Policy):
         raise CarpoolError(f"{first} is a guard; a policy text starts with a policy ({', '.join(policies())})")
     guards: list[Guard] = []
@@ -120,43 +107,8 @@ def parse(text: str | Policy | Plan) -> Plan:
     names = [guard.name for guard in guards]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise CarpoolError(f"{twice} is given twice in {_short(text)}: write each guard once")
+        raise CarpoolError(f"{twice} is given twice in {short(text)}: write each guard once")
     return Plan(first, tuple(guards))
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= SHOWN else text[:SHOWN] + "...")
-
-
-def _split(node: ast.expr) -> list[ast.expr]:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return [*_split(node.left), *_split(node.right)]
-    return [node]
-
-
-def _call(node: ast.expr, text: str) -> tuple[str, list[Any], dict[str, Any]]:
-    if isinstance(node, ast.Name):
-        return node.id, [], {}
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-        raise CarpoolError(f"cannot read {_short(ast.unparse(node))} in {_short(text)}: write name(parameter=value)")
-    kwargs: dict[str, Any] = {}
-    for keyword in node.keywords:
-        if keyword.arg is None or keyword.arg in kwargs:
-            raise CarpoolError(f"cannot read {_short(ast.unparse(node))}: each parameter once, as name=value")
-        kwargs[keyword.arg] = _literal(keyword.value, node.func.id)
-    return node.func.id, [_literal(argument, node.func.id) for argument in node.args], kwargs
-
-
-def _literal(node: ast.expr, name: str) -> Any:
-    for part in ast.walk(node):  # however deep: Python refuses to print a number of thousands of digits
-        if isinstance(part, ast.Constant) and isinstance(part.value, int | float) and not part.value <= 2**53:
-            raise CarpoolError(f"a number beyond 2**53 in {_short(name)}; no parameter takes one")
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError):  # TypeError: an unhashable key
-        raise CarpoolError(
-            f"{_short(ast.unparse(node))} is not a literal; values are numbers, strings and lists"
-        ) from None
 
 
 def _build(name: str, args: list[Any], kwargs: dict[str, Any]) -> Policy | Guard:
@@ -166,11 +118,11 @@ def _build(name: str, args: list[Any], kwargs: dict[str, Any]) -> Policy | Guard
         kind = policy_class(name)
     else:
         known = ", ".join((*policies(), *GUARDS))
-        raise CarpoolError(f"unknown policy or guard {_short(name)}; known names: {known}")
+        raise CarpoolError(f"unknown policy or guard {short(name)}; known names: {known}")
     names = [field.name for field in fields(kind)]
     unknown = [given for given in kwargs if given not in names]
     if unknown:
-        raise CarpoolError(f"{name} has no parameter {_short(unknown[0])}; it takes: {', '.join(names) or 'none'}")
+        raise CarpoolError(f"{name} has no parameter {short(unknown[0])}; it takes: {', '.join(names) or 'none'}")
     try:
         return kind(*args, **kwargs)
     except TypeError:
@@ -181,5 +133,5 @@ def _build(name: str, args: list[Any], kwargs: dict[str, Any]) -> Policy | Guard
                 f"{name} needs {missing[0]!r}: write {name}({missing[0]}=...); it takes: {', '.join(names)}"
             ) from None
         raise CarpoolError(
-            f"{name} takes {', '.join(names) or 'no parameters'}; given: {_short(str(args or kwargs))}"
+            f"{name} takes {', '.join(names) or 'no parameters'}; given: {short(str(args or kwargs))}"
         ) from None

@@ -5,13 +5,13 @@ Shapes: `R` rows of `L` positions.
 
 from __future__ import annotations
 
-import ast
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from carpool.artefacts.calls import read_calls
 from carpool.errors import CarpoolError
 
 NAME = "team_cold"
@@ -49,13 +49,12 @@ class TeamCold:
             CarpoolError: anything else.
         """
         try:
-            call: Any = ast.parse(text.strip(), mode="eval").body
-            given = {one.arg: ast.literal_eval(one.value) for one in call.keywords}
-            if call.func.id != NAME or call.args or not given.keys() <= cls.__annotations__.keys():
+            ((name, unnamed, given),) = read_calls(text, "voters")
+            if name != NAME or unnamed or not given.keys() <= cls.__annotations__.keys():
                 raise ValueError
             if any(type(value) not in (int, float) for value in given.values()):
                 raise ValueError
-        except (SyntaxError, ValueError, AttributeError, TypeError):
+        except (CarpoolError, ValueError):
             raise CarpoolError(f"{text!r} names no voters; write {NAME}(confidence=0.7, near=3, surest=2)") from None
         return cls(**given)
 
