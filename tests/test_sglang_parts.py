@@ -12,7 +12,7 @@ import torch
 from carpool import CarpoolError
 from carpool.hosts.engine.settings import Settings
 from carpool.hosts.engine.step_rows import Rows
-from carpool.hosts.sglang import denoising, engine, follow
+from carpool.hosts.sglang import arm, denoising, engine, follow, weights
 from carpool.hosts.sglang.configuration import settings_of
 from carpool.hosts.sglang.distinct import distinct
 from carpool.hosts.sglang.prefix_cache import prompts_only
@@ -163,14 +163,46 @@ def test_the_configuration_is_a_key_among_others() -> None:
         settings_of(SimpleNamespace(json_model_override_args='{"carpool": {"polcy": ""}}'))
 
 
+@pytest.mark.parametrize("given", [{"policy": "xshare(budget=8)"}, {"polcy": ""}, {"policy": "nothing()"}])
+def test_a_configuration_that_cannot_be_read_ends_in_its_sentence(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As everything that is refused later: without a traceback where SGLang's command line runs."""
+    ended: list[str] = []
+    monkeypatch.setattr(arm, "end_with_the_sentence", ended.append)
+    arguments = SimpleNamespace(json_model_override_args=json.dumps({"carpool": given}))
+    with pytest.raises(CarpoolError):
+        arm._resolved(lambda arguments: None, arguments)
+    assert ended == ["sglang"]
+
+
+def test_weights_that_come_past_the_models_own_loading_are_noticed() -> None:
+    seen: list[str] = []
+    host = SimpleNamespace(weights=SimpleNamespace(replaced=lambda: seen.append("replaced")))
+    for runner, expected in ((SimpleNamespace(carpool=host), ["replaced"]), (SimpleNamespace(), [])):
+        seen.clear()
+        updater = SimpleNamespace(get_model_runner=lambda runner=runner: runner)
+        assert weights._updated(lambda updater, name: name, updater, "given") == "given"
+        assert seen == expected
+
+
+def test_a_bias_that_is_replaced_is_the_rules_too() -> None:
+    """The rule holds a copy, where the router's is in another precision."""
+    bias_E = torch.tensor([0.5, -0.25], dtype=torch.bfloat16)
+    layer: Any = SimpleNamespace(
+        router=SimpleNamespace(topk_config=SimpleNamespace(correction_bias=bias_E)),
+        spec=SimpleNamespace(bias_E=torch.zeros(2)),
+    )
+    weights.Weights([], [layer], dict, lambda: None)._renew_bias(layer)  # type: ignore[arg-type]
+    assert torch.equal(layer.spec.bias_E, bias_E.float())
+
+
 def test_free_slots_name_what_the_batch_reads() -> None:
     ids = torch.tensor([[5, 5, 5], [7, 2, 5], [2, 7, 2]], dtype=torch.int32)
-    weights = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.3, 0.2], [0.6, 0.4, 0.0]])
-    made = distinct(ids, weights, 9)
-    assert torch.equal(made[weights != 0], ids[weights != 0])
+    given = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.3, 0.2], [0.6, 0.4, 0.0]])
+    made = distinct(ids, given, 9)
+    assert torch.equal(made[given != 0], ids[given != 0])
     assert all(len(set(row)) == 3 for row in made.tolist())
     assert set(made.flatten().tolist()) == {2, 5, 7}
-    assert distinct(ids[1:2], weights[1:2], 9) is not None
+    assert distinct(ids[1:2], given[1:2], 9) is not None
     alone = distinct(torch.tensor([[4, 4, 4]], dtype=torch.int32), torch.tensor([[1.0, 0.0, 0.0]]), 9)
     assert len(set(alone[0].tolist())) == 3
     assert alone.dtype == torch.int32

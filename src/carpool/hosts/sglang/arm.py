@@ -30,7 +30,8 @@ def arm() -> None:
     around("sglang.srt.server_args.ServerArgs.resolve_once", _resolved)
     around("sglang.srt.model_executor.model_runner.ModelRunner.initialize", _initialized)
     around("sglang.srt.managers.scheduler.Scheduler.__init__", _scheduler_built)
-    if "sglang.srt.server_args.ServerArgs.resolve_once" in _missing and any(PLACE in given for given in sys.argv):
+    asked = any(PLACE in given.replace("-", "_") for given in sys.argv)
+    if "sglang.srt.server_args.ServerArgs.resolve_once" in _missing and asked:
         raise SystemExit(
             f"carpool: this SGLang has no {_missing[0]}, which Carpool needs; this version is not supported"
         )
@@ -78,18 +79,20 @@ def _resolved(original: Callable[..., Any], arguments: Any) -> Any:
     """In every process, at first in the front end: refuse where the user sees it."""
     before = getattr(arguments, "_resolution_finished", False)
     result = original(arguments)
-    settings = None if before else settings_of(arguments)
-    if settings is not None:
-        try:
+    if before:
+        return result
+    try:
+        settings = settings_of(arguments)
+        if settings is not None:
             from carpool.hosts.sglang.engine import check_engine
             from carpool.hosts.sglang.requests import follow_requests
 
             apply()
             check_engine(arguments, settings)
             follow_requests()
-        except CarpoolError:
-            end_with_the_sentence("sglang")
-            raise
+    except CarpoolError:
+        end_with_the_sentence("sglang")
+        raise
     return result
 
 

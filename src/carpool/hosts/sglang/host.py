@@ -15,13 +15,13 @@ from carpool.hosts.engine.layer import Layer
 from carpool.hosts.engine.routed import routed
 from carpool.hosts.engine.settings import Settings
 from carpool.hosts.engine.step_rows import Requests, Rows
-from carpool.hosts.engine.weights import Weights
 from carpool.hosts.sglang import denoising, follow
 from carpool.hosts.sglang.arm import apply, around
 from carpool.hosts.sglang.distinct import distinct
 from carpool.hosts.sglang.engine import check_files, check_seams, require_isolated
 from carpool.hosts.sglang.layers import build_layers, gates_of
 from carpool.hosts.sglang.prefix_cache import prompts_only
+from carpool.hosts.sglang.weights import Weights
 from carpool.plans.grammar import Plan
 from carpool.plans.policy_file import PolicyFile
 from carpool.routing.spec import Routing
@@ -64,7 +64,7 @@ class Host(host.Host):
         labels = str(cfg.served_model_name), "0"
         mine.start(rows, layers, graphs, labels, _first())
         mine.weights = Weights(settings.policies, layers, mine.gates, mine.show)
-        runner.model.load_weights = mine.weights.watched(runner.model.load_weights)
+        mine.weights.watch(runner.model)
         _layers.clear()
         _layers.update({id(layer.router.topk_config): layer for layer in layers})
         runner.carpool = mine

@@ -26,7 +26,7 @@ def route_spec(config: Any, where: str) -> RouteSpec:
     if function is not None:
         name = getattr(function, "__qualname__", type(function).__name__)
         raise CarpoolError(f"{where} uses a routing function of the model's own ({name}), which Carpool does not know")
-    if config.num_shared_topk_slots:
+    if config.num_shared_topk_slots or config.shared_experts.use_waterfill:
         raise CarpoolError(
             f"{where} appends fused shared experts to each row; start SGLang with --disable-shared-experts-fusion"
         )
