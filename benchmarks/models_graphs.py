@@ -34,7 +34,7 @@ sys.path.append(str(Path(__file__).parents[1] / "recipes/package_graph"))
 
 from train import Data, Setting, alone, made, mowst
 
-SETTINGS = [Setting(0.01, 0.2), Setting(0.01, 0.5), Setting(0.03, 0.5)]
+SETTINGS = [Setting(0.01, 0.2), Setting(0.01, 0.5)]
 PLAIN = ("mlp", "gcn", "sage", "skip")
 FORMS = {
     "Mowst": (False, True), "Mowst, no gradient through C": (False, False),

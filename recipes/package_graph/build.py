@@ -28,7 +28,7 @@ from torch import Tensor
 
 # Debian 12.15, main, amd64: of `Packages` as its release file has it
 SNAPSHOT = "515e692f2c4121c6fcec444ef100cc18f79a991910615f3a88c8b7becfc94d2f"
-NODES = 6_000  # about as many are kept: packages drawn at random, with all that they need
+NODES = 2_000  # about as many are kept: packages drawn at random, with all that they need
 COMPONENTS, FEWEST = 64, 5  # latent components; synopses that a word is in
 HELPER = "/usr/lib/apt/apt-helper"
 TARGETS = ["apt-get", "indextargets", "--format", "$(FILENAME)", "Created-By: Packages", "Component: main"]

@@ -22,7 +22,7 @@ from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from carpool.models.graphs import Mowst, mowst_loss, mowst_star_loss
 
 WIDTH, DECAY = 64, 5e-4
-STEPS, EVERY, PATIENCE = 100, 5, 5  # on the graph, at the most; steps between looks; looks without a gain
+STEPS, EVERY, PATIENCE = 60, 5, 4  # on the graph, at the most; steps between looks; looks without a gain
 TURNS = 4  # of Mowst's experts, after a first training of each alone
 
 
