@@ -48,7 +48,7 @@ def write_gguf(weights: Path, geometry: Geometry, layers: int, kind: str, path: 
     import gguf
     from safetensors.torch import load_file
 
-    writer, config = gguf.GGUFWriter(path, "qwen3moe"), geometry.config
+    writer, config = gguf.GGUFWriter(path, "qwen3moe", use_temp_file=True), geometry.config
     writer.add_context_length(1024)
     writer.add_embedding_length(geometry.hidden)
     writer.add_block_count(layers)
@@ -119,15 +119,20 @@ def _library(folder: Path, name: str) -> Any:
 class Llama:
     """A model in llama.cpp that decodes several sequences beside each other."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, mapped: bool = False) -> None:
+        """Mapped: all weights stay in the file as they are, in no other order, and memory beside them is small."""
         from llama_cpp import llama_cpp as api
 
         self.api, self._quiet = api, api.llama_log_callback(lambda level, text, data: None)
         api.llama_log_set(self._quiet, None)
         api.llama_backend_init()
-        self.model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
+        weights = api.llama_model_default_params()
+        if mapped:
+            weights.load_mode, weights.use_extra_bufts = api.LLAMA_LOAD_MODE_MMAP, False
+        self.model = api.llama_model_load_from_file(str(path).encode(), weights)
         how = api.llama_context_default_params()
-        how.n_ctx, how.n_batch, how.n_ubatch, how.n_seq_max = 64 * 64, 512, 512, 64
+        rows, most = (16, 16) if mapped else (64, 512)
+        how.n_ctx, how.n_batch, how.n_ubatch, how.n_seq_max = 64 * rows, most, most, rows
         how.n_threads = how.n_threads_batch = threads
         self.context = api.llama_init_from_model(self.model, how)
         if not self.context:

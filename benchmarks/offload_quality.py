@@ -99,7 +99,7 @@ def study(files: Sequence[Any]) -> dict[str, Any]:
 
         for batch in (1, REQUESTS):
             stock, _ = run(1.0, "exact", batch)
-            for share in (0.25, 0.5) if batch == 1 else (0.5,):
+            for share in (0.25,) if batch == 1 else (0.25, 0.5):
                 exact = None
                 for on_miss in WAYS:
                     logs, opened = run(share, on_miss, batch)

@@ -90,6 +90,7 @@ def test_exact_is_the_same_bits_as_resident(
                 want = read_experts(x.float(), ids_NK, weights_NK, whole(ids_NK), layers[place])
                 assert torch.equal(opened.read(place, x, ids_NK, weights_NK, whole(ids_NK)), want)
             assert opened.memory.used <= opened.memory.capacity
+            assert all(pool.used <= pool.paged <= pool.capacity for pool in opened.memory.pools)
     finally:
         opened.close()
 
@@ -117,6 +118,8 @@ def test_lossy_reads_less_and_within_the_floor(path: Path, layers: list[Experts]
         want = read_experts(hidden_NH, ids_NK, weights_NK, whole(ids_NK), layers[place])
         assert not torch.equal(want, torch.zeros_like(want))
         assert torch.equal(made_NH, want)
+        for pool in opened.memory.pools:
+            assert pool.used <= pool.paged <= pool.capacity
     assert opened.bytes_read < exact.bytes_read
     opened.close()
     exact.close()
@@ -181,7 +184,7 @@ def test_a_policy_says_how_deep_a_miss_is_read(path: Path, layers: list[Experts]
     opened.close()
 
 
-def test_two_processes_or_more_may_read_one_file(path: Path, layers: list[Experts]) -> None:
+def test_two_readers_of_one_file_in_a_process(path: Path, layers: list[Experts]) -> None:
     one, two = open_(path, 4), open_(path, 6)
     for place, hidden_NH, ids_NK, weights_NK in steps(3):
         want = read_experts(hidden_NH, ids_NK, weights_NK, whole(ids_NK), layers[place])
@@ -200,7 +203,7 @@ def test_a_file_that_is_cut_is_refused_when_it_is_opened(path: Path) -> None:
     os.truncate(path, size - 1)
     with pytest.raises(CarpoolError, match=rf"is truncated: it has {size - 1} of {size} bytes; delete it"):
         Store(path)
-    for content in (b"", b"CARPOOL-OFFLOAD\x01" + b"\xff" * 8, b"CARPOOL-OFFLOAD\x01\x02\0\0\0\0\0\0\0{}"):
+    for content in (b"", b"CARPOOL-OFFLOAD\x02" + b"\xff" * 8, b"CARPOOL-OFFLOAD\x02\x02\0\0\0\0\0\0\0{}"):
         path.write_bytes(content)
         with pytest.raises(CarpoolError, match=r"no offload file|does not say which experts"):
             Store(path)

@@ -70,6 +70,27 @@ def test_policies_share_experts_that_are_on_disk(folder: Path) -> None:
             assert torch.equal(logits(run.model, ids), want)
 
 
+def test_policies_may_use_what_is_in_memory_beside_their_budget(folder: Path) -> None:
+    resident, _ = load_model(folder)
+    ids = tokens(4, 6)
+    want, plan = logits(resident, ids), "xshare(budget=1, warmup=0)"
+    for free in (True, False):
+        with carpool.offload(folder, "10MB", resident_free=free) as run:
+            assert torch.equal(logits(run.model, ids), want)
+            with carpool.share(run.model, plan, exempt_prefill=False):
+                assert torch.equal(logits(run.model, ids), want) == free
+
+
+def test_experts_are_pinned_by_the_number_of_their_layer(folder: Path) -> None:
+    resident, _ = load_model(folder)
+    index = find_layers(resident)[1].index
+    with carpool.offload(folder, "300KB", pinned={index: [2]}) as run:
+        assert torch.equal(logits(run.model, tokens(2, 3)), logits(resident, tokens(2, 3)))
+        assert int(run.experts.resident_LE[1, 2]) == run.experts.store.geometry.deepest
+    with pytest.raises(CarpoolError, match="layer 99 has no experts"), carpool.offload(folder, "1MB", pinned={99: [2]}):
+        pass
+
+
 def test_files_that_do_not_belong_are_refused(folder: Path, tmp_path: Path) -> None:
     with carpool.offload(folder, SMALL) as run:
         logits(run.model, tokens(1, 2))

@@ -1,6 +1,6 @@
-"""The tables of docs/offload.md.
+"""The tables of docs/offload.md that no speed is in.
 
-python benchmarks/offload.py routing|quality|speed --output docs/results/offload.json
+python benchmarks/offload.py routing|quality --output docs/results/offload.json
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ def blocks() -> list[Block]:
             Block(PAGE, "offload consistency", consistency(models)), Block(PAGE, "offload caches", caches(models)),
             Block(PAGE, "offload sharing", sharing(models)), Block(PAGE, "offload fetching", fetching(models)),
         ]  # fmt: skip
-    for name, make in (("quality", quality), ("speed", speed)):
-        if name in content:
-            found.append(Block(PAGE, f"offload {name}", make(content[name])))
+    if "quality" in content:
+        found.append(Block(PAGE, "offload quality", quality(content["quality"])))
     return found
 
 
@@ -113,30 +112,3 @@ def quality(found: dict[str, Any]) -> str:
         f"{found['requests']} sequences of {found['tokens']} tokens, LRU. KL in nats a token against all in memory.\n\n"
     )
     return head + rows(["batch", "memory", "on_miss", ">KL", ">bytes over exact", ">hits, %"], lines)
-
-
-def speed(found: dict[str, Any]) -> str:
-    """Tokens a second, bytes, hits and waiting."""
-    lines = []
-    for row in found["rows"]:
-        hits = "–" if "hit_rate" not in row else f"{100 * row['hit_rate']:.1f}"
-        waited = "–" if "waited" not in row else f"{100 * row['waited']:.0f}"
-        name = "mmap" if row["name"] == "mmap" else f"`{row['rule']}` a {row['scope']}"
-        name += ", fetches ahead" if row.get("prefetch") else ""
-        lines.append([
-            str(row["batch"]), f"{100 * row['memory']:.0f} %", name, f"`{row['on_miss']}`",
-            f"`{row['policy']}`" if row["policy"] else "", f"{row['tokens_per_s']:.2f}",
-            f"{row['bytes_per_token'] / 1e6:.0f}", hits, waited,
-            f"{100 * row['read_per_s'] / found['direct_read_per_s']:.0f}",
-        ])  # fmt: skip
-    head = (
-        f"{found['geometry']}, random weights, {found['all_experts_bytes'] / 1e9:.1f} GB of experts of "
-        f"{found['depths'][-1]} bits; {found['threads']} reading threads alone read "
-        f"{found['direct_read_per_s'] / 1e9:.2f} GB/s directly. Experts are chosen as "
-        "the reference model's layers chose theirs on its texts. The routing that shares costs "
-        f"{found['policy_kl']:.4f} nats a token there. `mmap`: the same kernels on mapped files, which the operating "
-        "system reads as they are touched; the pages of experts that were used longest ago are given back, so that no "
-        "more stay than elsewhere.\n\n"
-    )
-    columns = ["batch", "memory", "cache", "on_miss", "policy", ">tokens/s", ">MB a token", ">hits, %", ">waited, %"]
-    return head + rows([*columns, ">of the direct rate, %"], lines)

@@ -29,7 +29,7 @@ class LayerStep:
 
     Attributes:
         waiting: experts of the layer that are being read, by job. missing: those that have yet to be.
-        computed: those whose outputs are there.
+        computed: those whose outputs are there and that may leave.
     """
 
     def __init__(self, residency: Residency, misses: Misses, experts: Experts, place: int) -> None:
@@ -180,20 +180,25 @@ class LayerStep:
     def _whole(self) -> Tensor:
         """All experts are there: one call."""
         depth_NK = self.residency.resident_LE[self.place][self.ids_NK]
-        return read_experts(self.hidden_NH, self.ids_NK, self.weights_NK, depth_NK, self.experts)
+        return read_experts(self.hidden_NH, self._slots(self.ids_NK), self.weights_NK, depth_NK, self.experts)
+
+    def _slots(self, ids: Tensor) -> Tensor:
+        return self.residency.memory.slot_LE[self.place][ids]
 
     def _compute(self, experts: Sequence[int]) -> None:
         """The outputs of some experts, each pair's by itself."""
         if not experts:
             return
-        self.computed += experts
+        self.computed += [one for one in experts if (self.place, one) not in self.residency.pinned]
         now_E = torch.zeros_like(self.wanted_E, dtype=torch.bool)
         now_E[list(experts)] = True
         row_P, slot_P = (now_E[self.ids_NK] & (self.weights_NK != 0)).nonzero(as_tuple=True)
         ids_P1 = self.ids_NK[row_P, slot_P].unsqueeze(-1)
         depth_P1 = self.residency.resident_LE[self.place][ids_P1]
         whole_P1 = torch.ones_like(ids_P1, dtype=torch.float32)
-        self.made_NKH[row_P, slot_P] = read_experts(self.hidden_NH[row_P], ids_P1, whole_P1, depth_P1, self.experts)
+        self.made_NKH[row_P, slot_P] = read_experts(
+            self.hidden_NH[row_P], self._slots(ids_P1), whole_P1, depth_P1, self.experts
+        )
 
     def _sum(self) -> Tensor:
         """As the kernels do it: in the order of a row's slots."""

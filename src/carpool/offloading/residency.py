@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from carpool.kernels.experts.activation import Activation
 from carpool.offloading.cache import Scope
 from carpool.offloading.memory import Memory
 from carpool.offloading.readers import Job, Readers
@@ -50,16 +51,28 @@ class Residency:
         memory: where experts are. scope: whether every layer has its part of it, or all share it.
         history: what was used. rule: who leaves. totals: what has happened.
         resident_LE: bits of every expert that are in memory, int64.
+        pinned: experts that never leave.
         jobs: experts that are being read. fetched: those that were read for the layer that comes next.
     """
 
-    def __init__(self, store: Store, capacity: int, scope: Scope, rule: Rule, threads: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        capacity: int,
+        scope: Scope,
+        rule: Rule,
+        activations: Sequence[Activation],
+        threads: int,
+        pinned: Collection[Place] = (),
+    ) -> None:
         self.store, self.geometry, self.rule, self.scope = store, store.geometry, rule, scope
         L, E = len(self.geometry.layers), self.geometry.experts
-        self.memory, self.history, self.totals = Memory(self.geometry, capacity), History(L, E), Totals()
+        self.memory = Memory(self.geometry, capacity, scope, store.units_LE2, activations)
+        self.history, self.totals = History(L, E), Totals()
         self.resident_LE = torch.zeros(L, E, dtype=torch.int64, device="cpu")
         self.readers = Readers(store, self.memory, threads)
         self.jobs: dict[Place, Job] = {}
+        self.pinned = frozenset(pinned)
         self.fetched: set[Place] = set()
 
     def collect(self, jobs: Sequence[Job] | None = None) -> None:
@@ -83,7 +96,7 @@ class Residency:
     def submit(self, place: int, expert: int, stop: int, urgency: int) -> Job:
         """Begin to read an expert for which there is room."""
         job = Job(place, expert, int(self.resident_LE[place, expert]), stop, urgency)
-        self.memory.charge(place, expert, self.geometry.read(job.start, stop))
+        self.memory.charge(place, expert, job.start, stop)
         self.jobs[place, expert] = job
         self.readers.submit(job)
         return job
@@ -92,11 +105,11 @@ class Residency:
         """Forget a read, unless it has begun."""
         if self.readers.cancel(job):
             del self.jobs[job.place, job.expert]
-            self.memory.charge(job.place, job.expert, -self.geometry.read(job.start, job.stop))
+            self.memory.uncharge(job.place, job.expert, job.start, job.stop)
 
     def leave(self, place: int, expert: int) -> None:
         """An expert leaves memory."""
-        self.memory.release(place, expert)
+        self.memory.leave(place, expert)
         self.resident_LE[place, expert] = 0
 
     def victims(self, place: int) -> Iterator[Place]:
@@ -112,18 +125,11 @@ class Residency:
 
     def room(self, place: int, size: int, victims: Iterator[Place], protected: Collection[Place]) -> bool:
         """Let experts leave until so many bytes are free for a layer; False where nothing more may leave."""
-        while self._used(place) + size > self.capacity:
+        pool = self.memory.pools[place]
+        while pool.used + size > pool.capacity:
             victim = next(victims, None)
             if victim is None:
                 return False
-            if victim not in protected and victim not in self.jobs:
+            if victim not in protected and victim not in self.jobs and victim not in self.pinned:
                 self.leave(*victim)
         return True
-
-    @property
-    def capacity(self) -> int:
-        """Bytes of a layer's memory, or of that which all share."""
-        return self.memory.capacity // (len(self.geometry.layers) if self.scope == "layer" else 1)
-
-    def _used(self, place: int) -> int:
-        return self.memory.used_L[place] if self.scope == "layer" else self.memory.used

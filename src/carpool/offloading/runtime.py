@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
@@ -17,7 +17,8 @@ from carpool.offloading.cache import Scope
 from carpool.offloading.layer_step import Foretell, LayerStep
 from carpool.offloading.memory import Memory
 from carpool.offloading.misses import Misses
-from carpool.offloading.residency import Residency, Totals
+from carpool.offloading.readers import DEMAND
+from carpool.offloading.residency import Place, Residency, Totals
 from carpool.offloading.rules import Rule
 from carpool.offloading.store import Store
 
@@ -37,18 +38,39 @@ class Offloaded:
         threads: int = 4,
         foretell: Foretell | None = None,
         deepen: bool = False,
+        pinned: Collection[Place] = (),
     ) -> None:
-        """Raises CarpoolError: memory that does not hold one expert, or depths that are not stored."""
+        """Args:
+            pinned: experts that are read now, whole, and never leave.
+
+        Raises:
+            CarpoolError: memory that does not hold one expert beside those that are pinned, experts or depths that are
+                not there.
+        """
         self._lock, self._closed, geometry = threading.Lock(), False, store.geometry
         misses.check(geometry.depths)
-        self._residency = Residency(store, capacity, scope, rule, threads)
-        least, each = geometry.read(0, geometry.deepest), self._residency.capacity
+        self._residency = Residency(store, capacity, scope, rule, activations, threads, pinned)
+        least, each = geometry.read(0, geometry.deepest), self.memory.pools[0].capacity
         if each < least:
             self.close()
             raise CarpoolError(f"memory of {each} bytes a {scope} holds no expert, which takes {least}; give more")
-        units_LE2 = store.units_LE2
-        self._experts = [self.memory.experts(place, units_LE2[place], one) for place, one in enumerate(activations)]
+        self._experts = [pool.experts(one) for pool, one in zip(self.memory.pools, activations, strict=True)]
         self._misses, self._foretell, self._deepen = misses, foretell, deepen
+        self._pin(sorted(self._residency.pinned))
+
+    def _pin(self, pinned: Sequence[Place]) -> None:
+        geometry, residency = self.store.geometry, self._residency
+        least = geometry.read(0, geometry.deepest)
+        for place, expert in pinned:
+            pool = self.memory.pools[place] if 0 <= place < len(self.memory.pools) else None
+            if pool is None or not 0 <= expert < geometry.experts:
+                self.close()
+                raise CarpoolError(f"pinned: there is no expert {expert} of the {place}th layer with experts")
+            if pool.used + 2 * least > pool.capacity:
+                self.close()
+                raise CarpoolError("memory holds nothing but the experts that are pinned; give more, or pin fewer")
+            residency.submit(place, expert, geometry.deepest, DEMAND)
+        self.settle()
 
     @property
     def store(self) -> Store:
@@ -72,6 +94,11 @@ class Offloaded:
     def bytes_read(self) -> int:
         """Of experts, all threads together."""
         return sum(self._residency.readers.bytes_read)
+
+    @property
+    def reading_seconds(self) -> float:
+        """In which experts were asked for that were not there yet."""
+        return self._residency.readers.seconds
 
     def begin(self) -> None:
         """Other requests run from here on."""

@@ -7,10 +7,12 @@ from a checkpoint in planes, and only read after that: any number of processes m
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import json
 import os
-import zlib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ from torch import Tensor
 from carpool.artefacts.files import atomic_path, require_file
 from carpool.artefacts.json_text import parse_json
 from carpool.errors import CarpoolError
+from carpool.kernels.experts import build
 from carpool.kernels.experts.layout import Experts
 from carpool.offloading.geometry import Geometry, padded
 
-MAGIC = b"CARPOOL-OFFLOAD\x01"
+MAGIC = b"CARPOOL-OFFLOAD\x02"
 HEADER = 1 << 20  # bytes of a header at most
+CLOSED = -1
 AGAIN = "delete it, and it is made again"
 
 
@@ -43,7 +47,9 @@ def write_store(path: Path, geometry: Geometry, source: str, layers: Iterable[tu
     units_LE2 = torch.zeros(len(geometry.layers), E, 2)
     sums_LEX = torch.zeros(len(geometry.layers), E, _pieces(geometry), dtype=torch.int64)
     first = _first_record(len(header), geometry)
+    _clear_stale(path)
     with atomic_path(path) as temporary, temporary.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # held until this process ends, in whatever way
         os.posix_fallocate(
             file.fileno(), 0, first + len(geometry.layers) * E * geometry.record
         )  # a full disk says so now
@@ -52,12 +58,31 @@ def write_store(path: Path, geometry: Geometry, source: str, layers: Iterable[tu
             units_LE2[place] = torch.stack([experts.into.unit_E, experts.out.unit_E], -1)
             for expert in range(E):
                 pieces = list(_record(experts, expert, geometry))
-                sums_LEX[place, expert] = torch.tensor([zlib.crc32(piece) for piece in pieces])
+                sums_LEX[place, expert] = torch.tensor([checksum([bytearray(piece)]) for piece in pieces])
                 file.writelines(pieces)
         file.seek(0)
         file.write(MAGIC + len(header).to_bytes(8, "little") + header)
         file.seek(_tables(len(header)))
         file.write(_bytes(units_LE2) + _bytes(sums_LEX))
+
+
+def _clear_stale(path: Path) -> None:
+    """Remove what writers left that were killed; those that still write hold a lock."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(OSError), left.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+
+
+def checksum(parts: Sequence[bytearray | memoryview]) -> int:
+    """Of some memory in blocks of 64 bytes, by the kernels' library, which lets other threads run meanwhile.
+
+    Raises:
+        CarpoolError: there are no kernels.
+    """
+    if not build.ready():
+        raise CarpoolError("experts on disk are read by kernels, which cannot be built here; the log says why")
+    return torch.ops.carpool.checksum([torch.frombuffer(part, dtype=torch.uint8) for part in parts])
 
 
 def _pieces(geometry: Geometry) -> int:
@@ -128,43 +153,61 @@ class Store:
             raise CarpoolError(f"cannot read {path}: {error.strerror or error}") from None
 
     def _open(self) -> None:
-        self.direct = hasattr(os, "O_DIRECT")
+        self._plain = self._fd = os.open(self.path, os.O_RDONLY)
         try:
             self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
         except OSError as error:
             if error.errno != errno.EINVAL:  # a file system that knows no direct reads
                 raise
-            self._fd, self.direct = os.open(self.path, os.O_RDONLY), False
+        self.direct = self._fd != self._plain and hasattr(os, "O_DIRECT")
         self._state = self._stat()
 
     def _stat(self) -> tuple[int, int]:
-        found = os.fstat(self._fd)
+        found = os.fstat(self._plain)
         return found.st_size, found.st_mtime_ns
 
+    def trust(self) -> None:
+        """Compare no checksums any more, as if everything had been read once."""
+        self._checked = [[[True] * len(one) for one in layer] for layer in self._checked]
+
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        for fd in {self._fd, self._plain} - {CLOSED}:
+            os.close(fd)
+        self._fd = self._plain = CLOSED
 
-    def read_scales(self, place: int, expert: int, depth: int, into: memoryview) -> None:
-        """A depth's scales of both projections, one behind the other; arguments and errors as of `read_planes`."""
-        index = self.geometry.depths.index(depth)
-        self._read(place, expert, self.geometry.scale_at(depth), [into])
-        self._check(place, expert, index, [into])
-
-    def read_planes(self, place: int, expert: int, start: int, into: Sequence[memoryview]) -> None:
-        """Planes of an expert from `start` on, each of the first projection and of the second.
+    def read(
+        self,
+        place: int,
+        expert: int,
+        depth: int,
+        scales: memoryview | None,
+        start: int,
+        planes: Sequence[memoryview],
+    ) -> None:
+        """Some of an expert's planes and a depth's scales, in one read where they lie behind each other.
 
         Args:
-            place: of the layer among those of the file. into: page-padded memory for each piece.
+            place: of the layer among those of the file. depth: of the scales. scales: page-padded memory for those of
+                both projections, one behind the other; None: for no scales. start: the first of the planes.
+            planes: page-padded memory for each, of the first projection and of the second.
 
         Raises:
             CarpoolError: the file was changed, cut or damaged since it was opened, or the disk says no.
         """
-        self._read(place, expert, self.geometry.plane_at(start), into)
-        for plane in range(len(into) // 2):
-            index = len(self.geometry.depths) + start + plane
-            self._check(place, expert, index, into[2 * plane : 2 * plane + 2])
+        geometry = self.geometry
+        if scales is None:
+            self._read(place, expert, geometry.plane_at(start), planes)
+        else:
+            at = geometry.scale_at(depth)
+            if planes and at + geometry.scale == geometry.plane_at(start):
+                self._read(place, expert, at, [scales, *planes])
+            else:
+                self._read(place, expert, at, [scales])
+                self._read(place, expert, geometry.plane_at(start), planes)
+            self._check(place, expert, geometry.depths.index(depth), [scales])
+        for plane in range(len(planes) // 2):
+            index = len(geometry.depths) + start + plane
+            self._check(place, expert, index, planes[2 * plane : 2 * plane + 2])
 
     def _read(self, place: int, expert: int, at: int, into: Sequence[memoryview]) -> None:
         at += self._first + (place * self.geometry.experts + expert) * self.geometry.record
@@ -181,17 +224,16 @@ class Store:
             raise CarpoolError(f"{self.path} was changed while it was in use; {AGAIN}, and open the model anew")
 
     def _preadv(self, into: Sequence[memoryview], at: int) -> int:
+        direct = self.direct
         try:
-            read = os.preadv(self._fd, into, at)
+            read = os.preadv(self._fd if direct else self._plain, into, at)
         except OSError as error:
-            if error.errno != errno.EINVAL or not self.direct:
+            if error.errno != errno.EINVAL or not direct:
                 raise
-            self.direct = False  # memory or file in pieces that this disk cannot read directly
-            self._fd, old = os.open(self.path, os.O_RDONLY), self._fd
-            os.close(old)
-            read = os.preadv(self._fd, into, at)
-        if not self.direct:
-            os.posix_fadvise(self._fd, at, read, os.POSIX_FADV_DONTNEED)
+            direct = self.direct = False  # memory or file in pieces that this disk cannot read directly
+            read = os.preadv(self._plain, into, at)
+        if not direct:
+            os.posix_fadvise(self._plain, at, read, os.POSIX_FADV_DONTNEED)
         return read
 
     def _check(self, place: int, expert: int, piece: int, held: Sequence[memoryview]) -> None:
@@ -199,10 +241,7 @@ class Store:
         checked = self._checked[place][expert]
         if checked[piece]:
             return
-        found = 0
-        for one in held:
-            found = zlib.crc32(one, found)
-        if found != self._sums[place][expert][piece]:
+        if checksum(held) != self._sums[place][expert][piece]:
             raise CarpoolError(f"{self.path} is damaged: a checksum differs; {AGAIN}")
         checked[piece] = True
 

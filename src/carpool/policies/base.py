@@ -105,11 +105,14 @@ class Inputs:
 
     @lazy_property
     def free_GE(self) -> Tensor:
-        """Experts that exempt rows of the group read anyway: they cost nothing. Those of other groups do not count, or
-        a request in a group of its own would depend on whose prompt runs beside it."""
+        """Experts that exempt rows of the group read anyway, and those that the batch says are free: they cost nothing.
+        Those of other groups do not count, or a request in a group of its own would depend on whose prompt runs beside
+        it."""
         exempt_N1 = (self.batch.exempt_N & self.batch.real_N).unsqueeze(-1)
         free_GE = self.batch.group_any(self.native_NE & exempt_N1)
-        return free_GE if self.also_free_GE is None else free_GE | self.also_free_GE
+        for more in (self.also_free_GE, self.batch.free_E):
+            free_GE = free_GE if more is None else free_GE | more
+        return free_GE
 
     def votes(self, mask_NE: Tensor) -> Tensor:
         """Experts for which any voter of the group has the mask set, `[G, E]`."""

@@ -36,6 +36,7 @@ class Batch:
         request_N: int64 in `[0, num_requests)`, the request of each row, for policies that look at requests inside
             a group; None if the host does not say.
         num_requests: static; 0 without `request_N`.
+        free_E: experts that cost nothing to read, since they are in fast memory; None: all cost the same.
     """
 
     group_N: Tensor
@@ -49,6 +50,7 @@ class Batch:
     device_E: Tensor | None = None
     request_N: Tensor | None = None
     num_requests: int = 0
+    free_E: Tensor | None = None
 
     @classmethod
     def of(cls, num_rows: int, *, device: torch.device | str = "cpu", **given: Any) -> Batch:

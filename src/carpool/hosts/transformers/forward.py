@@ -102,6 +102,8 @@ class Forward:
             check(layer, logits_NE, native)
             terms.checked.add(position)
         batch = self._rows(layer, logits_NE)
+        if layer.planes is not None and layer.planes.free_E is not None:
+            batch = replace(batch, free_E=layer.planes.free_E())
         hidden_NH = args[0].reshape(-1, args[0].shape[-1]) if args else None
         prepared = terms.prepared[position]
         outcome = route(

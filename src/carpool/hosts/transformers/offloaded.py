@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -70,6 +70,8 @@ def offload(
     on_miss: str = "exact",
     prefetch: bool = True,
     deepen: bool = False,
+    pinned: Mapping[int, Collection[int]] | None = None,
+    resident_free: bool = False,
     threads: int = 4,
     file: str | Path | None = None,
 ) -> Iterator[OffloadRun]:
@@ -90,6 +92,10 @@ def offload(
             row's weight that is read shallow below that.
         prefetch: read what the next layer's router would choose for this layer's input while this one computes.
         deepen: while nothing else is to be read, read on what was read shallow.
+        pinned: experts that never leave memory and are never read shallow, by layer (the number in its name):
+            outliers, without which a model breaks (arXiv 2507.23279).
+        resident_free: policies of `carpool.share` may use what is in memory beside their budget, which then counts
+            what is missing. What is answered then hangs on what is in memory, on other requests that is.
         threads: that read.
         file: of the experts; default: beside the checkpoint's.
 
@@ -114,18 +120,39 @@ def offload(
     with torch.inference_mode(False):  # what is made here serves in any mode
         experts = Offloaded(
             store, capacity, rule, misses, activations, threads=threads, deepen=deepen, scope=scope,
-            foretell=partial(_foretell, layers) if prefetch else None,
+            foretell=partial(_foretell, layers) if prefetch else None, pinned=_places(layers, pinned or {}),
         )  # fmt: skip
     begin = loaded.register_forward_pre_hook(partial(_begin, experts), with_kwargs=True)
     before = [layer.planes.read_by(partial(experts.read, place)) for place, layer in enumerate(layers) if layer.planes]
+    if resident_free:
+        _set_free(layers, [partial(torch.gt, resident_E, 0) for resident_E in experts.resident_LE])
     try:
         yield OffloadRun(loaded, tokenizer, experts)
     finally:
         begin.remove()
+        _set_free(layers, [None] * len(layers))
         for layer, reader in zip(layers, before, strict=True):
             assert layer.planes is not None
             layer.planes.read_by(reader)
         experts.close()
+
+
+def _places(layers: list[MoELayer], pinned: Mapping[int, Collection[int]]) -> list[tuple[int, int]]:
+    """Experts by the place of their layer.
+
+    Raises:
+        CarpoolError: a layer without experts.
+    """
+    places = {layer.index: place for place, layer in enumerate(layers)}
+    if unknown := sorted(set(pinned) - set(places)):
+        raise CarpoolError(f"pinned: layer {unknown[0]} has no experts; those that have are {sorted(places)}")
+    return [(places[index], expert) for index, experts in pinned.items() for expert in experts]
+
+
+def _set_free(layers: list[MoELayer], free: Sequence[Callable[[], Tensor] | None]) -> None:
+    for layer, one in zip(layers, free, strict=True):
+        assert layer.planes is not None
+        layer.planes.free_E = one
 
 
 def _planes(model: nn.Module, layers: list[MoELayer]) -> Path:

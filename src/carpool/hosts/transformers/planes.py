@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class PlanesExperts(nn.Module):
 
     Attributes:
         depths: offered depths, ascending; empty until `fill`.
+        free_E: says which experts cost nothing to read now, bool `[E]`; None: all cost the same.
         sizes: see `StoredExperts.sizes`. expert_bytes: of one expert, read as deep as it is stored. numbers: weights of
             one expert. sample: of the weights at the deepest depth, as the file has it.
     """
@@ -31,6 +32,7 @@ class PlanesExperts(nn.Module):
         super().__init__()
         self._activation = activation
         self._read: Reader | None = None
+        self.free_E: Callable[[], Tensor] | None = None
         self.device = torch.device("meta")
         self.depths: tuple[int, ...] = ()
         self.sizes = torch.zeros(0)
