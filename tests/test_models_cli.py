@@ -127,6 +127,7 @@ def test_an_expert_that_dies_in_mid_run(folder: Path, monkeypatch: pytest.Monkey
         (("check", "no.toml"), "cannot read the pool no.toml"),
         (("profile", "pool.toml", "-q", "no.jsonl"), "cannot read the questions no.jsonl"),
         (("profile", "pool.toml", "-q", "plain.jsonl"), "no question of plain.jsonl names a skill"),
+        (("profile", "gone.toml", "-q", "q.jsonl", "-a", "gone.jsonl"), "no server answers at http://127.0.0.1:9/v1"),
         (("answer", "pool.toml", "-q", "q.jsonl", "-p", "no.json"), "cannot read the profile no.json"),
         (("answer", "pool.toml", "-q", "q.jsonl", "-p", "stale.json"), "the profile is stale"),
         (("answer", "pool.toml", "-q", "q.jsonl", "-o", "x.txt"), "a .jsonl file"),
@@ -142,9 +143,22 @@ def test_bad_input_is_one_sentence(
     stale = {"schema": 1, "experts": ["a", "b"], "pool": "x", "skills": ["s"], "balance_ES": [[1], [2]],
              "right_E": [0.5, 0.5], "questions": 3}  # fmt: skip
     (folder / "stale.json").write_text(json.dumps(stale))
+    (folder / "gone.toml").write_text(
+        '[[expert]]\nname = "s"\nengine = "server"\nmodel = "m"\nurl = "http://127.0.0.1:9/v1"\n'
+    )
     shown = run(folder, monkeypatch, *arguments, code=2)
     assert said in shown
     assert shown.startswith(f"carpool models {arguments[0]}: ")
+
+
+def test_questions_without_a_known_skill_go_by_competence_and_are_counted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{"question": f"so {n}", "choices": [" a", " b"], "skills": ["sums"] if n else []} for n in range(3)]
+    (folder / "some.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run(folder, monkeypatch, "profile", "pool.toml", "-q", "q.jsonl", "-a", "s.jsonl", "-o", "s.json")
+    said = run(folder, monkeypatch, "answer", "pool.toml", "-q", "some.jsonl", "-p", "s.json", "-a", "t.jsonl")
+    assert "1 questions name no skill of the profile; they went by overall competence" in said
 
 
 def test_check_says_what_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
