@@ -57,6 +57,25 @@ def test_evaluate_writes_everything(texts, tmp_path):
     assert details["worst_rows"][0]["text"].split()
 
 
+def test_caps_per_device_suppose_experts_in_order(texts, tmp_path):
+    out = tmp_path / "out.json"
+    capped, bare = (str(parse(text)) for text in ("xshare_expert_parallel(1, warmup=0)", "xshare(2, warmup=0)"))
+    done = invoke("evaluate", "-p", capped, "-p", bare, "--devices", 2, *SMALL, "--json", out)
+    assert done.exit_code == 0, done.output
+    content = json.loads(out.read_text())
+    assert content["arguments"]["devices"] == 2
+    rows = {(row["policy"], row["batch"]): row for row in content["results"]}
+    assert rows[capped, 4]["union"]["value"] == rows[bare, 4]["union"]["value"] == 2  # one expert of either device
+    assert rows[capped, 4]["kl"] != rows[bare, 4]["kl"]  # not the same two everywhere
+    for arguments, said in (
+        (("--devices", 3), "8 experts do not divide evenly"), ((), "needs the device of each expert"),
+        (("--devices", 0), "do not divide evenly"),
+    ):  # fmt: skip
+        done = invoke("evaluate", "-p", capped, *arguments, *SMALL)
+        assert done.exit_code == 2
+        assert said in " ".join(done.output.split())
+
+
 def test_ten_batches_have_intervals(texts, tmp_path):
     out = tmp_path / "out.json"
     done = invoke("evaluate", "-p", "oea(k0=1)", "--batch", "2", "--batches", "10", *SMALL[4:], "--json", out)

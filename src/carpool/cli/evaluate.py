@@ -65,7 +65,7 @@ def check(options: Options) -> Settings:
     settings = Settings(
         plans=options.plans, grouping=options.grouping, batch_sizes=options.batch_sizes, sequence=options.sequence,
         prefill=options.prefill, tokens=options.tokens, batches=options.batches, seed=options.seed,
-        allow_unchanged=options.allow_unchanged,
+        allow_unchanged=options.allow_unchanged, devices=options.devices,
     )  # fmt: skip
     if options.interference:
         from carpool.cli.interference import for_interference
@@ -111,7 +111,8 @@ def facts(options: Options, settings: Settings, ready: Prepared) -> dict[str, An
         "policies": [str(plan) for plan in settings.plans], "group": str(settings.grouping), "batch": options.batch,
         "tokens": settings.tokens, "batches": options.batches, "sequence": settings.sequence,
         "prefill": settings.prefill, "stats": None if options.stats is None else options.stats.name,
-        "allow_unchanged": settings.allow_unchanged, "policy_files": text_facts(options.policy_files),
+        "allow_unchanged": settings.allow_unchanged, "devices": settings.devices,
+        "policy_files": text_facts(options.policy_files),
     }  # fmt: skip
     return {
         "model": model_facts(ready.model, options.model), "texts": text_facts(ready.texts), "seed": settings.seed,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LOCKSTEP, BLOCKS = "lockstep", "block-diffusion"
 GROUP = {LOCKSTEP: "batch", BLOCKS: "request"}
 ONLY = {
-    LOCKSTEP: ("check_lockstep", "interference"),
+    LOCKSTEP: ("check_lockstep", "interference", "devices"),
     BLOCKS: ("block_size", "threshold", "steps", "mask_token", "judge"),
 }
 
@@ -58,6 +58,9 @@ class Options:
     allow_unchanged: Annotated[
         bool, typer.Option("--allow-unchanged", help="Let a policy pass that changes no row.")
     ] = False
+    devices: Annotated[
+        int | None, typer.Option(help="Devices that experts lie on in order, for policies with a budget per device.")
+    ] = None
     check_lockstep: Annotated[
         bool, typer.Option("--check-lockstep", help="Compare with real decoding instead; needs memory for float64.")
     ] = False

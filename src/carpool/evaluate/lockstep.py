@@ -10,7 +10,7 @@ decoded, `L` MoE layers, `V` vocabulary, `C` rows of a chunk.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,6 +89,7 @@ def forward(
     num_layers: int,
     stats: Any = None,
     observe: Observer | None = None,
+    device_E: Tensor | None = None,
 ) -> Pass:
     """Run the sequences of `M = S / B` batches under a plan.
 
@@ -97,6 +98,7 @@ def forward(
         num_layers: MoE layers of the model; fewer that report mean that a router was bypassed.
         stats: statistics for policies that need some; a policy file may name its own.
         observe: told what every layer did, too.
+        device_E: device of each expert, for policies with a budget per device.
 
     Raises:
         CarpoolError: the policy did not run in every layer.
@@ -107,6 +109,8 @@ def forward(
     device = next(model.parameters()).device
     watch = Watch(layout, copies)
     batch = layout.batch(copies, device)
+    if device_E is not None:
+        batch = replace(batch, device_E=device_E.to(device))
 
     def seen(layer: int, batch: Batch, outcome: Outcome) -> None:
         watch(layer, batch, outcome)

@@ -66,6 +66,7 @@ class Loop:
     Args:
         parts: the passes. domains: names of the texts' domains.
         stats: statistics for policies that need some.
+        device_E: see `forward`.
         kept: bytes of stock's logits that may stay in memory from one call to the next.
     """
 
@@ -78,10 +79,11 @@ class Loop:
         domains: tuple[str, ...],
         *,
         stats: Any = None,
+        device_E: Tensor | None = None,
         kept: int = 0,
     ) -> None:
         self.model, self.moe, self.layout, self.parts, self.domains = model, moe, layout, parts, domains
-        self._stats, self._kept = stats, kept
+        self._stats, self._device_E, self._kept = stats, device_E, kept
         self._stock: dict[int, _Stock] = {}
         self._untouched = False
 
@@ -149,8 +151,9 @@ class Loop:
             watcher.begin(self.layout, part)
         observe: Observer | None = watcher
         run = forward(
-            self.model, plan, part.ids_SX, self.layout, num_layers=self.moe.layers, stats=self._stats, observe=observe
-        )
+            self.model, plan, part.ids_SX, self.layout, num_layers=self.moe.layers, stats=self._stats, observe=observe,
+            device_E=self._device_E,
+        )  # fmt: skip
         return part.counted(run.logits_RV), run.layers_LFM.cpu()
 
     def _require_untouched(self, part: Part, stock_RV: Tensor) -> None:

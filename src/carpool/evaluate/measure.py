@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from carpool.errors import CarpoolError
 from carpool.evaluate.details import Details
 from carpool.evaluate.layout import Layout, Part
@@ -24,24 +27,36 @@ def measure(
     batches: int,
     *,
     stats: Any = None,
+    devices: int | None = None,
     allow_unchanged: bool = False,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> list[Measured]:
     """Stock first, then every plan, over the first `batches * B` sequences.
 
     Args:
+        devices: that experts lie on in order, for policies with a budget per device; None: on one.
         advance: told the rows of every pass that is done.
 
     Raises:
         CarpoolError: what `Loop.run` raises; fewer sequences than needed.
     """
-    loop = Loop(model, moe, layout, parts(model, sequences, layout, batches), sequences.domains, stats=stats)
+    device_E = None if devices is None else in_order(moe.experts, devices)
+    passes = parts(model, sequences, layout, batches)
+    loop = Loop(model, moe, layout, passes, sequences.domains, stats=stats, device_E=device_E)
     details = [Details.empty(len(sequences.domains), moe.layers, moe.experts) for _ in (None, *plans)]
     found = loop.run(
         plans, watchers=details, allow_unchanged=allow_unchanged,
         advance=lambda count: advance(count * layout.positions),
     )  # fmt: skip
     return [replace(one, details=seen) for one, seen in zip(found, details, strict=True)]
+
+
+def in_order(experts: int, devices: int) -> Tensor:
+    """Int64 `[E]`: the device of each expert if devices hold equally many, in order; raises CarpoolError if they
+    cannot."""
+    if devices < 1 or experts % devices:
+        raise CarpoolError(f"--devices {devices}: {experts} experts do not divide evenly among so many")
+    return torch.arange(experts) // (experts // devices)
 
 
 def parts(model: Any, sequences: Sequences, layout: Layout, batches: int) -> list[Part]:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from carpool.errors import CarpoolError
 from carpool.evaluate.layout import Layout
 from carpool.evaluate.loop import MoE
-from carpool.evaluate.measure import measure
+from carpool.evaluate.measure import in_order, measure
 from carpool.evaluate.metrics import Result, results
 from carpool.evaluate.sequences import FEWER, Cut, Document, Sequences, amount
 from carpool.plans.policy_file import AnyPlan, stats_for
-from carpool.routing.batch import Grouping
+from carpool.routing.batch import Batch, Grouping
 
 if TYPE_CHECKING:
     from carpool.hosts.transformers import MoELayer
@@ -36,6 +36,7 @@ class Settings:
         batches: number of batches instead.
         seed: of the sequences.
         allow_unchanged: a plan may change no row.
+        devices: that experts lie on in order, for policies with a budget per device.
     """
 
     plans: tuple[AnyPlan, ...]
@@ -47,6 +48,7 @@ class Settings:
     batches: int | None = None
     seed: int = 0
     allow_unchanged: bool = False
+    devices: int | None = None
 
     def __post_init__(self) -> None:
         if not self.plans:
@@ -106,9 +108,13 @@ def require_possible(model: Any, settings: Settings, stats: Any) -> None:
         raise CarpoolError(f"--sequence {settings.sequence} exceeds the model's {limit} positions")
     for plan in settings.plans:
         plan.check(moe.experts, moe.top_k)
-    two_tokens = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    two_tokens, batch = torch.zeros(1, 2, dtype=torch.int64, device=device), None
+    if settings.devices is not None:
+        batch = Batch.of(2, device=device, device_E=in_order(moe.experts, settings.devices).to(device))
     for plan in settings.plans:
-        with torch.inference_mode(), share(model, plan, group=settings.grouping, stats=stats_for(plan, stats)):
+        how: dict[str, Any] = {"group": settings.grouping, "stats": stats_for(plan, stats), "batch": batch}
+        with torch.inference_mode(), share(model, plan, **how):
             model(input_ids=two_tokens, use_cache=False)
 
 
@@ -146,7 +152,7 @@ def study(
         results(
             measure(
                 model, moe, settings.plans, own, layout, own.batches,
-                stats=stats, allow_unchanged=settings.allow_unchanged, advance=advance,
+                stats=stats, devices=settings.devices, allow_unchanged=settings.allow_unchanged, advance=advance,
             )
         )
         for layout, own in zip(settings.layouts(), sequences, strict=True)

@@ -28,7 +28,7 @@ class XShareExpertParallel(Policy):
             may exceed it: the peak is `max(cap, warm-up experts of the device)`. 0 makes the cap strict.
 
     Needs: `Batch.device_E`, the device of each expert. In transformers a model that is loaded with expert parallelism
-    says it; elsewhere set the batch of the run yourself.
+    says it, and `carpool evaluate --devices` supposes it; elsewhere set the batch of the run yourself.
 
     Reading of the paper: the warm-up counts towards the budget, as in XShare without devices; a global budget that
     always goes to the least loaded device reaches the same set.
@@ -63,7 +63,7 @@ class XShareExpertParallel(Policy):
         if device_E is None:
             raise CarpoolError(
                 "xshare_expert_parallel needs the device of each expert, which this run does not have; "
-                "use xshare(budget=...) without expert parallelism"
+                "use xshare(budget=...) without expert parallelism, or carpool evaluate --devices"
             )
         cap: int | Tensor
         if isinstance(self.budget_per_device, float):
