@@ -7,7 +7,9 @@ UV := $(VENV)/bin/uv
 FIND_LINKS := $(shell python3 -m pip config get global.find-links 2>/dev/null)
 LINKS := $(if $(FIND_LINKS),--find-links "$(FIND_LINKS)")
 TORCH ?= $(if $(FIND_LINKS),torch==2.13.0+cpu,torch)
-INSTALL := $(UV) pip install --quiet --python $(PY) $(LINKS)
+# Compiled at once: tests start hundreds of processes, and where Python may not write its own code cache (CI), each of them
+# would compile torch, transformers and an engine for itself.
+INSTALL := $(UV) pip install --quiet --compile-bytecode --python $(PY) $(LINKS)
 
 .PHONY: demo test test-all test-next test-sglang test-ktransformers coverage gpu-check lint format clean
 
