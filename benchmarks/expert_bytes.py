@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--tokens", type=int, default=60_000, help="of the calibration")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--alone", action="store_true", help="a cell for each text alone, named after it; one --batch")
     parser.add_argument("--sequence", type=int, default=64)
     parser.add_argument("--methods", default=".*", help="pattern of the methods' names; default: all")
     parser.add_argument("--plans", default=".*", help="pattern of the settings' plans; default: all")
@@ -195,6 +196,8 @@ def main() -> None:
         return
     if options.output is None:
         parser.error("--output is missing")
+    if options.alone and len(options.batch) > 1:
+        parser.error("--alone takes one --batch")
     content = json.loads(options.output.read_text()) if options.output.exists() else {}
     cells: dict[str, Any] = content.get("cells", {})
     wanted = [
@@ -204,15 +207,19 @@ def main() -> None:
     ]
     loaded = load(options.model, None)
     files = sorted(options.folder.glob("*.safetensors"))
-    for batch in options.batch:
+    wanted_cells = [(str(batch), batch, options.text) for batch in options.batch]
+    if options.alone:
+        wanted_cells = [(text.stem, options.batch[0], [text]) for text in options.text]
+    for cell, batch, texts in wanted_cells:
         chosen = [method for method in wanted if method.settings]
         if options.kept:
-            known = partial(measured, options.folder, options.text, batch, options.sequence)
+            known = partial(measured, options.folder, texts, batch, options.sequence)
             chosen = [one for method in chosen if (one := only(method, known)).settings]
         plans = sum(len(method.settings) for method in chosen) + len({file for m in chosen for file, _ in m.settings})
-        with progress(f"batch {batch}", batch * BATCHES * options.sequence * plans) as advance:
-            found = measure(loaded, options.folder, options.text, batch, options.sequence, chosen, advance)
-        cells[str(batch)] = {
+        with progress(f"batch {batch}, {cell}", batch * BATCHES * options.sequence * plans) as advance:
+            found = measure(loaded, options.folder, texts, batch, options.sequence, chosen, advance)
+        cells[cell] = {
+            "batch": batch,
             "stock_union": found[0][2].union.value,
             "sequence": options.sequence,
             "batches": BATCHES,
@@ -229,11 +236,11 @@ def main() -> None:
             "arguments": {"batches": BATCHES, "seed": 0, "tokens": options.tokens},
             "stored": {path.stem: stored(path) for path in files},
             "lost": {path.stem: lost_by_depth(path) for path in files},
-            "cells": dict(sorted(cells.items(), key=lambda cell: int(cell[0]))),
+            "cells": dict(sorted(cells.items(), key=lambda one: int(one[0]) if one[0].isdigit() else 0)),
         }  # fmt: skip
         write_text(options.output, json.dumps(content, indent=1) + "\n")
-        for row in cells[str(batch)]["needed"]:
-            print(batch, {key: value for key, value in row.items() if key != "bytes"}, row["bytes"].get(OURS))
+        for row in cells[cell]["needed"]:
+            print(cell, {key: value for key, value in row.items() if key != "bytes"}, row["bytes"].get(OURS))
 
 
 def trained(model: str | None) -> dict[str, Any]:

@@ -4,6 +4,8 @@
     python benchmarks/vllm_serve.py --quick --output /tmp/quick.json
     python benchmarks/vllm_serve.py --model MODEL --planes planes/ --dtype bfloat16 --policy "depth(bytes=0.2)" \
         --output docs/results/vllm-serve-planes.json     # a model, and what `carpool compress -o planes/` made of it
+    python benchmarks/vllm_serve.py --random-planes --dtype bfloat16 --policy "depth(bytes=0.2)" \
+        --output docs/results/vllm-serve-random.json     # random planes beside the random weights
 
 Random weights with the layer geometry of a real model are written once; then servers without and with the key
 `carpool` start in turn, `--repeats` times each, with vLLM's defaults (it compiles the model), and vLLM's own client
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from engines import GEOMETRIES, VOCABULARY, Geometry, machine, set_environment, write_config
+from random_planes import write_checkpoint
 
 from carpool.artefacts.files import write_text
 
@@ -42,18 +45,26 @@ KEPT = (
     "peak_memory_bytes",
 )
 STARTUP = 900  # seconds
+DEPTHS, GROUP = (2, 3, 4, 6), 64  # of random planes
 
 
 def write_model(geometry: Geometry, layers: int, folder: Path) -> Path:
-    """A checkpoint of random weights with a tokenizer of one word a token."""
+    """A checkpoint of random weights with a tokenizer."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     write_config(geometry, layers, folder)
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(folder)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return write_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """One word a token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     words = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -149,9 +160,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="carpool-serve-", dir=options.folder) as folder:
         work = Path(folder)
         model = options.model or write_model(geometry, options.layers, work)
-        states = [("stock", model, None), ("shared", options.planes or model, options.policy)]
-        if options.planes is not None:
-            states.insert(1, ("planes", options.planes, None))
+        planes = options.planes
+        if options.random_planes:
+            (work / "planes").mkdir()
+            planes = write_checkpoint(geometry, options.layers, work / "planes", DEPTHS, GROUP, 0)
+            write_tokenizer(planes)
+        states = [("stock", model, None), ("shared", planes or model, options.policy)]
+        if planes is not None:
+            states.insert(1, ("planes", planes, None))
         for repeat in range(options.repeats):
             for name, served, policy in states[:: 1 - 2 * (repeat % 2)]:  # who goes first changes
                 result = bench(served, options, policy, f"{name}-{repeat}", work)
@@ -184,6 +200,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--model", type=Path, help="a checkpoint with a tokenizer, in place of random weights")
     parser.add_argument("--planes", type=Path, help="the same model's folder of `carpool compress`")
+    parser.add_argument("--random-planes", action="store_true", help="random planes beside the random weights")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--policy", default="xshare(budget=32)")
     parser.add_argument("--concurrency", type=int, default=16)

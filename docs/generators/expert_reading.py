@@ -6,6 +6,7 @@ python benchmarks/whole_model.py --output docs/results/whole-model.json
 python benchmarks/kernel_kl.py planes/ --output docs/results/kernel-kl.json
 python benchmarks/llama_peer.py --output docs/results/llama-peer.json
 python benchmarks/llama_peer.py --dtype bfloat16 --output docs/results/llama-peer-bf16.json
+(on a processor with AMX: into files that end with -amx, llama_peer.py there with --dtype bfloat16)
 """
 
 from __future__ import annotations
@@ -15,15 +16,23 @@ from typing import Any
 from generators import Block, load, rows
 
 PAGE = "docs/reading.md"
+MACHINES = ("", "-amx")  # what a result of another machine ends with
+SERVED = ("planes", "random")
+WHOLE = "qwen3-30b-a3b"  # the geometry that is shown with every number of threads
 
 
 def blocks() -> list[Block]:
     makers = {
-        "layer": ("expert-reading.json", layer), "vllm": ("vllm-planes.json", engine),
-        "whole": ("whole-model.json", whole), "kl": ("kernel-kl.json", kernel_kl), "llama": ("llama-peer.json", peer),
+        "layer": ("expert-reading", layer), "vllm": ("vllm-planes", engine), "whole": ("whole-model", whole),
+        "kl": ("kernel-kl", kernel_kl), "llama": ("llama-peer", peer),
     }  # fmt: skip
-    found = {name: (load(file), make) for name, (file, make) in makers.items()}
-    return [Block(PAGE, f"reading {name}", make(content)) for name, (content, make) in found.items() if content]
+    made = []
+    for name, (file, make) in makers.items():
+        found = [content for machine in MACHINES if (content := load(f"{file}{machine}.json"))]
+        if found:
+            made.append(Block(PAGE, f"reading {name}", "\n".join(map(make, found))))
+    served = [content for name in SERVED if (content := load(f"vllm-serve-{name}.json"))]
+    return [*made, Block(PAGE, "reading serve", serve(served))] if served else made
 
 
 def layer(content: dict[str, Any]) -> str:
@@ -38,6 +47,8 @@ def layer(content: dict[str, Any]) -> str:
     parts = [head]
     for geometry in dict.fromkeys(cell["geometry"] for cell in content["cells"]):
         mine = [cell for cell in content["cells"] if cell["geometry"] == geometry]
+        most = max(cell["threads"] for cell in mine)
+        mine = [cell for cell in mine if geometry == WHOLE or cell["threads"] == most]
         states = list(mine[0]["states"])
         lines = [
             [str(cell["threads"]), str(cell["batch"])]
@@ -81,6 +92,30 @@ def engine(content: dict[str, Any]) -> str:
         f"{prompt['planes']:.2f} s ({prompt['stock'] / prompt['planes']:.2f} of stock's speed).\n"
     )
     return head + table + tail
+
+
+def serve(contents: list[dict[str, Any]]) -> str:
+    """What vLLM's own client saw of servers on 16-bit weights and on planes."""
+    machine = contents[0]["machine"]
+    head = (
+        f"vLLM {machine['versions']['vllm']}, {machine['cpu']}, {machine['date']}; `vllm bench serve`, medians of "
+        "servers that started in turn.\n\n"
+    )
+    lines = []
+    for content in contents:
+        name = f"{content['geometry']}, {content['layers']} layers" if content["layers"] else "reference model"
+        for state, found in content["summary"].items():
+            if not isinstance(found, dict):
+                continue
+            policy = f"`{content['policy']}`" if state == "shared" else "as stored" if state == "planes" else "stock"
+            lines.append([
+                name, policy, str(content["concurrency"]), f"{found['output_throughput']:.0f}",
+                f"{found['mean_ttft_ms']:.0f}", f"{found['mean_tpot_ms']:.1f}", f"{found['p99_tpot_ms']:.1f}",
+                f"{found['peak_memory_bytes'] / 2**30:.1f}",
+            ])  # fmt: skip
+    heads = ["model", "experts", ">requests at once", ">tokens/s", ">first token, ms", ">a token, ms", ">99 %, ms",
+             ">memory, GiB"]  # fmt: skip
+    return head + rows(heads, lines)
 
 
 def whole(content: dict[str, Any]) -> str:
@@ -145,7 +180,8 @@ def peer(content: dict[str, Any]) -> str:
     }
     choosing = ", ".join(f"{share:.1%} at batch {batch}" for batch, share in shares.items())
     table = rows(["experts", ">bits", *(f">batch {cell['batch']}" for cell in cells)], lines)
-    return f"{head}{table}\nChoosing depths takes at most {choosing} of vLLM's step.{_emulated()}\n"
+    emulated = _emulated() if content["dtype"] == "float32" else ""
+    return f"{head}{table}\nChoosing depths takes at most {choosing} of vLLM's step.{emulated}\n"
 
 
 def _emulated() -> str:
