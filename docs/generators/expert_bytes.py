@@ -1,7 +1,8 @@
 """The tables of docs/bytes.md, and the README's of quantisation beside sharing.
 
 python benchmarks/expert_bytes.py measure FOLDER --text heldout/*.jsonl --output docs/results/expert-bytes.json
-(with --batch 16 --methods "up to" into expert-bytes-stored.json; of a second model into expert-bytes-second.json)
+(with --batch 16 --methods "up to" into expert-bytes-stored.json; of a second model into expert-bytes-second.json; with
+--batch 16 --alone into expert-bytes-domains.json)
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ def blocks() -> list[Block]:
         return []
     made = [*(Block(PAGE, name, table(content)) for name, table in TABLES.items()),
             Block("README.md", "bytes in short", short(content))]  # fmt: skip
-    less, second = load("expert-bytes-stored.json"), load("expert-bytes-second.json")
+    less, second, alone = (load(f"expert-bytes-{name}.json") for name in ("stored", "second", "domains"))
     if less is not None:
         made.append(Block(PAGE, "bytes at equal storage", at_equal_storage(content, less)))
     if second is not None:
         made.append(Block(PAGE, "bytes of the second model", needed(second)))
+    if alone is not None:
+        made.append(Block(PAGE, "bytes of domains alone", needed(alone, "text alone, batch 16")))
     return made
 
 
@@ -59,7 +62,7 @@ def short(content: dict[str, Any]) -> str:
     return rows(["experts", "policy", ">bytes, of stock", ">KL, nats/token"], lines)
 
 
-def needed(content: dict[str, Any]) -> str:
+def needed(content: dict[str, Any], cell_name: str = ">batch") -> str:
     """Bytes that each method needs for a KL, and ours over the best other one's."""
     lines = []
     for batch, cell in content["cells"].items():
@@ -83,7 +86,7 @@ def needed(content: dict[str, Any]) -> str:
                     ratio,
                 ]
             )
-    heads = [">batch", ">KL", ">`depth`", ">uniform, best group", ">MC", ">HOBBIT", ">XShare on the best bits",
+    heads = [cell_name, ">KL", ">`depth`", ">uniform, best group", ">MC", ">HOBBIT", ">XShare on the best bits",
              ">`depth` over uniform", ">`depth` over the best other"]  # fmt: skip
     return _basis(content) + rows(heads, lines) + _verdict(content)
 

@@ -19,6 +19,7 @@ RUNS = {  # by the first part of a folder's name
     "second": "64 experts of width 64, rank 16 (the second model)",
     "wide": "16 experts of width 256, rank 64",
     "wide16": "16 experts of width 256, rank 16",
+    "clustered": "32 experts of 48 clustered neurons each, rank 16 (SmolLM2-135M)",
 }
 REFERENCE, LARGE = (256, 64), (2048, 768)  # hidden size and expert width: both models here, and Qwen3-30B-A3B
 SHOWN = (0.3, 0.5, 0.7)  # shares of stock's bytes where few can be shown
@@ -141,23 +142,23 @@ def checkpoints(compare: ModuleType) -> list[Block]:
         *(f">over the best published, at {share:.0%}" for share in REACHED), ">at 60%, surrogates not charged",
     ]  # fmt: skip
     lines = []
-    for path in (RESULTS / "checkpoints").glob("*/checkpoints.json"):
+    for path in (RESULTS / "checkpoints").glob("*/*.json"):
         content = compare.load(path)
         cells, free = ({cell.share: cell for cell in compare.cells(repriced(content, cost))} for cost in (1, 0))
         (stock,) = compare.pooled(content, 16, "all")["stock"]
         explained = sorted(content["explained"].values())
         shown = [cells[share] for share in REACHED]
         ratios = [cell.ratio for cell in (*shown, free[0.6])]
-        tokens = content["model"]["trained_tokens"]
+        tokens = content["model"].get("trained_tokens")  # clustered neurons never were experts in training
         line = [
             RUNS[path.parent.name.split("-")[0]],
-            f"{tokens / 1e6:.1f} M",
+            "–" if tokens is None else f"{tokens / 1e6:.1f} M",
             f"{stock['nll'].sum() / stock['tokens'].sum():.2f}",
             f"{explained[0]:.0%} to {explained[-1]:.0%}",
             *("n/a" if cell.kl["ours"] is None else f"{cell.kl['ours']:.4f}" for cell in shown),
             *("n/a" if ratio is None else compare.shown(ratio) for ratio in ratios),
         ]
-        lines.append(((line[0], tokens, path.parent.name), line))
+        lines.append(((tokens is None, line[0], tokens or 0, path.parent.name), line))
     return [Block(PAGE, "checkpoints", rows(heads, [line for _, line in sorted(lines)]))] if lines else []
 
 
