@@ -87,6 +87,19 @@ def test_what_is_known_about_vllm_is_what_was_measured():
             assert family in known.REFUSED or family in known.REFUSED_ON_CPU, family
 
 
+def test_what_is_known_about_sglang_is_what_was_measured():
+    from carpool.hosts.sglang import known
+
+    rows = json.loads((Path(__file__).parent.parent / "docs/results/sglang-coverage.json").read_text())["rows"]
+    families: dict[str, set[str]] = {}
+    for row in rows:
+        families.setdefault(row["result"], set()).add(row["family"])
+    assert families["shared"] == known.SHARED
+    assert families.get("not run by SGLang", set()) == known.NOT_RUN
+    assert families.get("refused", set()) - {"qwen3"} == set(known.REFUSED)  # which is dense
+    assert "failed" not in families
+
+
 def test_what_is_said_of_quantised_weights_is_what_was_measured(tmp_path):
     """By the table of formats: what vLLM did not run is not called shared."""
     from carpool.hosts.vllm import known

@@ -14,6 +14,9 @@ import pytest
 import sglang_models as tiny
 import torch
 import vllm_models
+import vllm_statistics
+
+from carpool.plans.grammar import parse
 
 pytest.importorskip("sglang", reason="SGLang is in a folder of its own: make test-sglang")
 pytestmark = pytest.mark.slow
@@ -35,6 +38,12 @@ def running(model: Path) -> Iterator[Any]:
     engine.shutdown()
 
 
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model of the same shape."""
+    return vllm_models.write_model("qwen3_moe", tmp_path_factory.mktemp("other"), seed=7)
+
+
 @pytest.fixture
 def shared(running: Any) -> Any:
     """The engine as it was when it started, with counters from zero."""
@@ -47,9 +56,11 @@ def shared(running: Any) -> Any:
 @pytest.fixture(scope="module")
 def native(model: Path) -> tiny.Tokens:
     """What transformers chooses, as a stock SGLang does."""
-    from transformers import AutoModelForCausalLM
+    return in_transformers(model)
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+
+def in_transformers(model: Path) -> tiny.Tokens:
+    loaded = vllm_statistics.load(model)
     made = []
     for prompt in PROMPTS:
         tokens = loaded.generate(torch.tensor([prompt]), max_new_tokens=COUNT, min_new_tokens=COUNT, do_sample=False)
@@ -134,6 +145,52 @@ def test_changes_that_do_not_fit_change_nothing(shared: Any, given: dict[str, An
 def test_a_request_that_says_nothing_understood_is_refused(shared: Any) -> None:
     with pytest.raises(ValueError, match="a request says \"carpool\": 'of'"):
         tiny.greedy(shared, PROMPTS, 2, custom_params={"carpool": "of"})
+
+
+def policy_file(model: Path, folder: Path) -> Path:
+    """SERE with a similarity measured on a model, more of it in one layer, and bound to that model."""
+    from carpool.calibrate import calibrate
+    from carpool.hosts.transformers import find_layers
+    from carpool.plans.policy_file import PolicyFile
+
+    loaded = vllm_statistics.load(model)
+    ids_BT = torch.randint(0, vllm_models.VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(3))
+    statistics = calibrate(loaded, find_layers(loaded), ids_BT)
+    statistics.save(folder / "stats.safetensors")
+    made_for = {"fingerprint": statistics.fingerprint, "num_layers": 2, "num_experts": 32, "top_k": 4}
+    plan = parse("sere(top=2, threshold=0.0)")
+    PolicyFile(plan, {1: {"top": 1}}, made_for, folder / "stats.safetensors").save(folder / "policy.json")
+    return folder / "policy.json"
+
+
+def test_policy_files(shared: Any, model: Path, other: Path, native: tiny.Tokens, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "others").mkdir()
+    mine, others = policy_file(model, tmp_path / "mine"), policy_file(other, tmp_path / "others")
+    with pytest.raises(AssertionError, match="is of another model"):
+        shared.collective_rpc("carpool_set", file=str(others))
+    shared.collective_rpc("carpool_set", file=str(mine))
+    found = tiny.report(shared)
+    assert (found["policy"], found["statistics"]) == ("set per layer", str(tmp_path / "mine/stats.safetensors"))
+    assert tiny.greedy(shared, PROMPTS, COUNT) != native
+    first, second = tiny.report(shared)["layers"]
+    assert second["union"] / second["calls"] <= 3, "one expert of each row is kept, and the others go to these"
+    assert second["union"] < first["union"] < first["natural_union"]
+
+
+def test_weights_that_are_replaced(shared: Any, model: Path, other: Path, native: tiny.Tokens, tmp_path: Path) -> None:
+    """What was measured on other weights never routes these."""
+    shared.collective_rpc("carpool_set", file=str(policy_file(model, tmp_path)))
+    tokens = tiny.greedy(shared, PROMPTS, COUNT)
+    assert tokens != native
+    try:
+        shared.update_weights_from_disk(str(other))
+        assert tiny.greedy(shared, PROMPTS, COUNT) == in_transformers(other)
+        with pytest.raises(AssertionError, match=r"other weights were loaded, so sharing stays off: .* another model"):
+            shared.collective_rpc("carpool_set", enabled=True)
+    finally:
+        shared.update_weights_from_disk(str(model))
+    assert tiny.greedy(shared, PROMPTS, COUNT) == tokens
 
 
 IN_VLLM = """

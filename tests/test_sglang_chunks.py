@@ -1,4 +1,4 @@
-"""Chunks of prompts beside rows that decode, in a real SGLang on a CPU: `make test-sglang`."""
+"""Chunks of prompts beside rows that decode, and retracted requests, in SGLang on a CPU: `make test-sglang`."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ def spied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def running(model: Path, spied: Path) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CARPOOL_SPY", str(spied))
+        patch.setenv("SGLANG_TEST_RETRACT", "1")  # as if memory ran out, every few passes
+        patch.setenv("SGLANG_TEST_RETRACT_INTERVAL", "5")
         given = {"policy": "oea(k0=1)", "isolation": "batch"}  # experts that prompts read are free
         engine = tiny.engine(model, given, chunked_prefill_size=CHUNK, enable_mixed_chunk=True)
         yield engine
@@ -48,6 +50,8 @@ def test_rows_of_prompts_are_native_beside_rows_that_share(running: Any, spied: 
         exempt_N = call["exempt"]
         assert torch.equal(call["ids"][exempt_N], call["native"][exempt_N])
     assert any((call["ids"] != call["native"]).any() for call in mixed)
+    read = sum(int(call["exempt"].sum()) for call in calls if call["layer"] == 0)
+    assert read > sum(map(len, PROMPTS)), "no request was retracted, and its tokens read again"
     assert all(layer["rows_exempt"] > 0 for layer in tiny.report(running)["layers"])
 
 

@@ -106,9 +106,27 @@ def test_a_session(server: str) -> None:
     assert counted["carpool_enabled"] == 1
     assert counted["carpool_rows_changed_total"] == changed
     assert 0 < counted["carpool_experts_read_total"] < counted["carpool_experts_natural_total"]
-    assert asked(f"{server}/set_internal_state", {"server_args": {"carpool_enabled": 0}}) == [True]
+    assert asked(f"{server}/carpool_set", {"enabled": False})["enabled"] is False
     assert metrics(server)["carpool_enabled"] == 0
-    assert asked(f"{server}/set_internal_state", {"server_args": {"carpool_enabled": 1}}) == [True]
+    assert asked(f"{server}/carpool_set", {"enabled": True})["enabled"] is True
+
+
+def test_changes_over_http(server: str) -> None:
+    made = asked(f"{server}/carpool_set", {"policy": "oea(k0=1)", "group": "request"})
+    assert (made["policy"].partition(" |")[0], made["group"], made["isolation"]) == ("oea(k0=1)", "request", "batch")
+    assert "layers" not in made
+    for given, sentence in (
+        ({"policy": "xshare(budget=99)"}, "99 of 32 experts"), ({"polcy": "oea(k0=1)"}, "carpool_set has no 'polcy'"),
+        ({"file": "/nowhere.json"}, "/nowhere.json"),
+    ):  # fmt: skip
+        with pytest.raises(HTTPError) as refused:
+            asked(f"{server}/carpool_set", given)
+        assert refused.value.code == 400
+        assert sentence in json.loads(refused.value.read())["error"]
+    found = asked(f"{server}/server_info")["internal_states"][0]["carpool"]
+    assert found["policy"] == made["policy"], "nothing changed"
+    assert asked(f"{server}/set_internal_state", {"server_args": {"pp_max_micro_batch_size": 1}}) == [False], "SGLang's"
+    assert asked(f"{server}/carpool_set", {"policy": vllm_models.POLICY, "group": "batch"})["group"] == "batch"
 
 
 def test_a_request_that_is_not_understood_is_the_clients_error(server: str) -> None:

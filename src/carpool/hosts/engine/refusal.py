@@ -17,7 +17,7 @@ def end_with_the_sentence(engine: str) -> None:
     Args:
         engine: name of its package and of its command.
     """
-    if not _command_line(engine) or getattr(sys.excepthook, "carpool", False):
+    if not runs_in(engine) or getattr(sys.excepthook, "carpool", False):
         return
     usual = sys.excepthook
 
@@ -31,7 +31,8 @@ def end_with_the_sentence(engine: str) -> None:
     sys.excepthook = ended
 
 
-def _command_line(engine: str) -> bool:
+def runs_in(engine: str) -> bool:
+    """Whether the engine's command line runs in this process."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     module = getattr(spec, "name", None) or ""
     return module.startswith(f"{engine}.") or os.path.basename(sys.argv[0]) == engine  # noqa: PTH119

@@ -15,9 +15,10 @@ from typing import Any
 from carpool.errors import CarpoolError
 from carpool.hosts.engine.log import log, log_as
 from carpool.hosts.engine.off import switched_off
-from carpool.hosts.engine.refusal import end_with_the_sentence
+from carpool.hosts.engine.refusal import end_with_the_sentence, runs_in
 from carpool.hosts.sglang.configuration import PLACE, settings_of
 
+SERVER = "sglang.srt.entrypoints.http_server"
 _missing: list[str] = []  # of the targets, in this process
 _hooked: set[str] = set()
 
@@ -86,10 +87,13 @@ def _resolved(original: Callable[..., Any], arguments: Any) -> Any:
         if settings is not None:
             from carpool.hosts.sglang.engine import check_engine
             from carpool.hosts.sglang.requests import follow_requests
+            from carpool.hosts.sglang.route import add_route
 
             apply()
             check_engine(arguments, settings)
             follow_requests()
+            if SERVER in sys.modules or runs_in("sglang"):
+                add_route()
     except CarpoolError:
         end_with_the_sentence("sglang")
         raise

@@ -1,19 +1,18 @@
 """What can be asked of a running SGLang.
 
-`Engine.collective_rpc("carpool_set", policy=...)` changes everything, `POST /set_internal_state` with
-`{"server_args": {"carpool_enabled": 0}}` switches (it takes numbers only), and what is in force and was counted stands
-under `carpool` in the `internal_states` of `GET /server_info`.
+`Engine.collective_rpc("carpool_set", policy=...)` and, over HTTP, `POST /carpool_set` change it; what is in force and
+was counted stands under `carpool` in the `internal_states` of `GET /server_info`.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from carpool.errors import CarpoolError
 from carpool.hosts.engine.control import Control
 from carpool.hosts.sglang.host import Host
-
-SWITCH = "carpool_enabled"
+from carpool.hosts.sglang.route import CHANGE, REFUSED
 
 
 def attach(scheduler: Any, host: Host) -> None:
@@ -32,22 +31,25 @@ def attach(scheduler: Any, host: Host) -> None:
         )
     control, internal, idle = Control(host), scheduler.internal_state, scheduler.on_idle
     read, write = internal.get_internal_state, internal.set_internal_state
+    refused: list[str] = []  # the sentence of the last change over HTTP, if it was refused
 
     def state(*args: Any, **kwargs: Any) -> Any:
         found = read(*args, **kwargs)
-        found.internal_state["carpool"] = control.report()
+        found.internal_state["carpool"] = control.report() | {REFUSED: refused[0] if refused else None}
         return found
 
     def change(given: Any) -> Any:
-        if SWITCH not in given.server_args:
+        text = next((name.removeprefix(CHANGE) for name in given.server_args if name.startswith(CHANGE)), None)
+        if text is None:
             return write(given)
         from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 
+        refused.clear()
         try:
-            control.set(enabled=bool(given.server_args[SWITCH]))
-        except CarpoolError:  # logged, and counted
-            return SetInternalStateReqOutput(updated=False)
-        return SetInternalStateReqOutput(updated=True)
+            control.set(**json.loads(text))
+        except (ValueError, TypeError) as error:  # a CarpoolError, logged and counted, or no JSON of an object
+            refused.append(str(error))
+        return SetInternalStateReqOutput(updated=not refused)
 
     def rested(*args: Any, **kwargs: Any) -> Any:
         host.publish_all()
