@@ -67,7 +67,10 @@ def in_sglang(running: Any, family: Family, spied: Path, policy: str | None) -> 
     before = len(torch.load(spied)) if spied.exists() else 0
     [tokens] = tiny.greedy(running, [PROMPT], family.count)
     calls = torch.load(spied)[before:] if spied.exists() else []
-    return tokens, [(call["layer"], used(call["ids"], call["weights"])) for call in calls if not call["exempt"].all()]
+    places = sorted({call["layer"] for call in calls})  # of layers with experts: LLaDA2's first has none
+    return tokens, [
+        (places.index(call["layer"]), used(call["ids"], call["weights"])) for call in calls if not call["exempt"].all()
+    ]
 
 
 def in_transformers(family: Family, policy: str | None, cold: TeamCold | None) -> tuple[Generation, Sets]:

@@ -125,7 +125,7 @@ def test_changes_over_http(server: str) -> None:
         assert sentence in json.loads(refused.value.read())["error"]
     found = asked(f"{server}/server_info")["internal_states"][0]["carpool"]
     assert found["policy"] == made["policy"], "nothing changed"
-    assert asked(f"{server}/set_internal_state", {"server_args": {"pp_max_micro_batch_size": 1}}) == [False], "SGLang's"
+    assert asked(f"{server}/set_internal_state", {"server_args": {"pp_max_micro_batch_size": 1}}) == [True], "SGLang's"
     assert asked(f"{server}/carpool_set", {"policy": vllm_models.POLICY, "group": "batch"})["group"] == "batch"
 
 
