@@ -126,6 +126,8 @@ def measure(family: str) -> dict[str, Any]:
         "tokens_differ": shared != off, "off_as_transformers": off == native, "all_experts_identical": whole == off,
     }  # fmt: skip
     works = row["rows_changed"] and row["within_budget"] and row["tokens_differ"] and row["all_experts_identical"]
+    if not row["rows_changed"] and row["union"] == row["natural_union"] and row["all_experts_identical"]:
+        return row | {"result": "nothing to share", "says": "this tiny model's own routing stays within the budget"}
     return row | {"result": "shared" if works else "failed"}
 
 

@@ -30,6 +30,7 @@ def test_ranks_decide_alike(model: Path, tmp_path: Path, monkeypatch: pytest.Mon
     """Each rank by itself: no collective is added, and no rank chooses other experts."""
     spied = tmp_path / "calls.pt"
     monkeypatch.setenv("CARPOOL_SPY", str(spied))
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|0")  # SGLang wants a NUMA node for each rank otherwise
     running = tiny.engine(model, POLICY, tp_size=2)
     try:
         tokens = tiny.greedy(running, PROMPTS, COUNT)

@@ -7,9 +7,24 @@ from __future__ import annotations
 
 from carpool.artefacts.checkpoint import METHOD
 
-SHARED = frozenset({"qwen3_moe"})
-REFUSED: dict[str, str] = {}  # and why
-NOT_RUN = frozenset[str]()  # what SGLang itself runs on GPUs only, if at all
+SHARED = frozenset({
+    "cohere2_moe", "glm4_moe", "granitemoe", "llada2_moe", "mixtral", "olmoe", "qwen3_moe", "sdar_moe",
+})  # fmt: skip
+REFUSED = {"llama4_text": "it routes by a function of its own, which Carpool does not know"}
+NOT_RUN = frozenset(
+    {
+        "deepseek_v2",
+        "deepseek_v3",
+        "flex_olmo",
+        "gemma4_text",
+        "gpt_oss",
+        "hunyuan_v1_moe",
+        "minimax_m2",
+        "phimoe",
+        "qwen2_moe",
+        "qwen3_next",
+    }
+)  # what SGLang itself runs on GPUs only, if at all
 TESTED = "shared, as tested with a tiny model on a CPU; untested on GPUs"
 GPUS = "not run: SGLang does not run this family on a CPU; on GPUs the plugin checks every router when it loads"
 UNTRIED = "not tried with this family; the plugin checks every router when it loads"
