@@ -55,7 +55,7 @@ def test_experts_that_stay_keep_their_slots(file):
 def test_a_plan_of_other_sizes_is_refused_in_one_sentence(file, asked):
     load_LE, replicas, ranks = asked
     with pytest.raises(
-        CarpoolError, match=r"is for 3 layers of 8 experts in 12 places on 4 ranks, vLLM has .* placement with"
+        CarpoolError, match=r"is for 3 layers of 8 experts in 12 places on 4 ranks, vLLM has .* plan with"
     ):
         planned(file).rebalance_experts(load_LE, replicas, 1, 1, ranks)
 
