@@ -35,7 +35,7 @@ def study(folder: Path, files: Sequence[Any]) -> dict[str, Any]:
         command = "from carpool.cli import main; main()"
         given = ["--method", "round", "--depths", ",".join(map(str, DEPTHS)), "--group", str(GROUP), "--tokens", "4000"]
         subprocess.run(
-            [sys.executable, "-c", command, "compress", "--model", str(MODEL), "--output", str(planes), *given],
+            [sys.executable, "-c", command, "compress", str(MODEL), "--output", str(planes), *given],
             check=True,
         )
     with carpool.offload(planes, "1GB") as run:

