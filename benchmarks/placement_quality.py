@@ -94,11 +94,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     reference = Reference()
-    arguments = {name: value for name, value in vars(given).items() if name != "output"}
-    facts = {
-        name: value for name, value in reference.facts(**arguments).items() if name in ("model", "texts", "arguments")
-    }
-    write_rows(given.output, table(reference, given), kind="carpool placement quality", **facts)
+    write_rows(given.output, table(reference, given), kind="carpool placement quality", **reference.head(given))
 
 
 if __name__ == "__main__":

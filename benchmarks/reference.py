@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,12 @@ class Reference:
         """What goes to the head of a result."""
         model = model_facts(self.model, None)
         return {**provenance(), "model": model, "texts": text_facts(self.paths), "arguments": arguments}
+
+    def head(self, given: Namespace) -> dict[str, Any]:
+        """What `write_rows` wants of it: a command's arguments but for its output, the model and the texts."""
+        arguments = {name: value for name, value in vars(given).items() if name != "output"}
+        facts = self.facts(**arguments)
+        return {name: facts[name] for name in ("model", "texts", "arguments")}
 
     def sequences(self, count: int, length: int, seed: int, domain: str | None = None) -> Sequences:
         """Windows of the held-out texts, of one domain or of all of them."""

@@ -170,12 +170,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     reference = Reference()
-    arguments = {name: value for name, value in vars(given).items() if name != "output"}
-    facts = {
-        name: value for name, value in reference.facts(**arguments).items() if name in ("model", "texts", "arguments")
-    }
     rows = table(reference, draw_samples(reference, given), given)
-    write_rows(given.output, rows, kind="carpool siblings", **facts)
+    write_rows(given.output, rows, kind="carpool siblings", **reference.head(given))
 
 
 if __name__ == "__main__":

@@ -83,14 +83,19 @@ def write_sdar(folder: Path, **changes: Any) -> Path:
     }  # fmt: skip
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(sizes | changes)))
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3 if "gate.weight" in name or "embed" in name else 0.15)
-    model.lm_head.weight.data[MASK] = 0  # never predicted: SGLang, unlike `carpool.diffusion`, would take it
+    _randomise(model)
     model.save_pretrained(folder)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["SDARMoeForCausalLM"]}))
     return folder
+
+
+def _randomise(model: Any) -> None:
+    """Weights whose routers and tokens are told apart."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3 if "gate.weight" in name or "embed" in name else 0.15)
+    model.lm_head.weight.data[MASK] = 0  # never predicted: SGLang, unlike `carpool.diffusion`, would take it
 
 
 def write_llada2(folder: Path) -> Path:
@@ -114,13 +119,10 @@ def write_llada2(folder: Path) -> Path:
     )  # fmt: skip
     torch.manual_seed(1)
     model = Glm4MoeForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3 if "gate.weight" in name or "embed" in name else 0.15)
+    _randomise(model)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(torch.rand_like(buffer) * 0.1)
-    model.lm_head.weight.data[MASK] = 0
     model.save_pretrained(folder / "twin")
     save_file(dict(_as_llada2(model.state_dict())), folder / "model.safetensors", metadata={"format": "pt"})
     own = json.loads((folder / "twin/config.json").read_text()) | {
