@@ -4,7 +4,8 @@
     python benchmarks/expert_reading.py --quick     # a rehearsal at small sizes
 
 Random weights in the geometry of real models, random routing with distinct experts. In every round all states of a
-cell run once, in turn, each on another set of rows than the round before; times are medians over rounds. `bf16 ideal`
+cell run once, in turn, each on another set of rows than the round before and after a read of other memory that leaves
+nothing of theirs in caches, as other layers do in a model; times are medians over rounds. `bf16 ideal`
 is what the experts' bf16 bytes take at the streaming rate that is measured in every round beside the others. Peers
 compute the same pairs expert by expert: torch's bf16 products, ATen's 8-bit and 4-bit ones. Bits include scales.
 """
@@ -154,6 +155,7 @@ def cells(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             seconds: dict[str, list[float]] = {state: [] for state in calls}
             for turn in range(options.rounds + 1):  # the first one warms up
                 for state, call in calls.items():
+                    stream.sum()  # what the state before has read of these experts leaves the caches
                     start = time.perf_counter()
                     call(turn % SETS)
                     if turn:

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +22,26 @@ from torch import Tensor
 
 FIRST, LOUD, APART = 16, 100.0, 4.0  # first token; size of embeddings; how far chosen logits are from others
 PYTHON = 256 << 20  # bytes that the process takes before llama.cpp does anything
-Cell = tuple[float, int]
 
 
-def llama_rows(
-    folder: Path, layers: int, ids: Callable[[int], Tensor], kind: str, cells: Sequence[Cell], model: Any
-) -> Iterator[tuple[float, int, dict[str, Any]]]:
-    """What llama.cpp makes of each cell (memory as a share of the experts, batch)."""
+def llama_row(
+    folder: Path, layers: int, ids: Callable[[int], Tensor], kind: str, share: float, batch: int, model: Any
+) -> dict[str, Any]:
+    """What llama.cpp makes of a batch, with memory for a share of the experts."""
     from offload_limit import forget, limited
 
     path = folder / f"{kind}.gguf"
     if not path.exists():
-        _write(path, layers, kind, [ids(batch) for batch in STEPS], model)
+        _write(path, layers, kind, [ids(one) for one in STEPS], model)
     experts = _expert_bytes(path)
-    for share, batch in cells:
-        forget(path)
-        first = FIRST + sum(one * sum(STEPS[one]) for one in STEPS if one < batch)
-        with limited(int(share * experts) + path.stat().st_size - experts + PYTHON):
-            command = [sys.executable, __file__, str(path), str(batch), str(first)]
-            paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-            made = subprocess.run(command, check=True, capture_output=True, text=True, env=paths)
-        yield share, batch, json.loads(made.stdout.splitlines()[-1])
+    forget(path)
+    first = FIRST + sum(one * sum(STEPS[one]) for one in STEPS if one < batch)
+    with limited(int(share * experts) + path.stat().st_size - experts + PYTHON):
+        command = [sys.executable, __file__, str(path), str(batch), str(first)]
+        paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        made = subprocess.run(command, check=True, capture_output=True, text=True, env=paths)
+    found: dict[str, Any] = json.loads(made.stdout.splitlines()[-1])
+    return found
 
 
 def forced(ids_SLBK: Sequence[Tensor], hidden: int) -> tuple[Tensor, Tensor]:

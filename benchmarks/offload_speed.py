@@ -9,12 +9,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from offload_limit import forget, limited
-from offload_llama import llama_rows
+from offload_limit import forget, limited, read_ahead
+from offload_llama import llama_row
 from offload_mapped import Mapped
 from offload_model import (
     DEPTHS,
@@ -43,6 +44,7 @@ from carpool.offloading.store import Store, write_store
 SHARED = "xshare(budget=0.25)"
 FILE = "experts.offload"
 SHARES = (0.25, 0.5)
+READ_AHEAD = (128, 1024, 8192)  # KiB, for what maps files
 
 
 def prepare(folder: Path, files: Sequence[Any], layers: int) -> dict[str, Any]:
@@ -71,7 +73,7 @@ class Bench:
     """A model in memory and its experts on disk.
 
     Attributes:
-        rows: what was measured. speed: bytes a second that threads read directly, measured before each row.
+        rows: what was measured. speed: bytes a second that threads read directly, measured before and after each row.
     """
 
     def __init__(self, folder: Path, routing: dict[str, Any], layers: int) -> None:
@@ -127,7 +129,6 @@ class Bench:
                 scope=scope, first=first, routing=routing, within=within,
                 hit_rate=(totals.hits - old.hits) / (totals.uses - old.uses),
                 waited=(totals.waited - old.waited) / took, reading=reading / took,
-                while_reading=found["read_per_s"] * took / reading / speed if reading else None,
             )  # fmt: skip
             opened.close()
 
@@ -137,19 +138,23 @@ class Bench:
         else:
             measure()
 
-    def mapped(self, share: float, batch: int, told: bool = False, routing: str = "") -> None:
+    def mapped(self, share: float, batch: int, told: bool = False, ahead: int = READ_AHEAD[0]) -> None:
         """A row of mapped files, under a limit of memory."""
         speed = raw_rate(self.path, self.expert)
-        held = Mapped(self.folder, self.geometry, told)
-        with limited(self.bytes_of(share)):
-            found = decode(self.model, self.state, held.read, self.ids(batch, routing or "alone"))
-        self._add("mmap, told" if told else "mmap", share, batch, found, speed, routing=routing)
+        with read_ahead(self.path, ahead):
+            held = Mapped(self.folder, self.geometry, told)
+            with limited(self.bytes_of(share)):
+                found = decode(self.model, self.state, held.read, self.ids(batch))
+        del held, self.state["read"]  # pages that anything maps stay, whatever the next row's limit
+        self._add("mmap, told" if told else "mmap", share, batch, found, speed, read_ahead_kib=ahead)
 
-    def llama(self, kind: str, cells: Sequence[tuple[float, int]]) -> None:
+    def llama(self, kind: str, share: float) -> None:
         """Rows of llama.cpp on a mapped file, in processes of their own under a limit of memory."""
-        speed = raw_rate(self.path, self.expert)
-        for share, batch, found in llama_rows(self.folder, self.layers, self.ids, kind, cells, self.model):
-            self._add(f"llama.cpp, {kind}", share, batch, found, speed)
+        for batch, ahead in product(STEPS, READ_AHEAD):
+            speed = raw_rate(self.path, self.expert)
+            with read_ahead(self.path, ahead):
+                found = llama_row(self.folder, self.layers, self.ids, kind, share, batch, self.model)
+            self._add(f"llama.cpp, {kind}", share, batch, found, speed, read_ahead_kib=ahead)
 
     def accelerated(self, share: float) -> None:
         """A row of accelerate's disk offload."""
@@ -166,6 +171,8 @@ class Bench:
         self._add("accelerate, 16 bits", share, 1, found, speed)
 
     def _add(self, name: str, share: float, batch: int, found: dict[str, Any], speed: float, **more: Any) -> None:
+        # disks of virtual machines change their minds within seconds: the direct rate is that before and after a row
+        speed = (speed + raw_rate(self.path, self.expert)) / 2
         row = {
             "name": name,
             "memory": share,
@@ -175,6 +182,8 @@ class Bench:
             "load": os.getloadavg()[0],
             **more,
         }
+        if reading := more.get("reading"):
+            row["while_reading"] = found["read_per_s"] / reading / speed
         self.rows.append(row)
         shown = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
         print(shown, flush=True)
@@ -210,7 +219,8 @@ def _rules(bench: Bench, share: float) -> None:
 def _mapped(bench: Bench, share: float) -> None:
     for batch in (1, 4, BATCH):
         bench.carpool(share, batch, within=True)
-        bench.mapped(share, batch)
+        for ahead in READ_AHEAD:
+            bench.mapped(share, batch, ahead=ahead)
         bench.mapped(share, batch, told=True)
 
 
@@ -219,7 +229,7 @@ PIECES = {
     for share in SHARES
     for name, measure in (
         ("exact", _exact), ("lossy", _lossy), ("shared", _shared), ("rules", _rules), ("mapped", _mapped),
-        ("llama.cpp", lambda bench, share: bench.llama("Q6_K", [(share, batch) for batch in (1, 4, BATCH)])),
+        ("llama.cpp", lambda bench, share: bench.llama("Q6_K", share)),
     )
 } | {
     "resident": lambda bench: bench.carpool(1.0, 1),

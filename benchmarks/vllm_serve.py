@@ -128,10 +128,12 @@ def client(
 
 
 def metrics(port: int) -> dict[str, float]:
-    """What the plugin says on /metrics; empty without it."""
+    """What the plugin says on /metrics, by name without labels; empty without it."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
         lines = answer.read().decode().splitlines()
-    return {name: float(value) for name, value in (x.split() for x in lines if x.startswith("carpool_"))}
+    return {
+        name.partition("{")[0]: float(value) for name, value in (x.split() for x in lines if x.startswith("carpool_"))
+    }
 
 
 def wait_for(port: int, server: subprocess.Popen[Any], log: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 from lockstep_tools import NumberTokenizer, noise
-from test_tune import LAYOUT, MODEL, command  # noqa: F401  # a fixture
+from test_tune_command import LAYOUT, MODEL, command  # noqa: F401  # a fixture
 
 from carpool.artefacts.texts import load_texts
 from carpool.errors import CarpoolError

@@ -4,9 +4,8 @@ python benchmarks/expert_reading.py --output docs/results/expert-reading.json
 python benchmarks/vllm_planes.py --output docs/results/vllm-planes.json
 python benchmarks/whole_model.py --output docs/results/whole-model.json
 python benchmarks/kernel_kl.py planes/ --output docs/results/kernel-kl.json
-python benchmarks/llama_peer.py --output docs/results/llama-peer.json
-python benchmarks/llama_peer.py --dtype bfloat16 --output docs/results/llama-peer-bf16.json
-(on a processor with AMX: into files that end with -amx, llama_peer.py there with --dtype bfloat16)
+python benchmarks/llama_peer.py --dtype bfloat16 --output docs/results/llama-peer.json
+(on other processors: into files that end with -avx2 or -amx; llama_peer.py with AVX2 without --dtype bfloat16)
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 from generators import Block, load, rows
 
 PAGE = "docs/reading.md"
-MACHINES = ("", "-amx")  # what a result of another machine ends with
+MACHINES = ("", "-avx2", "-amx")  # what a result of another machine ends with
 SERVED = ("planes", "random")
 WHOLE = "qwen3-30b-a3b"  # the geometry that is shown with every number of threads
 
@@ -32,12 +31,22 @@ def blocks() -> list[Block]:
         if found:
             made.append(Block(PAGE, f"reading {name}", "\n".join(map(make, found))))
     served = [content for name in SERVED if (content := load(f"vllm-serve-{name}.json"))]
-    return [*made, Block(PAGE, "reading serve", serve(served))] if served else made
+    if served:
+        made.append(Block(PAGE, "reading serve", serve(served)))
+    random = [content for content in served if content["layers"]]
+    return [*made, *(Block("README.md", "planes in short", in_short(content)) for content in random)]
+
+
+def processor(machine: dict[str, Any]) -> str:
+    """Its name, and the best of the instructions that matter: its name alone says little."""
+    best = machine["isa"][-1].removesuffix("f").replace("_", "-").upper()
+    return f"{machine['cpu']} with {best}"
 
 
 def layer(content: dict[str, Any]) -> str:
-    """Times of a layer's experts, and shares of the streaming rate."""
+    """Times of a layer's experts, and shares of the streaming rate; of the first machine for all geometries."""
     machine = content["machine"]
+    first = content == load("expert-reading.json")
     head = (
         f"One {machine['cpu']} with {machine['cores']} cores and {content['instructions'].upper()}, "
         f"{machine['date']}, seed {content['seed']}, medians of {content['rounds']} rounds. Milliseconds for the "
@@ -45,10 +54,10 @@ def layer(content: dict[str, Any]) -> str:
         "bytes amount to.\n"
     )
     parts = [head]
-    for geometry in dict.fromkeys(cell["geometry"] for cell in content["cells"]):
+    for geometry in dict.fromkeys(cell["geometry"] for cell in content["cells"]) if first else [WHOLE]:
         mine = [cell for cell in content["cells"] if cell["geometry"] == geometry]
         most = max(cell["threads"] for cell in mine)
-        mine = [cell for cell in mine if geometry == WHOLE or cell["threads"] == most]
+        mine = [cell for cell in mine if (first and geometry == WHOLE) or cell["threads"] == most]
         states = list(mine[0]["states"])
         lines = [
             [str(cell["threads"]), str(cell["batch"])]
@@ -70,9 +79,10 @@ def engine(content: dict[str, Any]) -> str:
     machine, cells = content["machine"], content["cells"]
     head = (
         f"{content['geometry']}, {content['layers']} layers with random weights, vLLM "
-        f"{machine['versions']['vllm']} on the same processor ({machine['date']}, seed {content['seed']}, medians of "
-        f"{content['rounds']} interleaved rounds of {content['tokens']} tokens). Milliseconds a step, in brackets the "
-        "speed-up over stock and the one that bytes allow.\n\n"
+        f"{machine['versions']['vllm']}, {processor(machine)}, {content['threads'] or machine['cores']} threads "
+        f"({machine['date']}, seed {content['seed']}, medians of {content['rounds']} interleaved rounds of "
+        f"{content['tokens']} tokens). Milliseconds a step, in brackets the speed-up over stock and the one that "
+        "bytes allow.\n\n"
     )
     states = list(cells[0]["step_ms"])
     lines = [
@@ -98,8 +108,8 @@ def serve(contents: list[dict[str, Any]]) -> str:
     """What vLLM's own client saw of servers on 16-bit weights and on planes."""
     machine = contents[0]["machine"]
     head = (
-        f"vLLM {machine['versions']['vllm']}, {machine['cpu']}, {machine['date']}; `vllm bench serve`, medians of "
-        "servers that started in turn.\n\n"
+        f"vLLM {machine['versions']['vllm']}, {processor(machine)}, one thread, {machine['date']}; `vllm bench serve`, "
+        "medians of servers that started in turn.\n\n"
     )
     lines = []
     for content in contents:
@@ -118,13 +128,27 @@ def serve(contents: list[dict[str, Any]]) -> str:
     return head + rows(heads, lines)
 
 
+def in_short(content: dict[str, Any]) -> str:
+    """What a server gains, in a sentence."""
+    stock, planes, shared = (content["summary"][state] for state in ("stock", "planes", "shared"))
+    rate, memory = "output_throughput", "peak_memory_bytes"
+    return (
+        f"`vllm bench serve` with {content['concurrency']} requests at once, {content['layers']} layers of "
+        f"{content['geometry']} with random weights, a thread of an {processor(content['machine'])}: stock bf16 "
+        f"{stock[rate]:.0f} tokens a second, planes as stored (6 bits) {planes[rate]:.0f}, under "
+        f"`{content['policy']}` {shared[rate]:.0f} ({shared[rate] / stock[rate]:.1f} times as many), in "
+        f"{shared[memory] / 2**30:.1f} instead of {stock[memory] / 2**30:.1f} GiB. "
+        "[Kernels, peers, a whole model](docs/reading.md).\n"
+    )
+
+
 def whole(content: dict[str, Any]) -> str:
     """What both hosts take for a whole model."""
     machine = content["machine"]
     head = (
         f"{content['geometry']}: {content['layers']} layers, vocabulary {content['vocabulary']:,}, "
         f"{content['bits_stored']:.2f} bits stored an expert weight: {content['planes_gib']:.1f} GiB of planes and "
-        f"{content['weights_gib']:.1f} GiB of other weights in bf16. {machine['cpu']}, {machine['date']}, seed "
+        f"{content['weights_gib']:.1f} GiB of other weights in bf16. {processor(machine)}, {machine['date']}, seed "
         f"{content['seed']}; one run.\n\n"
     )
     lines = [
@@ -164,7 +188,7 @@ def peer(content: dict[str, Any]) -> str:
     machine, cells = content["machine"], content["cells"]
     head = (
         f"{content['geometry']}, {content['layers']} layers with random weights, llama-cpp-python "
-        f"{content['llama_cpp_python']}, {machine['cpu']}, {content['threads']} threads ({machine['date']}, seed "
+        f"{content['llama_cpp_python']}, {processor(machine)}, {content['threads']} threads ({machine['date']}, seed "
         f"{content['seed']}, medians of {content['rounds']} interleaved rounds of {content['steps']} steps). "
         f"Milliseconds a step, in brackets tokens a second. Beside experts: {content['dtype']} in vLLM, F16 in "
         "llama.cpp.\n\n"
@@ -186,7 +210,7 @@ def peer(content: dict[str, Any]) -> str:
 
 def _emulated() -> str:
     """The same with bf16 (`--dtype bfloat16`), where that was run."""
-    content = load("llama-peer-bf16.json")
+    content = load("llama-peer-avx2-bf16.json")
     if content is None:
         return ""
     deepest = list(content["cells"][0]["states"])[2]

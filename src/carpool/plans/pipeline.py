@@ -95,8 +95,11 @@ class Outcome:
         """The same for the sake of some pairs alone, bool `[N, K]`."""
         ids_NK, depth_NK = self.routing.ids_NK.long(), self.routing.depth_NK
         used_NK = pairs_NK * (ALL_BITS if depth_NK is None else depth_NK)
-        zeros_NE = torch.zeros(self.allowed_NE.shape, dtype=torch.int64, device=ids_NK.device)
-        return self.inputs.batch.step_max(zeros_NE.scatter_reduce(-1, ids_NK, used_NK, "amax"))
+        N, E = self.allowed_NE.shape
+        place_NK = torch.where(used_NK > 0, ids_NK, E)  # what is not used may name an expert twice
+        # a compiler knows how to write, and has to ask for how to take the largest
+        depth_NE = torch.zeros(N, E + 1, dtype=torch.int64, device=ids_NK.device).scatter(-1, place_NK, used_NK)
+        return self.inputs.batch.step_max(depth_NE[:, :-1])
 
     @lazy_property
     def surrogates_SE(self) -> Tensor:

@@ -111,8 +111,7 @@ class Batch:
 
     def step_max(self, values_NX: Tensor) -> Tensor:
         """The largest of a step's non-negative integers, `[S, X]`."""
-        zeros = torch.zeros(self.num_steps, values_NX.shape[1], dtype=values_NX.dtype, device=values_NX.device)
-        return zeros.scatter_reduce(0, self.step_N.unsqueeze(-1).expand_as(values_NX), values_NX, "amax")
+        return _max_by(values_NX, self.step_N, self.num_steps)
 
 
 def _sum_by(values_NX: Tensor, index_N: Tensor, count: int) -> Tensor:
@@ -123,7 +122,7 @@ def _sum_by(values_NX: Tensor, index_N: Tensor, count: int) -> Tensor:
 
 
 def _max_by(values_NX: Tensor, index_N: Tensor, count: int) -> Tensor:
-    if count == 1:
+    if count == 1 and values_NX.shape[0] > 0:
         return values_NX.amax(0, keepdim=True)
     zeros = torch.zeros(count, values_NX.shape[1], dtype=values_NX.dtype, device=values_NX.device)
     return zeros.scatter_reduce(0, index_N.unsqueeze(-1).expand_as(values_NX), values_NX, "amax")
