@@ -94,6 +94,11 @@ def engine(content: dict[str, Any]) -> str:
         for state in states
     ]
     table = rows(["experts", ">bits", *(f">batch {cell['batch']}" for cell in cells)], lines)
+    choosing = ", ".join(
+        f"{max(one['choosing'] / one['median'] for one in cell['step_ms'].values()):.1%} at batch {cell['batch']}"
+        for cell in cells
+    )
+    table += f"\nChoosing depths takes at most {choosing} of a step.\n"
     prompt = content["prompt"]
     if not prompt:
         return head + table
