@@ -94,11 +94,12 @@ def engine(content: dict[str, Any]) -> str:
         for state in states
     ]
     table = rows(["experts", ">bits", *(f">batch {cell['batch']}" for cell in cells)], lines)
-    choosing = ", ".join(
-        f"{max(one['choosing'] / one['median'] for one in cell['step_ms'].values()):.1%} at batch {cell['batch']}"
-        for cell in cells
-    )
-    table += f"\nChoosing depths takes at most {choosing} of a step.\n"
+    if "choosing" in cells[0]["step_ms"][states[0]]:
+        choosing = ", ".join(
+            f"{max(one['choosing'] / one['median'] for one in cell['step_ms'].values()):.1%} at batch {cell['batch']}"
+            for cell in cells
+        )
+        table += f"\nChoosing depths takes at most {choosing} of a step.\n"
     prompt = content["prompt"]
     if not prompt:
         return head + table
@@ -142,8 +143,21 @@ def in_short(content: dict[str, Any]) -> str:
         f"{content['geometry']} with random weights, a thread of an {processor(content['machine'])}: stock bf16 "
         f"{stock[rate]:.0f} tokens a second, planes as stored (6 bits) {planes[rate]:.0f}, under "
         f"`{content['policy']}` {shared[rate]:.0f} ({shared[rate] / stock[rate]:.1f} times as many), in "
-        f"{shared[memory] / 2**30:.1f} instead of {stock[memory] / 2**30:.1f} GiB. "
-        "[Kernels, peers, a whole model](docs/reading.md).\n"
+        f"{shared[memory] / 2**30:.1f} instead of {stock[memory] / 2**30:.1f} GiB. {_whole_in_short()}"
+        "[Kernels, peers, llama.cpp among them](docs/reading.md).\n"
+    )
+
+
+def _whole_in_short() -> str:
+    content = load("whole-model.json")
+    hosts = [] if content is None else [host for host in content["hosts"] if host["host"] == "vllm"]
+    if not content or not hosts:
+        return ""
+    [cells] = [made for state, made in hosts[0]["states"].items() if "(" in state]
+    rates = ", ".join(f"{cell['tokens_s']:.0f} at batch {cell['batch']}" for cell in cells)
+    return (
+        f"All {content['layers']} layers, whose experts are 54 GiB in bf16, run in "
+        f"{hosts[0]['peak_anonymous_gib']:.0f} GiB on two such cores: tokens a second {rates}. "
     )
 
 
@@ -157,7 +171,13 @@ def whole(content: dict[str, Any]) -> str:
         f"{content['seed']}; one run.\n\n"
     )
     lines = [
-        [host["host"], str(host["threads"]), f"{host['load_s']:.0f} s", f"{host['peak_anonymous_gib']:.1f} GiB", state]
+        [
+            host["host"],
+            str(host["threads"] or machine["cores"]),
+            f"{host['load_s']:.0f} s",
+            f"{host['peak_anonymous_gib']:.1f} GiB",
+            state,
+        ]
         + [f"{cell['tokens_s']:.2f}" for cell in cells]
         for host in content["hosts"]
         for state, cells in host["states"].items()
