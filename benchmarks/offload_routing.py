@@ -156,7 +156,7 @@ def fetching(requests: Requests, told: Tensor, right: float) -> dict[str, Any]:
 
 
 def study(model_name: str | None, files: Sequence[Any], count: int) -> dict[str, Any]:
-    """All of it for the reference model; for another one how local its routing is, and fetching ahead."""
+    """How local a model's routing is, what fetching ahead and caches make of it, and what sharing changes."""
     model, tokenizer = load_model(model_name)
     ids_RT = sequences(tokenizer, files, count)
     requests, told, right = record(model, ids_RT)
@@ -166,8 +166,6 @@ def study(model_name: str | None, files: Sequence[Any], count: int) -> dict[str,
         "fetching": fetching(requests, told, right), "caches": [], "shared": [],
     }  # fmt: skip
     del found["summary"]["load"]
-    if model_name is not None:
-        return found
     found["caches"] = [row for batch in (1, 4, BATCH) for row in caches(requests, batch)]
     for plan in SHARED:
         shared, lost = record_shared(model, ids_RT, plan)
