@@ -82,7 +82,10 @@ def gains(found: dict[str, Any]) -> str:
     """The table in three sentences."""
     exact = [row for row in of_kinds(found, "exact", "mapped") if row["name"] == "carpool" and not row["first"]]
     shares = sorted(row["while_reading"] for row in exact)
-    plain = {(row["memory"], row["batch"]): row["tokens_per_s"] for row in exact if not row["prefetch"]}
+    plain = {
+        (row["memory"], row["batch"]): row["tokens_per_s"]
+        for row in exact if not row["prefetch"] and not row["within"]
+    }  # fmt: skip
     lossy = {
         (row["memory"], row["batch"]): row["tokens_per_s"] / plain[row["memory"], row["batch"]]
         for row in of_kinds(found, "lossy") if row["on_miss"] == "depth(3)"
