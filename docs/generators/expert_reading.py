@@ -155,8 +155,9 @@ def _whole_in_short() -> str:
         return ""
     [cells] = [made for state, made in hosts[0]["states"].items() if "(" in state]
     rates = ", ".join(f"{cell['tokens_s']:.0f} at batch {cell['batch']}" for cell in cells)
+    whole = 16 * content["planes_gib"] / content["bits_stored"]
     return (
-        f"All {content['layers']} layers, whose experts are 54 GiB in bf16, run in "
+        f"All {content['layers']} layers, whose experts are {whole:.0f} GiB in bf16, run in "
         f"{hosts[0]['peak_anonymous_gib']:.0f} GiB on two such cores: tokens a second {rates}. "
     )
 
