@@ -35,8 +35,8 @@ from carpool.kernels.experts.operation import read_experts
 
 DEPTHS, GROUP = (2, 3, 4, 6, 8), 64
 SEED, SETS = 0, 4  # sets of rows that are taken in turn
-MIXED = {"mean 4.5": (0.25, 0.5, 0.25), "mean 2.5": (0.5, 0.5)}  # shares of experts by depth, below
-LEVELS = {"mean 4.5": (3, 4, 6), "mean 2.5": (2, 3)}  # mean 4.25 and 2.5 before scales
+LEVELS = {"mean 4.5": (3, 4, 6), "mean 3.5": (2, 3, 4), "mean 2.5": (2, 3)}
+MIXED = {"mean 4.5": (0.25, 0.5, 0.25), "mean 3.5": (0.25, 0.25, 0.5), "mean 2.5": (0.75, 0.25)}  # shares of experts
 
 
 @dataclass(frozen=True)
