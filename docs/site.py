@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-OUTSIDE = ("README.md", "CONTRIBUTING.md", "recipes/reference_model/README.md", "recipes/diffusion_model/README.md")
+RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("recipes/*/README.md"))
+OUTSIDE = ("README.md", "CONTRIBUTING.md", *RECIPES)
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?(?:\s+\"[^\"]*\")?\))")
 
 
