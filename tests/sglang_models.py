@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,6 +64,16 @@ def greedy(running: Any, prompts: Tokens, count: int, **parameters: Any) -> Toke
     """The tokens that an engine chooses after each prompt."""
     given = {"temperature": 0, "max_new_tokens": count, "ignore_eos": True} | parameters
     return [one["output_ids"] for one in running.generate(input_ids=prompts, sampling_params=given)]
+
+
+def replace(engine: Any, folder: Path) -> None:
+    """Other weights, and nothing cached of the old ones: SGLang lets a cache be that a request may still hold."""
+    engine.update_weights_from_disk(str(folder))
+    for _ in range(100):
+        if engine.flush_cache().success:
+            return
+        time.sleep(0.05)
+    raise AssertionError("SGLang's cache is never free")
 
 
 def report(running: Any) -> dict[str, Any]:

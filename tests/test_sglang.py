@@ -184,12 +184,12 @@ def test_weights_that_are_replaced(shared: Any, model: Path, other: Path, native
     tokens = tiny.greedy(shared, PROMPTS, COUNT)
     assert tokens != native
     try:
-        shared.update_weights_from_disk(str(other))
+        tiny.replace(shared, other)
         assert tiny.greedy(shared, PROMPTS, COUNT) == in_transformers(other)
         with pytest.raises(AssertionError, match=r"other weights were loaded, so sharing stays off: .* another model"):
             shared.collective_rpc("carpool_set", enabled=True)
     finally:
-        shared.update_weights_from_disk(str(model))
+        tiny.replace(shared, model)
     assert tiny.greedy(shared, PROMPTS, COUNT) == tokens
 
 
