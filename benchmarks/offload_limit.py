@@ -38,11 +38,6 @@ def limited(size: int) -> Iterator[Path]:
         group.rmdir()
 
 
-def _read_ahead(path: Path) -> Path:
-    device = path.stat().st_dev
-    return Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
-
-
 @contextmanager
 def read_ahead(path: Path, kib: int) -> Iterator[None]:
     """In the block what opens files of this one's disk reads ahead so many KiB; needs root.
@@ -50,7 +45,8 @@ def read_ahead(path: Path, kib: int) -> Iterator[None]:
     What maps files depends on it: at 128, Linux's default, it waits for every piece; at the megabytes that some
     machines come with it reads neighbours that nobody asked for.
     """
-    setting = _read_ahead(path)
+    device = path.stat().st_dev
+    setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
     before = setting.read_text()
     setting.write_text(str(kib))
     try:

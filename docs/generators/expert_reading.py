@@ -95,11 +95,7 @@ def engine(content: dict[str, Any]) -> str:
     ]
     table = rows(["experts", ">bits", *(f">batch {cell['batch']}" for cell in cells)], lines)
     if "choosing" in cells[0]["step_ms"][states[0]]:
-        choosing = ", ".join(
-            f"{max(one['choosing'] / one['median'] for one in cell['step_ms'].values()):.1%} at batch {cell['batch']}"
-            for cell in cells
-        )
-        table += f"\nChoosing depths takes at most {choosing} of a step.\n"
+        table += "\n" + choosing(cells, "step_ms", "choosing", "median") + "\n"
     prompt = content["prompt"]
     if not prompt:
         return head + table
@@ -224,14 +220,18 @@ def peer(content: dict[str, Any]) -> str:
         + [f"{cell['states'][state]['step_ms']:.1f} ({cell['states'][state]['tokens_s']:.0f})" for cell in cells]
         for state, found in cells[0]["states"].items()
     ]
-    shares = {
-        cell["batch"]: max(one.get("choosing_ms", 0) / one["step_ms"] for one in cell["states"].values())
-        for cell in cells
-    }
-    choosing = ", ".join(f"{share:.1%} at batch {batch}" for batch, share in shares.items())
     table = rows(["experts", ">bits", *(f">batch {cell['batch']}" for cell in cells)], lines)
     emulated = _emulated() if content["dtype"] == "float32" else ""
-    return f"{head}{table}\nChoosing depths takes at most {choosing} of vLLM's step.{emulated}\n"
+    return f"{head}{table}\n{choosing(cells, 'states', 'choosing_ms', 'step_ms')}{emulated}\n"
+
+
+def choosing(cells: list[dict[str, Any]], states: str, part: str, step: str) -> str:
+    """The largest share of a step that choosing depths takes, for every batch; states without it are stock's."""
+    shares = [
+        f"{max(one.get(part, 0) / one[step] for one in cell[states].values()):.1%} at batch {cell['batch']}"
+        for cell in cells
+    ]
+    return f"Choosing depths takes at most {', '.join(shares)} of vLLM's step."
 
 
 def _emulated() -> str:
