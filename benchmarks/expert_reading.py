@@ -35,8 +35,9 @@ from carpool.kernels.experts.operation import read_experts
 
 DEPTHS, GROUP = (2, 3, 4, 6, 8), 64
 SEED, SETS = 0, 4  # sets of rows that are taken in turn
-LEVELS = {"mean 4.5": (3, 4, 6), "mean 3.5": (2, 3, 4), "mean 2.5": (2, 3)}
-MIXED = {"mean 4.5": (0.25, 0.5, 0.25), "mean 3.5": (0.25, 0.25, 0.5), "mean 2.5": (0.75, 0.25)}  # shares of experts
+MIXED = {  # shares of experts by depth
+    "mean 4.5": {3: 0.25, 4: 0.5, 6: 0.25}, "mean 3.5": {2: 0.25, 3: 0.25, 4: 0.5}, "mean 2.5": {2: 0.75, 3: 0.25},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ def states(
     calls: dict[str, Callable[[int], Any]] = {}
     bits: dict[str, float] = {}
     by_expert = {f"depth {depth}": torch.full((layer.experts,), depth) for depth in DEPTHS}
-    for name, levels in LEVELS.items():
-        counts = [round(share * layer.experts) for share in MIXED[name]]
+    for name, shares in MIXED.items():
+        levels, counts = list(shares), [round(share * layer.experts) for share in shares.values()]
         order = torch.randperm(layer.experts, generator=generator)
         mixed = torch.full((layer.experts,), levels[-1])
         mixed[order[: sum(counts[:-1])]] = torch.tensor(levels[:-1]).repeat_interleave(torch.tensor(counts[:-1]))

@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 from engines import GEOMETRIES, Geometry, as_json, machine, read_bandwidth, set_environment, start
-from random_planes import WEIGHTS_FILE, write_checkpoint
+from random_planes import write_checkpoint
 
 DEPTHS, GROUP, SEED = (2, 3, 4, 6), 64, 0
 STOCK, WHOLE = "stock bf16", f"depth {DEPTHS[-1]}, no policy"
@@ -70,12 +70,16 @@ class Chosen:
         return found
 
 
-def bytes_beside_experts(weights: Path) -> int:
-    """What a step reads beside experts: all weights but the embeddings (the engine's own lists lack what it packs)."""
-    from safetensors import safe_open
+def bytes_beside_experts(folder: Path) -> float:
+    """What a step reads beside experts, from the configuration: the engine's own lists lack what it packs."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    with safe_open(weights, "pt") as held:
-        return sum(held.get_tensor(name).nbytes for name in held.keys() if "embed_tokens" not in name)  # noqa: SIM118
+    from carpool.hosts.transformers.layers import weight_bytes
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    return weight_bytes(model)[1]
 
 
 def measure(engines: dict[str, Any], geometry: Geometry, batch: int, given: argparse.Namespace) -> dict[str, Any]:
@@ -117,7 +121,7 @@ def measure(engines: dict[str, Any], geometry: Geometry, batch: int, given: argp
     }}  # fmt: skip
 
 
-def with_bounds(cell: dict[str, Any], geometry: Geometry, layers: int, other: int, rate: float) -> dict[str, Any]:
+def with_bounds(cell: dict[str, Any], geometry: Geometry, layers: int, other: float, rate: float) -> dict[str, Any]:
     """The cell with what bytes allow: `other` bytes of a step beside experts; `rate` GB/s of a streaming read."""
     whole = cell["distinct_experts"] * layers * 3 * geometry.hidden * geometry.intermediate
     stock = cell["step_ms"][STOCK]["median"]
@@ -155,7 +159,7 @@ def main() -> None:
         "stock": start(geometry, layers, "bfloat16", enforce_eager=False, **limits),
         "chosen": Chosen(),
     }
-    other = bytes_beside_experts(folder / WEIGHTS_FILE)
+    other = bytes_beside_experts(folder)
     rate = read_bandwidth(0.25 if given.quick else 1.0)
     content: dict[str, Any] = {
         "machine": machine(), "geometry": given.geometry, "layers": layers,
